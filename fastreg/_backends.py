@@ -1,0 +1,131 @@
+"""Which backend serves which call, and why the others do not.
+
+A backend is `reference` (plain PyTorch, any device), `cpu` (C++), `cuda` (C++/CUDA) or `triton`. Every op
+registers the backends that have kernels for it. A call is served by the first backend, in the order of
+`_PREFERENCE` for its device, that is available and does not refuse the call; `reference` never refuses.
+A forced backend serves the call or the call fails with the reason.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from . import _native
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+
+_kernels: dict[str, tuple[str, ...]] = {}
+_missing: dict[str, str | None] = {}  # backend -> why nothing of it can run on this machine
+_forced: str | None = None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def register(op: str, kernels: tuple[str, ...] = ()) -> None:
+    """Declares a public op and the backends besides `reference` that have kernels for it."""
+    _kernels[op] = kernels
+
+
+def missing(op: str, backend: str) -> str | None:
+    """Why `backend` cannot run `op` here, whatever the arguments; None if it can."""
+    if backend == "reference":
+        return None
+    if backend not in _kernels[op]:
+        return f"{op} has no {backend} kernel"
+    if backend not in _missing:
+        _missing[backend] = _triton_missing() if backend == "triton" else _native.missing[backend]
+    return _missing[backend]
+
+
+def _wrong_device(backend: str, device: str) -> str | None:
+    if backend == "reference" or device in _DEVICES[backend] or (backend == "triton" and interpreting()):
+        return None
+    hint = " (set TRITON_INTERPRET=1 to run it in Triton's interpreter)" if backend == "triton" else ""
+    return f"it serves {' and '.join(_DEVICES[backend])} tensors, not {device}{hint}"
+
+
+def choose(op: str, device: str, refuse: Callable[..., str | None], *args: object) -> str:
+    """The backend that serves this call of `op` on tensors of device type `device`.
+
+    `refuse(backend, *args)` says why a backend other than `reference` cannot take these arguments, or None.
+    """
+    if _forced is not None:
+        backend = _forced
+        reason = missing(op, backend) or _wrong_device(backend, device)
+        if reason is None and backend != "reference":
+            reason = refuse(backend, *args)
+        if reason is not None:
+            raise RuntimeError(
+                f"fastreg.{op}: backend {backend!r} is forced but cannot serve this call: {reason}"
+            )
+        return backend
+    for backend in _PREFERENCE.get(device, ()):
+        if missing(op, backend) is None and refuse(backend, *args) is None:
+            return backend
+    return "reference"
+
+
+def explain(op: str, device: str, refuse: Callable[..., str | None], *args: object) -> dict[str, str]:
+    """For one call: per backend "usable" or the reason against it."""
+    out = {}
+    for backend in BACKENDS:
+        reason = missing(op, backend) or _wrong_device(backend, device)
+        if reason is None and backend != "reference":
+            reason = refuse(backend, *args)
+        out[backend] = reason or "usable"
+    return out
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """For each op and backend: "usable" or the reason why not, on this machine.
+
+    Example: ``fastreg.backends()["cross_entropy"]["cuda"]``.
+    """
+
+    def state(op: str, backend: str) -> str:
+        reason = missing(op, backend)
+        if reason is None and backend in ("cuda", "triton") and not torch.cuda.is_available():
+            if not (backend == "triton" and interpreting()):
+                reason = "no CUDA device is present"
+        return reason or "usable"
+
+    return {op: {backend: state(op, backend) for backend in BACKENDS} for op in _kernels}
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, not {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend for every call inside the block, in the whole process.
+
+    A call that the backend cannot serve raises RuntimeError with the reason; nothing falls back silently.
+    The environment variable FASTREG_BACKEND does the same from the start of the process.
+    """
+    global _forced
+    before, _forced = _forced, _check_name(name, "use_backend: name")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+if os.environ.get("FASTREG_BACKEND"):
+    _forced = _check_name(os.environ["FASTREG_BACKEND"], "FASTREG_BACKEND")

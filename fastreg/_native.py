@@ -1,0 +1,30 @@
+"""Loads the compiled extensions, and remembers in words why one is missing."""
+
+import importlib
+import json
+from pathlib import Path
+
+_BUILD = Path(__file__).with_name("_build.json")
+
+
+def build_outcome() -> dict[str, str]:
+    """What `setup.py` recorded about each extension: "built against …" or "not built: …"."""
+    try:
+        return json.loads(_BUILD.read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def _load(kind: str) -> str | None:
+    """Imports `fastreg._C_<kind>`, which registers its operators. Returns the reason if that fails."""
+    try:
+        importlib.import_module(f"fastreg._C_{kind}")
+    except ModuleNotFoundError:
+        return build_outcome().get(kind, "not built: no build has been run in this checkout")
+    except ImportError as error:  # A binary that cannot load must never break `import fastreg`.
+        return f"built, but it cannot be loaded: {error}"
+    return None
+
+
+missing: dict[str, str | None] = {kind: _load(kind) for kind in ("cpu", "cuda")}
+"""Per extension: None if it is loaded, else the reason why not."""
