@@ -170,7 +170,7 @@ class BuildNative(build_ext):
 
 
 def sources(kind: str) -> list[str]:
-    paths = sorted((ROOT / "csrc" / kind).glob("*.c*")) + [ROOT / "csrc" / "module.cpp"]
+    paths = [*sorted((ROOT / "csrc" / kind).glob("*.c*")), ROOT / "csrc" / "module.cpp"]
     return [str(path.relative_to(ROOT)) for path in paths]
 
 

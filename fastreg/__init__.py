@@ -1,5 +1,6 @@
-"""Fused regularisation ops for PyTorch."""
+"""Fused regularisation ops for PyTorch, for people who train classifiers and vision models."""
 
-from . import _ops, _native
 from ._backends import BACKENDS, backends, use_backend
 from ._version import __version__
+
+__all__ = ["BACKENDS", "__version__", "backends", "use_backend"]

@@ -1,4 +1,4 @@
-"""`python -m fastreg`: what is installed, what was built, and which backend can run which op, with reasons."""
+"""`python -m fastreg`: what is installed, what was built, which backend can run which op, and why not."""
 
 import os
 import platform

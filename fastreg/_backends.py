@@ -98,9 +98,9 @@ def backends() -> dict[str, dict[str, str]]:
 
     def state(op: str, backend: str) -> str:
         reason = missing(op, backend)
-        if reason is None and backend in ("cuda", "triton") and not torch.cuda.is_available():
-            if not (backend == "triton" and interpreting()):
-                reason = "no CUDA device is present"
+        needs_gpu = backend == "cuda" or (backend == "triton" and not interpreting())
+        if reason is None and needs_gpu and not torch.cuda.is_available():
+            reason = "no CUDA device is present"
         return reason or "usable"
 
     return {op: {backend: state(op, backend) for backend in BACKENDS} for op in _kernels}
