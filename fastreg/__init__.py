@@ -2,5 +2,6 @@
 
 from ._backends import BACKENDS, backends, use_backend
 from ._version import __version__
+from .losses import cross_entropy
 
-__all__ = ["BACKENDS", "__version__", "backends", "use_backend"]
+__all__ = ["BACKENDS", "__version__", "backends", "cross_entropy", "use_backend"]

@@ -69,9 +69,7 @@ def choose(op: str, device: str, refuse: Callable[..., str | None], *args: objec
         if reason is None and backend != "reference":
             reason = refuse(backend, *args)
         if reason is not None:
-            raise RuntimeError(
-                f"fastreg.{op}: backend {backend!r} is forced but cannot serve this call: {reason}"
-            )
+            raise RuntimeError(f"fastreg.{op}: backend {backend!r} is forced but cannot serve this call: {reason}")
         return backend
     for backend in _PREFERENCE.get(device, ()):
         if missing(op, backend) is None and refuse(backend, *args) is None:

@@ -10,14 +10,11 @@ import importlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 KERNEL_BACKENDS = ("cpu", "cuda", "triton")
 
 
-def _define(
-    name: str, schema: str, fake: Callable, module: str, backends: tuple[str, ...] = KERNEL_BACKENDS
-) -> None:
+def _define(name: str, schema: str, fake: Callable, module: str, backends: tuple[str, ...] = KERNEL_BACKENDS) -> None:
     for backend in backends:
         overload = f"fastreg::{name}.{backend}"
         torch.library.define(overload, schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -37,41 +34,52 @@ def kernels(name: str) -> dict[str, Callable]:
 
 
 # ---- losses ----------------------------------------------------------------------------------------------
-# Rows are the positions over which classes are compared: input (N, C) has N rows, (N, C, D) has N·D.
+# input is (N, C) or (N, C, D); a row is one position over which classes are compared, (N) or (N, D) of them.
+# target holds class indices, one per row, or probabilities of input's shape. Options are explained in losses.py.
 
 REDUCTIONS = ("none", "mean", "sum")  # the operators take the index
 
+_TENSORS = "Tensor input, Tensor target, Tensor? weight, Tensor? alpha, Tensor? logit_adjustment, Tensor? margin"
+_OPTIONS = (
+    "int ignore_index, int reduction, float label_smoothing, float gamma, float alpha_scale, float scale, float z_loss"
+)
 
-def _row_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
-
-def _cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing, fp32_loss):
+def _cross_entropy_forward(
+    input,
+    target,
+    weight,
+    alpha,
+    logit_adjustment,
+    margin,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    gamma,
+    alpha_scale,
+    scale,
+    z_loss,
+    zero_if_empty,
+    fp32_loss,
+):
     rows = [input.shape[0], *input.shape[2:]]
-    accumulate = _row_dtype(input)
+    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
     loss = input.new_empty(rows if reduction == 0 else [], dtype=accumulate if fp32_loss else input.dtype)
     return loss, input.new_empty(rows, dtype=accumulate), input.new_empty([], dtype=accumulate)
 
 
-def _cross_entropy_backward(
-    grad_loss, input, target, weight, lse, denominator, ignore_index, reduction, label_smoothing
-):
-    return torch.empty_like(input)
-
-
 _define(
     "cross_entropy_forward",
-    # loss; log-sum-exp per row; what the sum of the rows' losses was divided by (1 unless reduction is mean)
-    "(Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction, float label_smoothing, "
-    "bool fp32_loss) -> (Tensor loss, Tensor lse, Tensor denominator)",
+    # Returns the loss; the log-sum-exp of each row; what the sum of the losses was divided by (1 unless the
+    # reduction is mean; with zero_if_empty never 0).
+    f"({_TENSORS}, {_OPTIONS}, bool zero_if_empty, bool fp32_loss) -> (Tensor loss, Tensor lse, Tensor denominator)",
     _cross_entropy_forward,
     "losses",
 )
 _define(
     "cross_entropy_backward",
-    "(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor lse, Tensor denominator, "
-    "int ignore_index, int reduction, float label_smoothing) -> Tensor",
-    _cross_entropy_backward,
+    f"(Tensor grad_loss, {_TENSORS}, Tensor lse, Tensor denominator, {_OPTIONS}) -> Tensor grad_input",
+    lambda grad_loss, input, *rest: torch.empty_like(input),
     "losses",
 )
 
