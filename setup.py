@@ -58,7 +58,10 @@ def find_torch():
 
 def run(command: list[str]) -> None:
     print(shlex.join(command), flush=True)
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RuntimeError(f"no {command[0]} on the PATH") from None
     sys.stderr.write(done.stderr)
     if done.returncode:
         head = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())

@@ -1,5 +1,6 @@
 """`python -m fastreg`: what is installed, what was built, which backend can run which op, and why not."""
 
+import argparse
 import os
 import platform
 import textwrap
@@ -19,7 +20,18 @@ def _triton_version() -> str:
     return triton.__version__
 
 
+def summary() -> str:
+    """One line: what of fastreg can run fast here."""
+    parts = [f"{kind} kernels {_native.missing[kind] or 'built'}" for kind in ("cpu", "cuda")]
+    return "fastreg: " + "; ".join([*parts, f"triton {_triton_version()}"])
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastreg", description=__doc__)
+    parser.add_argument("--summary", action="store_true", help="print one line and no table")
+    if parser.parse_args().summary:
+        print(summary())
+        return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     facts = {
         "fastreg": f"{fastreg.__version__} in {os.path.dirname(fastreg.__file__)}",

@@ -19,7 +19,7 @@ from . import _backends, _checks, _ops
 
 _forward = _ops.kernels("cross_entropy_forward")
 _backward = _ops.kernels("cross_entropy_backward")
-_backends.register("cross_entropy", kernels=_ops.KERNEL_BACKENDS)
+_backends.register("cross_entropy", kernels=())  # a backend is named here once its kernel is in
 
 
 def cross_entropy(
