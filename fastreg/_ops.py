@@ -35,37 +35,39 @@ def kernels(name: str) -> dict[str, Callable]:
 
 # ---- losses ----------------------------------------------------------------------------------------------
 # input is (N, C) or (N, C, D); a row is one position over which classes are compared, (N) or (N, D) of them.
-# target holds class indices, one per row, or probabilities of input's shape. Options are explained in losses.py.
+# target holds class indices, one per row, or probabilities of input's shape. With other_target (indices too)
+# and share (one per row, fp32 or, for fp64 input, fp64), a row's target is share of the first and 1 − share of
+# the other. Options are explained in losses.py.
 
 REDUCTIONS = ("none", "mean", "sum")  # the operators take the index
 
-_TENSORS = "Tensor input, Tensor target, Tensor? weight, Tensor? alpha, Tensor? logit_adjustment, Tensor? margin"
+_TENSORS = (
+    "Tensor input, Tensor target, Tensor? weight, Tensor? alpha, Tensor? logit_adjustment, Tensor? margin, "
+    "Tensor? other_target, Tensor? share"
+)
 _OPTIONS = (
     "int ignore_index, int reduction, float label_smoothing, float gamma, float alpha_scale, float scale, float z_loss"
 )
 
 
-def _cross_entropy_forward(
-    input,
-    target,
-    weight,
-    alpha,
-    logit_adjustment,
-    margin,
-    ignore_index,
-    reduction,
-    label_smoothing,
-    gamma,
-    alpha_scale,
-    scale,
-    z_loss,
-    zero_if_empty,
-    fp32_loss,
-):
+def _accumulator(input):
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _cross_entropy_forward(input, target, *rest):
+    reduction, zero_if_empty, fp32_loss = rest[7], *rest[12:14]
     rows = [input.shape[0], *input.shape[2:]]
-    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+    accumulate = _accumulator(input)
     loss = input.new_empty(rows if reduction == 0 else [], dtype=accumulate if fp32_loss else input.dtype)
     return loss, input.new_empty(rows, dtype=accumulate), input.new_empty([], dtype=accumulate)
+
+
+def _cross_entropy_forward_extra(input, target, *rest):
+    want_losses, want_argmax = rest[14:16]
+    rows = [input.shape[0], *input.shape[2:]]
+    losses = input.new_empty(rows if want_losses else [0], dtype=_accumulator(input))
+    argmax = input.new_empty(rows if want_argmax else [0], dtype=torch.int64)
+    return *_cross_entropy_forward(input, target, *rest), losses, argmax
 
 
 _define(
@@ -77,8 +79,45 @@ _define(
     "losses",
 )
 _define(
+    "cross_entropy_forward_extra",
+    # The same, and from the same pass: each row's loss before reduction and the index of the largest of its
+    # input (the lowest among equals), where wanted, else empty tensors; and into grad_input, which may be input
+    # itself, the gradient of the loss (of the sum of the losses for reduction none).
+    f"({_TENSORS}, {_OPTIONS}, bool zero_if_empty, bool fp32_loss, bool want_losses, bool want_argmax, "
+    "Tensor(a!)? grad_input) -> (Tensor loss, Tensor lse, Tensor denominator, Tensor losses, Tensor argmax)",
+    _cross_entropy_forward_extra,
+    "losses",
+)
+_define(
     "cross_entropy_backward",
     f"(Tensor grad_loss, {_TENSORS}, Tensor lse, Tensor denominator, {_OPTIONS}) -> Tensor grad_input",
+    lambda grad_loss, input, *rest: torch.empty_like(input),
+    "losses",
+)
+_define(
+    "scale_gradient_",
+    # grad *= factor (0-d), without touching memory where factor is 1 and without the host looking at it.
+    "(Tensor(a!) grad, Tensor factor) -> ()",
+    lambda grad, factor: None,
+    "losses",
+)
+
+# input is (N, C); target is (N, C), of its dtype, or holds one class index per row (N), where any value outside
+# [0, C) makes the whole row negative. weight is (C,). With reduce the result is 0-d: the sum · scale, divided by
+# the 0-d normalizer where there is one (a normalizer of 0 counts as 1).
+_define(
+    "sigmoid_focal_forward",
+    "(Tensor input, Tensor target, Tensor? weight, Tensor? normalizer, float alpha, float gamma, bool reduce, "
+    "float scale, bool fp32_loss) -> Tensor loss",
+    lambda input, target, weight, normalizer, alpha, gamma, reduce, scale, fp32_loss: input.new_empty(
+        [] if reduce else input.shape, dtype=_accumulator(input) if fp32_loss else input.dtype
+    ),
+    "losses",
+)
+_define(
+    "sigmoid_focal_backward",
+    "(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor? normalizer, float alpha, float gamma, "
+    "bool reduce, float scale) -> Tensor grad_input",
     lambda grad_loss, input, *rest: torch.empty_like(input),
     "losses",
 )

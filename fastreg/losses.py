@@ -80,6 +80,8 @@ def cross_entropy(
         None,
         None,
         None,
+        None,
+        None,
         ignore_index,
         _ops.REDUCTIONS.index(reduction),
         label_smoothing,
@@ -108,9 +110,9 @@ def _refuse(backend: str, input: Tensor, plain: bool) -> str | None:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, target, weight, alpha, logit_adjustment, margin, *options):
-        *options, zero_if_empty, fp32_loss, backend = options
-        tensors = (input, target, weight, alpha, logit_adjustment, margin)
+    def forward(ctx, *args):
+        *args, zero_if_empty, fp32_loss, backend = args
+        tensors, options = args[:8], args[8:]
         loss, lse, denominator = _forward[backend](*tensors, *options, zero_if_empty, fp32_loss)
         ctx.save_for_backward(*tensors, lse, denominator)
         ctx.options, ctx.zero_if_empty, ctx.backend = options, zero_if_empty, backend
@@ -122,11 +124,11 @@ class _CrossEntropy(torch.autograd.Function):
             grad = _differentiable_backward(ctx, grad_loss)  # create_graph: a second derivative may be asked for
         else:
             grad = _backward[ctx.backend](grad_loss, *ctx.saved_tensors, *ctx.options)
-        return grad, *([None] * 15)
+        return grad, *([None] * 17)
 
 
 def _differentiable_backward(ctx, grad_loss: Tensor) -> Tensor:
-    input, target, weight, alpha, logit_adjustment, margin, _, _ = ctx.saved_tensors
+    input, target, weight, alpha, logit_adjustment, margin, _, _, _, _ = ctx.saved_tensors
     ignore_index, reduction, label_smoothing, gamma, alpha_scale, scale, z_loss = ctx.options
     loss = cross_entropy_reference(
         input,
