@@ -54,20 +54,21 @@ def _accumulator(input):
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
-def _cross_entropy_forward(input, target, *rest):
-    reduction, zero_if_empty, fp32_loss = rest[7], *rest[12:14]
+def _cross_entropy_forward(input, *args):
+    *_, fp32_loss = args
+    reduction = args[8]
     rows = [input.shape[0], *input.shape[2:]]
     accumulate = _accumulator(input)
     loss = input.new_empty(rows if reduction == 0 else [], dtype=accumulate if fp32_loss else input.dtype)
     return loss, input.new_empty(rows, dtype=accumulate), input.new_empty([], dtype=accumulate)
 
 
-def _cross_entropy_forward_extra(input, target, *rest):
-    want_losses, want_argmax = rest[14:16]
-    rows = [input.shape[0], *input.shape[2:]]
-    losses = input.new_empty(rows if want_losses else [0], dtype=_accumulator(input))
-    argmax = input.new_empty(rows if want_argmax else [0], dtype=torch.int64)
-    return *_cross_entropy_forward(input, target, *rest), losses, argmax
+def _cross_entropy_forward_extra(input, *args):
+    *args, want_losses, want_argmax, _ = args
+    loss, lse, denominator = _cross_entropy_forward(input, *args)
+    losses = torch.empty_like(lse) if want_losses else lse.new_empty(0)
+    argmax = torch.empty_like(lse, dtype=torch.int64) if want_argmax else lse.new_empty(0, dtype=torch.int64)
+    return loss, lse, denominator, losses, argmax
 
 
 _define(
