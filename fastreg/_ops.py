@@ -60,21 +60,23 @@ def _cross_entropy_forward(input, *args):
     rows = [input.shape[0], *input.shape[2:]]
     accumulate = _accumulator(input)
     loss = input.new_empty(rows if reduction == 0 else [], dtype=accumulate if fp32_loss else input.dtype)
-    return loss, input.new_empty(rows, dtype=accumulate), input.new_empty([], dtype=accumulate)
+    return loss, input.new_empty([2, *rows], dtype=accumulate), input.new_empty([], dtype=accumulate)
 
 
 def _cross_entropy_forward_extra(input, *args):
     *args, want_losses, want_argmax, _ = args
     loss, lse, denominator = _cross_entropy_forward(input, *args)
-    losses = torch.empty_like(lse) if want_losses else lse.new_empty(0)
-    argmax = torch.empty_like(lse, dtype=torch.int64) if want_argmax else lse.new_empty(0, dtype=torch.int64)
+    losses = lse.new_empty(lse.shape[1:] if want_losses else 0)
+    argmax = lse.new_empty(lse.shape[1:] if want_argmax else 0, dtype=torch.int64)
     return loss, lse, denominator, losses, argmax
 
 
 _define(
     "cross_entropy_forward",
     # Returns the loss; the log-sum-exp of each row; what the sum of the losses was divided by (1 unless the
-    # reduction is mean; with zero_if_empty never 0).
+    # reduction is mean; with zero_if_empty never 0). The log-sum-exp comes as two numbers per row, lse[0] the
+    # largest z and lse[1] the log of the sum of exp(z - lse[0]), because their sum, rounded, has no digits left
+    # where the logits are large: log p is (z - lse[0]) - lse[1].
     f"({_TENSORS}, {_OPTIONS}, bool zero_if_empty, bool fp32_loss) -> (Tensor loss, Tensor lse, Tensor denominator)",
     _cross_entropy_forward,
     "losses",
