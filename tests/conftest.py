@@ -1,0 +1,32 @@
+"""Without a GPU, Triton kernels run in Triton's interpreter, mended so that they compute what a GPU computes."""
+
+import os
+import random
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+# Triton decides at its own import which functions are interpreted, so this stands before anything imports it.
+if find_spec("triton") is not None and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ["TRITON_INTERPRET"] == "1":
+        from tests.proving import interpreter
+
+        interpreter.mend()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request) -> str:
+    """Each device of this machine."""
+    return request.param

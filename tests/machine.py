@@ -1,0 +1,69 @@
+"""What this machine can run, for parametrising and skipping tests: devices, backends, tools.
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("backend", "device"), backends("cross_entropy"))
+@needs_interpreter   # Triton kernels on CPU tensors: traffic(), sanitize()
+@needs_ptxas         # cubin.launch_facts
+@needs_nvcc          # cubin.nvcc_facts
+@needs_cudahost      # cudahost.load
+"""
+
+import os
+import shutil
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tests.proving import cubin
+
+HAS_CUDA = torch.cuda.is_available()
+DEVICES = ["cpu", "cuda"] if HAS_CUDA else ["cpu"]
+
+
+def _interpreter_missing() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "TRITON_INTERPRET is not 1, so Triton kernels run on the GPU alone"
+    return None
+
+
+def _cudahost_missing() -> str | None:
+    if shutil.which("g++") is None:
+        return "g++ is not on the PATH"
+    if find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    try:
+        cubin.cuda_home()
+    except FileNotFoundError as error:
+        return f"the CUDA toolkit's headers are needed: {error}"
+    return None
+
+
+def _skip(reason: str | None) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(reason is not None, reason=reason or "")
+
+
+needs_cuda = _skip(None if HAS_CUDA else "no CUDA device is present")
+needs_interpreter = _skip(_interpreter_missing())
+needs_ptxas = _skip(cubin.triton_missing())
+needs_nvcc = _skip(cubin.nvcc_missing())
+needs_cudahost = _skip(_cudahost_missing())
+
+
+def backends(op: str) -> list:
+    """Parameters (backend, device) for every backend of `op`; those that cannot run here skip with the reason."""
+    from fastreg import _backends
+
+    params = []
+    for backend in _backends.BACKENDS:
+        for device in ("cpu", "cuda"):
+            reason = _backends.missing(op, backend) or _backends._wrong_device(backend, device)
+            if backend == "triton" and device == "cuda" and _backends.interpreting():
+                reason = "triton kernels are interpreted in this process"
+            if device == "cuda" and not HAS_CUDA:
+                continue
+            if reason is None or device == ("cuda" if backend == "cuda" else "cpu"):
+                params.append(pytest.param(backend, device, id=f"{backend}-{device}", marks=_skip(reason)))
+    return params

@@ -1,0 +1,1 @@
+"""Kernels with planted bugs, and the same kernels without: what tests/test_proving.py proves the tools with."""
