@@ -35,3 +35,17 @@ def in_range(name: str, value: float, low: float, high: float = float("inf")) ->
     if not low <= value <= high:
         wanted = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def finite_at_least(name: str, value: float, low: float) -> None:
+    if not low <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and at least {low:g}, got {value}")
+
+
+def in_bounds(name: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """Looks at the values of class indices."""
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if wrong.any():
+        raise IndexError(
+            f"{name} must be in [0, {classes}) or ignore_index, {ignore_index}, got {int(target[wrong][0])}"
+        )

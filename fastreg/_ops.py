@@ -50,7 +50,8 @@ _OPTIONS = (
 )
 
 
-def _accumulator(input):
+def accumulator(input):
+    """The dtype in which a loss is computed, and which per-class vectors have when they reach a kernel."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
@@ -58,7 +59,7 @@ def _cross_entropy_forward(input, *args):
     *_, fp32_loss = args
     reduction = args[8]
     rows = [input.shape[0], *input.shape[2:]]
-    accumulate = _accumulator(input)
+    accumulate = accumulator(input)
     loss = input.new_empty(rows if reduction == 0 else [], dtype=accumulate if fp32_loss else input.dtype)
     return loss, input.new_empty([2, *rows], dtype=accumulate), input.new_empty([], dtype=accumulate)
 
@@ -113,7 +114,7 @@ _define(
     "(Tensor input, Tensor target, Tensor? weight, Tensor? normalizer, float alpha, float gamma, bool reduce, "
     "float scale, bool fp32_loss) -> Tensor loss",
     lambda input, target, weight, normalizer, alpha, gamma, reduce, scale, fp32_loss: input.new_empty(
-        [] if reduce else input.shape, dtype=_accumulator(input) if fp32_loss else input.dtype
+        [] if reduce else input.shape, dtype=accumulator(input) if fp32_loss else input.dtype
     ),
     "losses",
 )

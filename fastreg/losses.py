@@ -1,11 +1,12 @@
-"""Softmax losses: cross-entropy and its long-tail family.
+"""Softmax losses, cross-entropy and its long-tail family, and the sigmoid focal loss.
 
 For one row of logits x (C classes) with target class y, and z = scale·(x + logit_adjustment − margin_y·onehot(y)):
 
     log p = z − logsumexp(z)
     loss  = −Σ_c q_c · w_c · α_c · (1 − p_c)^γ · log p_c  +  z_loss · logsumexp(z)²
 
-q is the smoothed target, (1 − ε)·onehot(y) + ε/C, w the class weights, α the focal balance. The plain call is
+q is the smoothed target, (1 − ε)·onehot(y) + ε/C, w the class weights, α the focal balance. A class whose factor
+q_c · w_c · α_c is 0 has no share in the loss, were its log p −∞. The plain call is
 `torch.nn.functional.cross_entropy`, argument by argument.
 
 The kernels: csrc/cpu/losses.cpp, csrc/cuda/losses.cu, tritonkernels/losses.py. They read the logits once in the
@@ -14,17 +15,22 @@ forward, and read and write them once in the backward; between the two only each
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _backends, _checks, _ops
 
 _forward = _ops.kernels("cross_entropy_forward")
 _backward = _ops.kernels("cross_entropy_backward")
-_backends.register("cross_entropy", kernels=())  # a backend is named here once its kernel is in
+_backends.register("cross_entropy", kernels=_ops.KERNEL_BACKENDS)
+
+# A target is class indices, probabilities of the input's shape, or two index tensors and the share of the first.
+Target = Tensor | tuple[Tensor, Tensor, float | Tensor]
 
 
 def cross_entropy(
     input: Tensor,
-    target: Tensor,
+    target: Target,
     weight: Tensor | None = None,
     *,
     ignore_index: int = -100,
@@ -38,21 +44,75 @@ def cross_entropy(
     z_loss: float = 0.0,
     all_ignored: str = "nan",
 ) -> Tensor:
+    """Cross-entropy and its long-tail family: every option combines with every other, in one pass.
+
+    With the defaults this is `torch.nn.functional.cross_entropy`, argument by argument. The formula is at the top
+    of this file; z and p below are its z and p.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, …), in fp16, bf16, fp32 or fp64, with any strides. Never modified.
+        target: one of
+            class indices of input's shape without the class dimension, int64, int32 or uint8;
+            probabilities of input's shape, in any floating dtype (a gradient to them comes from the reference alone);
+            (target_a, target_b, share), what mixup and cutmix make: two tensors of class indices and the share of
+            the first, a float or a tensor, 0-d, (N,) or of target_a's shape. It means the probabilities
+            share·onehot(a) + (1 − share)·onehot(b) without making them, with the rules of class indices for
+            weight and ignore_index: a row with either target ignored is ignored, and its weight in the mean is
+            share·w_a + (1 − share)·w_b.
+        weight: (C,), scales the terms. With class indices the mean divides by the sum of the kept rows' w_y, with
+            probabilities by N, as in PyTorch.
+        ignore_index: rows with this target give 0 and get a gradient of exactly 0, whatever their logits hold. Not
+            for probabilities.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: ε in [0, 1].
+        gamma: focal exponent γ ≥ 0 (Lin et al. 2017). The loss and its gradient are finite for every γ and p.
+        alpha: a float or (C,), scales the terms and, unlike weight, leaves the mean's denominator alone.
+        logit_adjustment: (C,), added to the logits: τ·log prior for logit adjustment (Menon et al. 2021) or, with
+            τ = 1, balanced softmax (Ren et al. 2020). See `fastreg.longtail.log_prior`.
+        margin: (C,), its target's entry is taken off the target's logit: LDAM (Cao et al. 2019). With probabilities
+            or shares q, before smoothing, margin·q is taken off. See `fastreg.longtail.ldam_margins`.
+        scale: multiplies the adjusted logits, > 0.
+        z_loss: weight of logsumexp(z)² per kept row, ≥ 0.
+        all_ignored: "nan", or "zero" for a mean of 0 where the mean divides by 0: an empty batch, no kept row, or
+            kept rows of weight 0.
+
+    Returns:
+        The loss, 0-d or, for "none", of the rows' shape, in the dtype of input (fp32 under autocast, as in
+        PyTorch), computed in fp32 (fp64 for fp64) and rounded once.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype, device or range, or a gradient asked of weight,
+            alpha, logit_adjustment or margin.
+        IndexError: a target outside [0, C) that is not ignore_index, on the CPU. On CUDA it is a device-side
+            assertion, as in PyTorch.
+
+    Differentiable as often as wanted; a second derivative is taken of the reference.
+    """
+    other_target = share = None
+    if isinstance(target, tuple | list):
+        target, other_target, share = _unpack(target)
+    indices = _check_shapes(input, target, other_target, share)
     _checks.choice("reduction", reduction, _ops.REDUCTIONS)
-    plain = (
-        gamma == 0.0
-        and alpha is None
-        and logit_adjustment is None
-        and margin is None
-        and scale == 1.0
-        and z_loss == 0.0
-        and target.dtype in _checks.INDICES
-    )
-    backend = _backends.choose("cross_entropy", input.device.type, _refuse, input, plain)
+    vectors = weight is not None or logit_adjustment is not None or margin is not None or isinstance(alpha, Tensor)
+    if vectors:
+        classes = input.shape[0 if input.dim() == 1 else 1]
+        _check_vector("weight", weight, classes, input)
+        _check_vector("logit_adjustment", logit_adjustment, classes, input)
+        _check_vector("margin", margin, classes, input)
+        if isinstance(alpha, Tensor):
+            alpha = _check_vector("alpha", alpha.expand(classes) if alpha.dim() == 0 else alpha, classes, input)
+    plain = gamma == 0.0 and alpha is None and scale == 1.0 and z_loss == 0.0
+    if not plain or label_smoothing != 0.0 or all_ignored != "nan":
+        _check_options(label_smoothing, gamma, alpha, scale, z_loss, all_ignored)
+    if not indices and ignore_index >= 0:
+        raise ValueError(f"ignore_index must not be given with probabilities as target, got {ignore_index}")
+
+    plain = plain and indices and other_target is None and logit_adjustment is None and margin is None
+    backend = _backends.choose("cross_entropy", input.device.type, _refuse, input, target, plain)
     if backend == "reference":
         return cross_entropy_reference(
             input,
-            target,
+            target if other_target is None else (target, other_target, share),
             weight,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -71,22 +131,26 @@ def cross_entropy(
     # The kernels know (N, C) and (N, C, D); flatten copies only where no single stride spans the dimensions.
     if input.dim() > 3:
         input, target = input.flatten(2), target.flatten(1)
+    if vectors:
+        compute = _ops.accumulator(input)
+        weight, logit_adjustment, margin = (_as_dtype(v, compute) for v in (weight, logit_adjustment, margin))
+        alpha = _as_dtype(alpha, compute)
     # Under autocast PyTorch computes this loss in fp32; the kernels do so anyway and only widen the result.
-    fp32_loss = torch.is_autocast_enabled(input.device.type)
+    fp32_loss = _autocast(input.device.type)
     loss = _CrossEntropy.apply(
         input,
         target,
         weight,
-        None,
-        None,
-        None,
-        None,
-        None,
+        alpha if isinstance(alpha, Tensor) else None,
+        logit_adjustment,
+        margin,
+        other_target,
+        share,
         ignore_index,
         _ops.REDUCTIONS.index(reduction),
         label_smoothing,
         gamma,
-        1.0,
+        1.0 if alpha is None or isinstance(alpha, Tensor) else alpha,
         scale,
         z_loss,
         all_ignored == "zero",
@@ -96,15 +160,157 @@ def cross_entropy(
     return loss.reshape(rows) if reduction == "none" else loss
 
 
-def _refuse(backend: str, input: Tensor, plain: bool) -> str | None:
-    if input.dtype not in _checks.FLOATS:
-        return f"it has no kernel for {input.dtype}"
+def focal_loss(
+    input: Tensor,
+    target: Target,
+    *,
+    gamma: float = 2.0,
+    alpha: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_adjustment: Tensor | None = None,
+    margin: Tensor | None = None,
+    scale: float = 1.0,
+    z_loss: float = 0.0,
+    all_ignored: str = "nan",
+) -> Tensor:
+    """Softmax focal loss (Lin et al. 2017), −α_y · (1 − p_y)^γ · log p_y: `cross_entropy` with a gamma.
+
+    p comes from the softmax of the logits alone; neither weight nor alpha enters it. Arguments, shapes, dtypes and
+    errors are those of `cross_entropy`.
+    """
+    return cross_entropy(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        alpha=alpha,
+        logit_adjustment=logit_adjustment,
+        margin=margin,
+        scale=scale,
+        z_loss=z_loss,
+        all_ignored=all_ignored,
+    )
+
+
+# ---- checks: attribute reads only, so that the call stays cheap -------------------------------------------
+
+
+def _unpack(target: tuple) -> tuple[Tensor, Tensor, float | Tensor]:
+    if len(target) != 3:
+        raise ValueError(f"target must be a tensor or (target_a, target_b, share), got {len(target)} values")
+    _, other_target, share = target
+    _checks.is_tensor("target[1]", other_target)
+    if not isinstance(share, Tensor):
+        _checks.in_range("target[2], the share,", share, 0.0, 1.0)
+    return tuple(target)
+
+
+def _check_shapes(input: Tensor, target: Tensor, other_target: Tensor | None, share: object) -> bool:
+    """Whether target holds class indices (else probabilities)."""
+    _checks.is_tensor("input", input)
+    _checks.is_tensor("target", target)
+    shape = input.shape
+    if len(shape) == 2 and other_target is None and target.dtype == torch.int64 and target.shape == shape[:1]:
+        indices = True  # what nearly every call is
+    else:
+        _checks.dtype_in("input", input, _checks.FLOATS)
+        if not shape:
+            raise ValueError("input must have a dimension of classes, got a 0-d tensor")
+        indices = not target.dtype.is_floating_point
+        rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[1:]
+        if indices:
+            if target.shape != rows:
+                hint = "; probabilities must have a floating dtype" if target.shape == shape else ""
+                raise ValueError(
+                    f"target must have the shape {tuple(rows)} for input of shape {tuple(shape)}, "
+                    f"got {tuple(target.shape)} of {target.dtype}{hint}"
+                )
+            _checks.dtype_in("target", target, _checks.INDICES)
+        elif target.shape != shape:
+            raise ValueError(
+                f"target with probabilities must have input's shape {tuple(shape)}, got {tuple(target.shape)} "
+                f"of {target.dtype}; class indices must have a dtype among int64, int32, uint8"
+            )
+        if other_target is not None:
+            _check_pair(target, indices, other_target, share)
+    if shape[0 if len(shape) == 1 else 1] == 0:
+        raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
+    if target.device != input.device:
+        _checks.same_device("target", target, "input", input)
+    return indices
+
+
+def _check_pair(target: Tensor, indices: bool, other_target: Tensor, share: object) -> None:
+    if not indices:
+        raise TypeError(f"target[0] must hold class indices, got {target.dtype}")
+    _checks.dtype_in("target[1]", other_target, _checks.INDICES)
+    if other_target.shape != target.shape:
+        raise ValueError(
+            f"target[1] must have the shape of target[0], {tuple(target.shape)}, got {tuple(other_target.shape)}"
+        )
+    _checks.same_device("target[1]", other_target, "target[0]", target)
+    if isinstance(share, Tensor):
+        _checks.dtype_in("target[2], the share,", share, _checks.FLOATS)
+        if share.shape not in (torch.Size(), target.shape[:1], target.shape):
+            raise ValueError(
+                f"target[2], the share, must be a float or have the shape (), {tuple(target.shape[:1])} or "
+                f"{tuple(target.shape)}, got {tuple(share.shape)}"
+            )
+        _checks.same_device("target[2], the share,", share, "target[0]", target)
+
+
+def _check_vector(name: str, vector: Tensor | None, classes: int, input: Tensor) -> Tensor | None:
+    if vector is None:
+        return None
+    _checks.is_tensor(name, vector)
+    _checks.dtype_in(name, vector, _checks.FLOATS)
+    if vector.shape != (classes,):
+        raise ValueError(f"{name} must have the shape ({classes},), one value per class, got {tuple(vector.shape)}")
+    _checks.same_device(name, vector, "input", input)
+    if vector.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require a gradient: the loss is not differentiated with respect to it")
+    return vector
+
+
+def _check_options(label_smoothing, gamma, alpha, scale, z_loss, all_ignored) -> None:
+    _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    _checks.finite_at_least("gamma", gamma, 0.0)
+    _checks.finite_at_least("z_loss", z_loss, 0.0)
+    if alpha is not None and not isinstance(alpha, Tensor):
+        _checks.finite_at_least("alpha", alpha, 0.0)
+    _checks.finite_at_least("scale", scale, 0.0)
+    if scale == 0:
+        raise ValueError("scale must be above 0, got 0")
+    _checks.choice("all_ignored", all_ignored, ("nan", "zero"))
+
+
+def _as_dtype(vector: object, dtype: torch.dtype) -> object:
+    return vector.to(dtype) if isinstance(vector, Tensor) and vector.dtype != dtype else vector
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------
+
+
+def _refuse(backend: str, input: Tensor, target: Tensor, plain: bool) -> str | None:
     if not plain:
         return "it serves class indices without focal and long-tail options; the reference serves those"
+    return _not_ordinary(input)
+
+
+def _not_ordinary(input: Tensor) -> str | None:
+    """Why no kernel can take this input: it is no ordinary tensor, or a transform is under way."""
     if type(input) is not Tensor and type(input) is not torch.nn.Parameter:
         return f"the input is a tensor subclass, {type(input).__name__}"
-    if torch._C._functorch.is_functorch_wrapped_tensor(input):
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return "the call is inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "the call is inside forward-mode differentiation"
     return None
 
 
@@ -128,11 +334,11 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _differentiable_backward(ctx, grad_loss: Tensor) -> Tensor:
-    input, target, weight, alpha, logit_adjustment, margin, _, _, _, _ = ctx.saved_tensors
+    input, target, weight, alpha, logit_adjustment, margin, other_target, share, _, _ = ctx.saved_tensors
     ignore_index, reduction, label_smoothing, gamma, alpha_scale, scale, z_loss = ctx.options
     loss = cross_entropy_reference(
         input,
-        target,
+        target if other_target is None else (target, other_target, share),
         weight,
         ignore_index=ignore_index,
         reduction=_ops.REDUCTIONS[reduction],
@@ -149,9 +355,12 @@ def _differentiable_backward(ctx, grad_loss: Tensor) -> Tensor:
     return grad
 
 
+# ---- reference -------------------------------------------------------------------------------------------
+
+
 def cross_entropy_reference(
     input: Tensor,
-    target: Tensor,
+    target: Target,
     weight: Tensor | None = None,
     *,
     ignore_index: int = -100,
@@ -167,61 +376,146 @@ def cross_entropy_reference(
 ) -> Tensor:
     """The formula in plain PyTorch, differentiable as often as wanted, on any device and for any subclass."""
     dim = 0 if input.dim() == 1 else 1  # of the classes
-    num_classes = input.shape[dim]
-    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
+    classes = input.shape[dim]
+    compute = _ops.accumulator(input)
+    x = input.to(compute)
 
     def per_class(vector: Tensor) -> Tensor:
         return vector.to(compute).reshape([-1, *([1] * (input.dim() - 1 - dim))])
 
-    x = input.to(compute)
-    if target.is_floating_point():
-        kept, q = None, target.to(compute)
+    kept, probabilities = None, None  # kept None: every row counts
+    if isinstance(target, tuple):
+        a, b, share = target
+        if isinstance(share, Tensor) and share.dim() == 1:
+            share = share.reshape([-1, *([1] * (a.dim() - 1))])
+        kept, (a, b) = _kept_rows((a, b), classes, ignore_index)
+        shares = [(a, share), (b, 1 - share)]
+    elif target.is_floating_point():
+        probabilities = target.to(compute)
     else:
-        kept = target != ignore_index
-        y = torch.where(kept, target, 0).to(torch.int64)
-        onehot = torch.arange(num_classes, device=x.device).reshape([-1, *([1] * (x.dim() - 1 - dim))]) == y.unsqueeze(
-            dim
-        )
-        q = onehot.to(compute)
-        # Whatever an ignored row holds, NaN included, must reach neither the loss nor the gradient.
-        x = torch.where(kept.unsqueeze(dim), x, 0)
-    if logit_adjustment is not None:
-        x = x + per_class(logit_adjustment)
-    if margin is not None:
-        x = x - per_class(margin) * q
-    z = scale * x
-    log_p = torch.log_softmax(z, dim)
-    if label_smoothing:
-        q = (1 - label_smoothing) * q + label_smoothing / num_classes
-
-    terms = -log_p
-    if gamma:
-        # 1 − p from expm1 keeps its digits where p is near 1; the bounds keep every derivative finite.
-        u = -torch.expm1(log_p.clamp(min=-100.0))
-        terms = terms * u.clamp(min=torch.finfo(compute).tiny) ** gamma
-    factor = q if weight is None else q * per_class(weight)
-    if isinstance(alpha, Tensor) and alpha.dim():
-        factor = factor * per_class(alpha)
-    elif alpha is not None:
-        factor = factor * alpha
-    # A class without a share in the target has no share in the loss, were its log p −inf.
-    losses = torch.where(q == 0, 0, factor * terms).sum(dim)
-    if z_loss:
-        losses = losses + z_loss * torch.logsumexp(z, dim) ** 2
+        kept, (y,) = _kept_rows((target,), classes, ignore_index)
+        shares = [(y, 1.0)]
 
     if kept is not None:
-        losses = torch.where(kept, losses, 0)
+        # Whatever an ignored row holds, NaN included, must reach neither the loss nor the gradient.
+        x = x.masked_fill(~kept.unsqueeze(dim), 0.0)
+    if logit_adjustment is not None:
+        x = x + per_class(logit_adjustment)
+    if margin is not None and probabilities is not None:
+        x = x - per_class(margin) * probabilities
+    elif margin is not None:
+        for y, share in shares:
+            taken = margin.to(compute)[y] * share
+            x = x.scatter_add(dim, y.unsqueeze(dim), -taken.unsqueeze(dim))
+    z = x if scale == 1.0 else x * scale
+    log_p = torch.log_softmax(z, dim)
+
+    factor, alpha_scale = 1.0, 1.0  # of each class; of all
+    if weight is not None:
+        factor = weight.to(compute)
+    if isinstance(alpha, Tensor) and alpha.dim():
+        factor = factor * alpha.to(compute)
+    elif alpha is not None:
+        alpha_scale = alpha
+    factors = per_class(factor) if isinstance(factor, Tensor) else factor
+
+    if probabilities is not None:
+        q = probabilities
+        if label_smoothing:
+            q = (1 - label_smoothing) * q + label_smoothing / classes
+        losses = _product(q, _product(factors, _focal(log_p, gamma))).sum(dim)
+    else:
+        losses = 0.0
+        for y, share in shares:
+            terms = _focal(log_p.gather(dim, y.unsqueeze(dim)).squeeze(dim), gamma)
+            terms = _product(factor[y] if isinstance(factor, Tensor) else factor, terms)
+            losses = losses + _product(1 - label_smoothing, _product(share, terms))
+        if label_smoothing:
+            losses = losses + label_smoothing / classes * _product(factors, _focal(log_p, gamma)).sum(dim)
+    losses = _product(alpha_scale, losses)
+    if z_loss:
+        losses = losses + z_loss * torch.logsumexp(z, dim) ** 2
+    if kept is not None:
+        losses = losses.masked_fill(~kept, 0.0)
+
+    dtype = compute if _autocast(input.device.type) else input.dtype
     if reduction == "none":
-        return losses.to(input.dtype)
+        return losses.to(dtype)
     total = losses.sum()
     if reduction == "mean":
-        if kept is None:
-            denominator = torch.full_like(total, losses.numel())
-        elif weight is None:
-            denominator = kept.sum().to(compute)
+        if probabilities is not None or weight is None:
+            denominator = losses.numel() if kept is None else kept.sum()
         else:
-            denominator = torch.where(kept, weight.to(compute)[y], 0).sum()
+            rows = sum(_product(share, weight.to(compute)[y]) for y, share in shares)
+            denominator = (rows if kept is None else rows.masked_fill(~kept, 0.0)).sum()
         if all_ignored == "zero":
-            denominator = torch.where(denominator == 0, 1, denominator)
+            if isinstance(denominator, Tensor):
+                denominator = denominator.masked_fill(denominator == 0, 1)
+            else:
+                denominator = max(denominator, 1)
         total = total / denominator
-    return total.to(input.dtype)
+    return total.to(dtype)
+
+
+def _focal(log_p: Tensor, gamma: float) -> Tensor:
+    """−(1 − p)^γ · log p, with finite derivatives of every order at p = 0 and p = 1."""
+    if gamma == 0:
+        return -log_p
+    # Where p is far below the last digit of 1 the power is 1; kept apart so that no derivative meets 0·inf.
+    far = log_p < -100.0
+    near = log_p.masked_fill(far, -1.0)
+    # 1 − p from expm1 keeps its digits where p is near 1.
+    return torch.where(far, -log_p, -near * _power(-torch.expm1(near), gamma))
+
+
+def _power(u: Tensor, gamma: float) -> Tensor:
+    """u^γ for 0 <= u <= 1; held above a floor whose square has a finite reciprocal, for the derivatives' sake."""
+    return u.clamp(min=torch.finfo(u.dtype).tiny ** 0.5) ** gamma
+
+
+def _product(factor: Tensor | float, terms: Tensor) -> Tensor:
+    """factor · terms, where a factor of 0 gives 0 even if the term is infinite."""
+    if isinstance(factor, Tensor):
+        empty = factor == 0
+        if factor.requires_grad:  # and its gradient is still the term
+            empty = empty & terms.isinf()
+        return factor * terms.masked_fill(empty, 0.0)
+    if factor == 1:
+        return terms
+    return factor * (terms if factor else terms.masked_fill(terms.isinf(), 0.0))
+
+
+def _kept_rows(targets: tuple[Tensor, ...], classes: int, ignore_index: int) -> tuple[Tensor | None, list[Tensor]]:
+    """Which rows count, None if all do, and the class indices as int64 with 0 in rows that do not count."""
+    targets = [target.to(torch.int64) for target in targets]
+    if _readable(targets[0]):
+        if all(_all_inside(target, classes, ignore_index) for target in targets):
+            return None, targets
+        for target in targets:
+            _checks.in_bounds("target", target, classes, ignore_index)
+    kept = targets[0] != ignore_index
+    for target in targets[1:]:
+        kept = kept & (target != ignore_index)
+    return kept, [target.masked_fill(~kept, 0) for target in targets]
+
+
+def _all_inside(target: Tensor, classes: int, ignore_index: int) -> bool:
+    if target.numel() == 0:
+        return True
+    low, high = (int(bound) for bound in target.aminmax())
+    return low >= 0 and high < classes and not low <= ignore_index <= high
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the host can look at values for free: an ordinary CPU tensor that nobody traces."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and _get_current_dispatch_mode() is None
+    )
+
+
+def _autocast(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
