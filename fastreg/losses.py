@@ -14,6 +14,7 @@ forward, and read and write them once in the backward; between the two only each
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -92,7 +93,6 @@ def cross_entropy(
     if isinstance(target, tuple | list):
         target, other_target, share = _unpack(target)
     indices = _check_shapes(input, target, other_target, share)
-    _checks.choice("reduction", reduction, _ops.REDUCTIONS)
     vectors = weight is not None or logit_adjustment is not None or margin is not None or isinstance(alpha, Tensor)
     if vectors:
         classes = input.shape[0 if input.dim() == 1 else 1]
@@ -102,8 +102,8 @@ def cross_entropy(
         if isinstance(alpha, Tensor):
             alpha = _check_vector("alpha", alpha.expand(classes) if alpha.dim() == 0 else alpha, classes, input)
     plain = gamma == 0.0 and alpha is None and scale == 1.0 and z_loss == 0.0
-    if not plain or label_smoothing != 0.0 or all_ignored != "nan":
-        _check_options(label_smoothing, gamma, alpha, scale, z_loss, all_ignored)
+    if not plain or label_smoothing != 0.0 or all_ignored != "nan" or reduction not in _ops.REDUCTIONS:
+        check_options(reduction, label_smoothing, gamma, alpha, scale, z_loss, all_ignored)
     if not indices and ignore_index >= 0:
         raise ValueError(f"ignore_index must not be given with probabilities as target, got {ignore_index}")
 
@@ -278,7 +278,8 @@ def _check_vector(name: str, vector: Tensor | None, classes: int, input: Tensor)
     return vector
 
 
-def _check_options(label_smoothing, gamma, alpha, scale, z_loss, all_ignored) -> None:
+def check_options(reduction, label_smoothing, gamma, alpha, scale, z_loss, all_ignored) -> None:
+    _checks.choice("reduction", reduction, _ops.REDUCTIONS)
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
     _checks.finite_at_least("gamma", gamma, 0.0)
     _checks.finite_at_least("z_loss", z_loss, 0.0)
@@ -519,3 +520,185 @@ def _readable(tensor: Tensor) -> bool:
 
 def _autocast(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+# ---- sigmoid focal loss ----------------------------------------------------------------------------------
+
+_sigmoid_forward = _ops.kernels("sigmoid_focal_forward")
+_sigmoid_backward = _ops.kernels("sigmoid_focal_backward")
+_backends.register("sigmoid_focal_loss", kernels=())
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Sigmoid focal loss (Lin et al. 2017), `torchvision.ops.sigmoid_focal_loss` argument by argument.
+
+    For one logit x with target t in [0, 1] and p = sigmoid(x):
+
+        loss = α_t · (1 − p_t)^γ · (−t·log p − (1 − t)·log(1 − p))
+        p_t  = t·p + (1 − t)·(1 − p),    α_t = t·α + (1 − t)·(1 − α), or 1 if alpha is negative
+
+    Args:
+        inputs: logits of any shape, in fp16, bf16, fp32 or fp64.
+        targets: t, of inputs' shape and any floating dtype or bool; or class indices of inputs' shape without its
+            last dimension, int64, int32 or uint8: 1 for that class and 0 for the others, which are never made. An
+            index outside [0, C) is background: 0 for every class.
+        alpha: weight of the positives, 1 − alpha that of the negatives; any negative value turns both off.
+        gamma: exponent γ >= 0. The loss and its gradient are finite for every γ and x.
+        reduction: "none", "mean" or "sum".
+        weight: (C,) for the last dimension of inputs, scales the terms; without a gradient.
+        normalizer: a float or 0-d tensor (without a gradient) by which a sum is divided, usually the number of
+            positives. 0 counts as 1, so that a batch without positives is not divided by 0. Only for "sum".
+
+    Returns:
+        The loss, 0-d or, for "none", of inputs' shape, in inputs' dtype (fp32 under autocast), computed in fp32
+        (fp64 for fp64) and rounded once.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype, device or range.
+    """
+    _check_sigmoid(inputs, targets, alpha, gamma, reduction, weight, normalizer)
+    backend = _backends.choose("sigmoid_focal_loss", inputs.device.type, _refuse_sigmoid, inputs, targets)
+    if backend == "reference":
+        return sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction, weight, normalizer)
+    compute = _ops.accumulator(inputs)
+    if targets.shape == inputs.shape:
+        targets = targets.to(inputs.dtype)
+    scale = 1.0
+    if reduction == "mean":
+        scale = 1 / inputs.numel() if inputs.numel() else float("nan")
+    elif normalizer is not None and not isinstance(normalizer, Tensor):
+        scale, normalizer = 1 / (normalizer or 1), None
+    classes = inputs.shape[-1] if inputs.dim() else 1
+    return _SigmoidFocal.apply(
+        inputs.reshape(-1, classes),
+        targets.reshape(-1, classes) if targets.shape == inputs.shape else targets.reshape(-1),
+        _as_dtype(weight, compute),
+        _as_dtype(normalizer, compute),
+        alpha,
+        gamma,
+        reduction != "none",
+        scale,
+        _autocast(inputs.device.type),
+        backend,
+    ).reshape(inputs.shape if reduction == "none" else ())
+
+
+def _check_sigmoid(inputs, targets, alpha, gamma, reduction, weight, normalizer) -> None:
+    _checks.is_tensor("inputs", inputs)
+    _checks.is_tensor("targets", targets)
+    _checks.dtype_in("inputs", inputs, _checks.FLOATS)
+    check_sigmoid_options(alpha, gamma, reduction)
+    if targets.shape == inputs.shape:
+        if not targets.is_floating_point():
+            _checks.dtype_in("targets of inputs' shape", targets, (torch.bool, *_checks.FLOATS))
+    elif targets.shape == inputs.shape[:-1]:
+        _checks.dtype_in("targets with class indices", targets, _checks.INDICES)
+    else:
+        raise ValueError(
+            f"targets must have inputs' shape {tuple(inputs.shape)}, or for class indices "
+            f"{tuple(inputs.shape[:-1])}, got {tuple(targets.shape)}"
+        )
+    _checks.same_device("targets", targets, "inputs", inputs)
+    if weight is not None:
+        _check_vector("weight", weight, inputs.shape[-1] if inputs.dim() else 1, inputs)
+    if normalizer is not None:
+        if reduction != "sum":
+            raise ValueError(f"normalizer divides a sum: it needs reduction='sum', got {reduction!r}")
+        if isinstance(normalizer, Tensor):
+            if normalizer.dim():
+                raise ValueError(f"normalizer must be a float or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+            _checks.same_device("normalizer", normalizer, "inputs", inputs)
+            if normalizer.requires_grad and torch.is_grad_enabled():
+                raise ValueError("normalizer must not require a gradient")
+        else:
+            _checks.finite_at_least("normalizer", normalizer, 0.0)
+
+
+def check_sigmoid_options(alpha, gamma, reduction) -> None:
+    _checks.choice("reduction", reduction, _ops.REDUCTIONS)
+    _checks.finite_at_least("gamma", gamma, 0.0)
+    if not alpha <= 1:
+        raise ValueError(f"alpha must be at most 1 (negative: no balance), got {alpha}")
+
+
+def _refuse_sigmoid(backend: str, inputs: Tensor, targets: Tensor) -> str | None:
+    if targets.requires_grad and torch.is_grad_enabled():
+        return "the targets want a gradient, which only the reference gives"
+    return _not_ordinary(inputs)
+
+
+class _SigmoidFocal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        *args, fp32_loss, backend = args
+        ctx.save_for_backward(*args[:4])
+        ctx.options, ctx.backend = args[4:], backend
+        return _sigmoid_forward[backend](*args, fp32_loss)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grad = _differentiable_sigmoid_backward(ctx, grad_loss)
+        else:
+            grad = _sigmoid_backward[ctx.backend](grad_loss, *ctx.saved_tensors, *ctx.options)
+        return grad, *([None] * 9)
+
+
+def _differentiable_sigmoid_backward(ctx, grad_loss: Tensor) -> Tensor:
+    inputs, targets, weight, normalizer = ctx.saved_tensors
+    alpha, gamma, reduce, scale = ctx.options
+    reduction = "sum" if reduce else "none"
+    loss = scale * sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction, weight, normalizer)
+    (grad,) = torch.autograd.grad(loss, inputs, grad_loss.to(loss.dtype), create_graph=True)
+    return grad
+
+
+def sigmoid_focal_loss_reference(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """The formula in plain PyTorch, differentiable as often as wanted, with respect to dense targets too."""
+    compute = _ops.accumulator(inputs)
+    x = inputs.to(compute)
+    if targets.shape == inputs.shape:
+        t = targets.to(compute)
+        losses = _product(t, -F.logsigmoid(x)) + _product(1 - t, -F.logsigmoid(-x))
+        if gamma:
+            near = x.clamp(-100.0, 100.0)  # beyond, the power stands still, and its derivative is 0 and not 0·inf
+            u = t * torch.sigmoid(-near) + (1 - t) * torch.sigmoid(near)
+    else:
+        t = torch.arange(inputs.shape[-1], device=x.device) == targets.unsqueeze(-1)
+        wrong = torch.where(t, -x, x)  # the logit of being wrong
+        losses = -F.logsigmoid(-wrong)
+        if gamma:
+            u = torch.sigmoid(wrong.clamp(-100.0, 100.0))
+    if gamma:
+        losses = losses * _power(u, gamma)
+    if alpha >= 0:
+        t = t.to(compute)
+        losses = _product(t * alpha + (1 - t) * (1 - alpha), losses)
+    if weight is not None:
+        losses = _product(weight.to(compute), losses)
+    dtype = compute if _autocast(inputs.device.type) else inputs.dtype
+    if reduction == "none":
+        return losses.to(dtype)
+    loss = losses.mean() if reduction == "mean" else losses.sum()
+    if isinstance(normalizer, Tensor):
+        loss = loss / normalizer.masked_fill(normalizer == 0, 1)
+    elif normalizer:
+        loss = loss / normalizer
+    return loss.to(dtype)

@@ -1,5 +1,6 @@
 """Modules over the functions, with the state_dict of their torch.nn namesakes."""
 
+import inspect
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -7,8 +8,209 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, longtail, losses
 from .group_norm import ACTIVATIONS, group_norm
+
+# ---- losses ----------------------------------------------------------------------------------------------
+
+
+class CrossEntropyLoss(nn.Module):
+    """`fastreg.cross_entropy` as a module: `torch.nn.CrossEntropyLoss` with the options of the long-tail family.
+
+    weight, logit_adjustment, margin and a tensor alpha are buffers. Attributes may be changed between calls, as
+    deferred re-weighting (Cao et al. 2019) does with `loss.weight = …`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        gamma: float = 0.0,
+        alpha: float | Tensor | None = None,
+        logit_adjustment: Tensor | None = None,
+        margin: Tensor | None = None,
+        scale: float = 1.0,
+        z_loss: float = 0.0,
+        all_ignored: str = "nan",
+    ) -> None:
+        super().__init__()
+        losses.check_options(reduction, label_smoothing, gamma, alpha, scale, z_loss, all_ignored)
+        self.register_buffer("weight", weight)
+        self.register_buffer("logit_adjustment", logit_adjustment)
+        self.register_buffer("margin", margin)
+        if isinstance(alpha, Tensor):
+            self.register_buffer("alpha", alpha)
+        else:
+            self.alpha = alpha
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.gamma = gamma
+        self.scale = scale
+        self.z_loss = z_loss
+        self.all_ignored = all_ignored
+
+    def forward(self, input: Tensor, target: losses.Target) -> Tensor:
+        return losses.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            gamma=self.gamma,
+            alpha=self.alpha,
+            logit_adjustment=self.logit_adjustment,
+            margin=self.margin,
+            scale=self.scale,
+            z_loss=self.z_loss,
+            all_ignored=self.all_ignored,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that are not at their defaults, and which vectors there are."""
+        defaults = inspect.signature(CrossEntropyLoss).parameters
+        options = {name: getattr(self, name) for name in self.__dict__ if name in defaults or name in self._shown}
+        told = [f"{k}={v!r}" for k, v in options.items() if k in self._shown or v != defaults[k].default]
+        return ", ".join(told + [f"{k}={tuple(v.shape)}" for k, v in self._buffers.items() if v is not None])
+
+    _shown: tuple[str, ...] = ()
+
+
+class FocalLoss(CrossEntropyLoss):
+    """Softmax focal loss (Lin et al. 2017), `fastreg.focal_loss` as a module; options as for CrossEntropyLoss."""
+
+    def __init__(
+        self, gamma: float = 2.0, alpha: float | Tensor | None = None, weight: Tensor | None = None, **options
+    ) -> None:
+        super().__init__(weight, gamma=gamma, alpha=alpha, **options)
+
+
+class _FromCounts(CrossEntropyLoss):
+    """A loss one of whose vectors follows from the class counts.
+
+    `counts` is an int64 buffer, and what the state_dict holds; the vector is made from it again when a state_dict
+    is loaded. `.half()` and the like leave the vector's dtype alone.
+    """
+
+    _vector = ""
+
+    def __init__(self, counts: longtail.Counts, **options) -> None:
+        super().__init__(**options)
+        self.register_buffer("counts", longtail.check_counts(counts))
+
+    def _derive(self) -> Tensor:
+        raise NotImplementedError
+
+    def _refresh(self) -> None:
+        self.register_buffer(self._vector, self._derive(), persistent=False)
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._refresh()
+
+    def _apply(self, *args, **kwargs) -> "_FromCounts":
+        vector = self._buffers[self._vector]
+        super()._apply(*args, **kwargs)
+        if not vector.is_meta:
+            self._buffers[self._vector] = vector.to(self.counts.device)
+        return self
+
+
+class LogitAdjustedLoss(_FromCounts):
+    """Cross-entropy of logits + τ·log prior (Menon et al. 2021). At test time use the bare logits.
+
+    counts: training samples per class; a class with none is taken as one with one.
+    """
+
+    _vector, _shown = "logit_adjustment", ("tau",)
+
+    def __init__(self, counts: longtail.Counts, tau: float = 1.0, **options) -> None:
+        super().__init__(counts, **options)
+        self.tau = tau
+        self._refresh()
+
+    def _derive(self) -> Tensor:
+        return longtail.log_prior(self.counts, self.tau)
+
+
+class BalancedSoftmaxLoss(_FromCounts):
+    """Balanced softmax (Ren et al. 2020): cross-entropy of logits + log prior. At test time use the bare logits.
+
+    counts: training samples per class; a class with none is taken as one with one.
+    """
+
+    _vector = "logit_adjustment"
+
+    def __init__(self, counts: longtail.Counts, **options) -> None:
+        super().__init__(counts, **options)
+        self._refresh()
+
+    def _derive(self) -> Tensor:
+        return longtail.log_prior(self.counts)
+
+
+class LDAMLoss(_FromCounts):
+    """Label-distribution-aware margins (Cao et al. 2019): cross-entropy of scale·(logits − margin_y·onehot(y)).
+
+    Meant for logits that are cosines of normalised features and class vectors, hence the scale.
+    counts: training samples per class; the rarest class gets max_margin, others max_margin·(n_min/n_c)^(1/4).
+    """
+
+    _vector, _shown = "margin", ("max_margin",)
+
+    def __init__(self, counts: longtail.Counts, max_margin: float = 0.5, scale: float = 30, **options) -> None:
+        super().__init__(counts, scale=scale, **options)
+        self.max_margin = max_margin
+        self._refresh()
+
+    def _derive(self) -> Tensor:
+        return longtail.ldam_margins(self.counts, self.max_margin)
+
+
+class ClassBalancedLoss(_FromCounts):
+    """Class-balanced loss (Cui et al. 2019): (focal) cross-entropy weighted by the effective number of samples.
+
+    The weights sum to C and, being class weights, normalise the mean as in `torch.nn.CrossEntropyLoss`.
+    counts: training samples per class; a class with none is taken as one with one.
+    """
+
+    _vector, _shown = "weight", ("beta",)
+
+    def __init__(self, counts: longtail.Counts, beta: float = 0.9999, gamma: float = 0.0, **options) -> None:
+        super().__init__(counts, gamma=gamma, **options)
+        self.beta = beta
+        self._refresh()
+
+    def _derive(self) -> Tensor:
+        return longtail.effective_number_weights(self.counts, self.beta)
+
+
+class SigmoidFocalLoss(nn.Module):
+    """`fastreg.sigmoid_focal_loss` as a module; forward(inputs, targets, normalizer=None)."""
+
+    def __init__(
+        self, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none", *, weight: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        losses.check_sigmoid_options(alpha, gamma, reduction)
+        self.alpha = alpha
+        self.gamma = gamma
+        self.reduction = reduction
+        self.register_buffer("weight", weight)
+
+    def forward(self, inputs: Tensor, targets: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
+        return losses.sigmoid_focal_loss(
+            inputs, targets, self.alpha, self.gamma, self.reduction, weight=self.weight, normalizer=normalizer
+        )
+
+    def extra_repr(self) -> str:
+        weight = "" if self.weight is None else f", weight={tuple(self.weight.shape)}"
+        return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}{weight}"
+
 
 # ---- normalisation ---------------------------------------------------------------------------------------
 

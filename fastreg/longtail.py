@@ -1,0 +1,138 @@
+"""What long-tailed recognition needs around the losses: class weights, priors and margins from class counts, a
+long-tailed set of counts, and accuracy over head, middle and tail.
+
+Wherever counts enter, a class without samples is taken as a class with one, so that nothing here is ever infinite
+or NaN. Counts are a sequence or tensor of whole numbers; results are on the counts' device, in the default dtype,
+computed in fp64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+Counts = Sequence[int] | Tensor
+
+
+def effective_number_weights(counts: Counts, beta: float = 0.9999) -> Tensor:
+    """Class weights by the effective number of samples, w_c ∝ (1 − β) / (1 − β^n_c), with Σ w_c = C.
+
+    β = 0 gives all ones, β = 1 the limit, w_c ∝ 1/n_c. Source: Cui et al., Class-Balanced Loss Based on Effective
+    Number of Samples, CVPR 2019.
+    """
+    _checks.in_range("beta", beta, 0.0, 1.0)
+    n = _at_least_one(counts)
+    if beta == 1:
+        weights = 1 / n
+    else:
+        # −expm1(n·log β) keeps its digits where β^n is near 1.
+        log_beta = torch.tensor(beta, dtype=torch.float64, device=n.device).log()
+        weights = -1 / torch.expm1(n * log_beta)
+    return (weights * (len(n) / weights.sum())).to(torch.get_default_dtype())
+
+
+def log_prior(counts: Counts, tau: float = 1.0) -> Tensor:
+    """τ·log(n_c / Σ n), the logit adjustment that makes the loss balanced.
+
+    Source: Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021; τ = 1 is the balanced softmax of Ren
+    et al., NeurIPS 2020. τ = 0 gives zeros.
+    """
+    if not abs(tau) < float("inf"):
+        raise ValueError(f"tau must be finite, got {tau}")
+    n = _at_least_one(counts)
+    return (tau * (n.log() - n.sum().log()) + 0.0).to(torch.get_default_dtype())
+
+
+def ldam_margins(counts: Counts, max_margin: float = 0.5) -> Tensor:
+    """Margins m_c ∝ n_c^(−1/4), the largest of them max_margin.
+
+    Source: Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS 2019.
+    """
+    _checks.finite_at_least("max_margin", max_margin, 0.0)
+    n = _at_least_one(counts)
+    return (max_margin * (n.min() / n) ** 0.25).to(torch.get_default_dtype())
+
+
+def long_tailed_counts(n_max: int, num_classes: int, imbalance: float) -> Tensor:
+    """Counts that fall off exponentially from n_max to n_max / imbalance: ⌊n_max · imbalance^(−c / (C − 1))⌋, at
+    least 1. int64, (C,). Source: Cui et al., CVPR 2019, where CIFAR-100-LT has imbalance 100.
+    """
+    _checks.in_range("n_max", n_max, 1)
+    _checks.in_range("num_classes", num_classes, 1)
+    if not 1 <= imbalance < float("inf"):
+        raise ValueError(f"imbalance must be the largest count over the smallest, at least 1, got {imbalance}")
+    place = torch.arange(num_classes, dtype=torch.float64) / max(num_classes - 1, 1)
+    # The tiny factor keeps an exact quotient such as 500 / 100 from being cut to the number below.
+    return (n_max * imbalance**-place * (1 + 1e-12)).floor().clamp(min=1).to(torch.int64)
+
+
+def split_accuracy(
+    pred: Tensor, target: Tensor, train_counts: Counts, many: int = 100, few: int = 20
+) -> dict[str, Tensor]:
+    """Accuracy overall and over the classes with many, a medium number of, and few training samples.
+
+    Args:
+        pred: class indices of target's shape, or scores (…, C) whose largest counts.
+        target: class indices; values outside [0, C) are left out.
+        train_counts: (C,) training samples per class.
+        many, few: a class with more than `many` samples is in "many", with fewer than `few` in "few".
+
+    Returns:
+        {"all", "many", "medium", "few"} → 0-d tensors on target's device, without a sync: for "all" the share of
+        right samples, for the others the mean of their classes' accuracies, over the classes that occur in target.
+        0 where none does. Source of the split: Liu et al., Large-Scale Long-Tailed Recognition in an Open World,
+        CVPR 2019.
+    """
+    _checks.is_tensor("pred", pred)
+    _checks.is_tensor("target", target)
+    counts = check_counts(train_counts).to(target.device)
+    if pred.shape == (*target.shape, len(counts)) and pred.is_floating_point():
+        pred = pred.argmax(-1)
+    if pred.shape != target.shape:
+        raise ValueError(
+            f"pred must have target's shape {tuple(target.shape)}, or be scores {(*target.shape, len(counts))}, "
+            f"got {tuple(pred.shape)} of {pred.dtype}"
+        )
+    if not few <= many + 1:
+        raise ValueError(f"few must be at most many + 1, got few {few} and many {many}")
+    target, pred = target.flatten().to(torch.int64), pred.flatten()
+    known = (target >= 0) & (target < len(counts))
+    slot = torch.where(known, target, len(counts))
+    seen = torch.zeros(len(counts) + 1, dtype=torch.int64, device=target.device)
+    right = seen.index_add(0, slot, (pred == target).to(torch.int64))[:-1].double()
+    seen = seen.index_add(0, slot, torch.ones_like(slot))[:-1].double()
+    accuracy = right / seen.clamp(min=1)
+
+    def mean_over(classes: Tensor) -> Tensor:
+        classes = classes & (seen > 0)
+        return (accuracy * classes).sum() / classes.sum().clamp(min=1)
+
+    return {
+        "all": right.sum() / seen.sum().clamp(min=1),
+        "many": mean_over(counts > many),
+        "medium": mean_over((counts <= many) & (counts >= few)),
+        "few": mean_over(counts < few),
+    }
+
+
+def check_counts(counts: Counts) -> Tensor:
+    """One whole number >= 0 per class, as int64."""
+    given = torch.as_tensor(counts)
+    if given.dim() != 1 or not len(given):
+        raise ValueError(f"counts must be one number per class, got shape {tuple(given.shape)}")
+    if given.dtype == torch.bool or given.is_complex():
+        raise TypeError(f"counts must be whole numbers, got {given.dtype}")
+    whole = given.to(torch.int64)
+    if given.is_meta:
+        return whole
+    if given.is_floating_point() and not (whole == given).all():
+        raise ValueError("counts must be whole numbers")
+    if (whole < 0).any():
+        raise ValueError(f"counts must not be negative, got {int(whole.min())}")
+    return whole
+
+
+def _at_least_one(counts: Counts) -> Tensor:
+    return check_counts(counts).clamp(min=1).double()
