@@ -409,30 +409,34 @@ def cross_entropy_reference(
             taken = margin.to(compute)[y] * share
             x = x.scatter_add(dim, y.unsqueeze(dim), -taken.unsqueeze(dim))
     z = x if scale == 1.0 else x * scale
-    log_p = torch.log_softmax(z, dim)
 
-    factor, alpha_scale = 1.0, 1.0  # of each class; of all
+    factor, alpha_scale = None, 1.0  # of each class; of all
     if weight is not None:
         factor = weight.to(compute)
     if isinstance(alpha, Tensor) and alpha.dim():
-        factor = factor * alpha.to(compute)
+        factor = alpha.to(compute) if factor is None else factor * alpha.to(compute)
     elif alpha is not None:
         alpha_scale = alpha
-    factors = per_class(factor) if isinstance(factor, Tensor) else factor
-
-    if probabilities is not None:
-        q = probabilities
-        if label_smoothing:
-            q = (1 - label_smoothing) * q + label_smoothing / classes
-        losses = _product(q, _product(factors, _focal(log_p, gamma))).sum(dim)
+    plain = gamma == 0 and factor is None and probabilities is None and len(shares) == 1 and label_smoothing < 1
+    if plain and input.dim() <= 2:  # PyTorch's own, in fewer calls
+        losses = F.cross_entropy(z, shares[0][0], reduction="none", label_smoothing=label_smoothing)
     else:
-        losses = 0.0
-        for y, share in shares:
-            terms = _focal(log_p.gather(dim, y.unsqueeze(dim)).squeeze(dim), gamma)
-            terms = _product(factor[y] if isinstance(factor, Tensor) else factor, terms)
-            losses = losses + _product(1 - label_smoothing, _product(share, terms))
-        if label_smoothing:
-            losses = losses + label_smoothing / classes * _product(factors, _focal(log_p, gamma)).sum(dim)
+        log_p = torch.log_softmax(z, dim)
+        factors = 1.0 if factor is None else per_class(factor)
+        if probabilities is not None:
+            q = probabilities
+            if label_smoothing:
+                q = (1 - label_smoothing) * q + label_smoothing / classes
+            losses = _product(q, _product(factors, _focal(log_p, gamma))).sum(dim)
+        else:
+            losses = 0.0
+            for y, share in shares:
+                terms = _focal(log_p.gather(dim, y.unsqueeze(dim)).squeeze(dim), gamma)
+                losses = losses + _product(share, _product(1.0 if factor is None else factor[y], terms))
+            if label_smoothing:
+                spread = _product(factors, _focal(log_p, gamma)).sum(dim)
+                losses = _product(1 - label_smoothing, losses) + label_smoothing / classes * spread
+        losses = -losses
     losses = _product(alpha_scale, losses)
     if z_loss:
         losses = losses + z_loss * torch.logsumexp(z, dim) ** 2
@@ -459,14 +463,14 @@ def cross_entropy_reference(
 
 
 def _focal(log_p: Tensor, gamma: float) -> Tensor:
-    """−(1 − p)^γ · log p, with finite derivatives of every order at p = 0 and p = 1."""
+    """(1 − p)^γ · log p, with finite derivatives of every order at p = 0 and p = 1."""
     if gamma == 0:
-        return -log_p
+        return log_p
     # Where p is far below the last digit of 1 the power is 1; kept apart so that no derivative meets 0·inf.
     far = log_p < -100.0
-    near = log_p.masked_fill(far, -1.0)
+    near = torch.where(far, -1.0, log_p)
     # 1 − p from expm1 keeps its digits where p is near 1.
-    return torch.where(far, -log_p, -near * _power(-torch.expm1(near), gamma))
+    return torch.where(far, log_p, near * _power(-torch.expm1(near), gamma))
 
 
 def _power(u: Tensor, gamma: float) -> Tensor:
@@ -480,10 +484,10 @@ def _product(factor: Tensor | float, terms: Tensor) -> Tensor:
         empty = factor == 0
         if factor.requires_grad:  # and its gradient is still the term
             empty = empty & terms.isinf()
-        return factor * terms.masked_fill(empty, 0.0)
+        return factor * torch.where(empty, 0.0, terms)
     if factor == 1:
         return terms
-    return factor * (terms if factor else terms.masked_fill(terms.isinf(), 0.0))
+    return factor * (terms if factor else torch.where(terms.isinf(), 0.0, terms))
 
 
 def _kept_rows(targets: tuple[Tensor, ...], classes: int, ignore_index: int) -> tuple[Tensor | None, list[Tensor]]:
