@@ -22,11 +22,6 @@ from triton.language.extra.cuda import libdevice as cuda_libdevice
 from triton.runtime import autotuner, interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
-try:
-    from triton.runtime.interpreter import InterpreterOptions
-except ImportError:
-    InterpreterOptions = None
-
 _ROUND_TO_ZERO = getattr(interpreter._ir.ROUNDING_MODE, "RTZ", None)
 
 
@@ -195,17 +190,28 @@ def _run_autotuned_kernels() -> None:
 
 
 def _launch_like_hardware() -> None:
-    old_call = GridExecutor.__call__
+    old_launch, old_patch = GridExecutor.__call__, interpreter._patch_lang
+    patched_for: dict[int, dict] = {}  # keeps the modules alive, so that no id comes twice
 
     def launch(self, *args, **kwargs):
         # The GPU raises no floating-point exceptions, and its max and min drop NaN silently.
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            return old_call(self, *args, **kwargs)
+            return old_launch(self, *args, **kwargs)
+
+    def patch_language(function):
+        # The interpreter exchanges the functions of triton.language at every call of a jit function, which takes
+        # 2 ms. Once per module is enough, in a process that only ever interprets.
+        if id(function.__globals__) not in patched_for:
+            patched_for[id(function.__globals__)] = function.__globals__
+            old_patch(function)
+        return interpreter._LangPatchScope()
 
     GridExecutor.__call__ = launch
-    if InterpreterOptions is not None:  # tl.device_assert raises
-        interpreter.interpreter_builder.options = InterpreterOptions(debug=True, sanitize_overflow=False)
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = patch_language
+    if hasattr(interpreter, "InterpreterOptions"):  # tl.device_assert raises
+        interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
 
 
 # ---- what the instruments in traffic.py and sanitizer.py share -------------------------------------------
