@@ -3,6 +3,7 @@
 from . import longtail, nn
 from ._backends import BACKENDS, backends, use_backend
 from ._version import __version__
+from .averaging import EMA, SWA, AveragedModel, PowerEMA, TanhEMA, WeightAverager, average_
 from .group_norm import group_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .losses import cross_entropy, focal_loss, sigmoid_focal_loss
@@ -10,7 +11,14 @@ from .nn import replace_modules
 
 __all__ = [
     "BACKENDS",
+    "EMA",
+    "SWA",
+    "AveragedModel",
+    "PowerEMA",
+    "TanhEMA",
+    "WeightAverager",
     "__version__",
+    "average_",
     "backends",
     "cross_entropy",
     "focal_loss",

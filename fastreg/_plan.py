@@ -1,0 +1,122 @@
+"""The plan: what lets one launch serve any number of tensors, of any mix of dtypes.
+
+A plan is an int64 table with a row of addresses, sizes, strides and dtype codes per tensor (or per tuple of
+tensors that belong together: a parameter and its averages), and a table of chunks, runs of elements of one row,
+which the kernels share out among blocks or threads. Both stand on the tensors' device.
+
+A plan holds addresses and no tensors, so it is only good as long as those tensors are where they were. `describe`
+gives two numbers per tensor, its address and a hash of its dtype, device, shape and strides; `unchanged` compares
+them with the present, before every use. `.data =`, `.to()`, `load_state_dict(assign=True)` and the like all show
+there. `plan_for` keeps the plans of recent calls by that description.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from operator import is_
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+
+def describe(tensors: Sequence[Tensor]) -> np.ndarray:
+    """(len(tensors), 2) int64: address, and a hash of dtype, device, shape and strides."""
+    rows = [(t.data_ptr(), hash((t.dtype, t.device, t.shape, t.stride()))) for t in tensors]
+    return np.array(rows, np.int64).reshape(-1, 2)
+
+
+def unchanged(tensors: Sequence[Tensor], rows: np.ndarray) -> bool:
+    """Whether `describe(tensors)` still gives `rows`."""
+    return np.array_equal(describe(tensors), rows)
+
+
+class Watch:
+    """Notices that a module was given another parameter, buffer or submodule object."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        everything = [m for module in modules for m in module.modules()]
+        self._dicts = [d for m in everything for d in (m._parameters, m._buffers, m._modules)]
+        self._values = list(chain.from_iterable(d.values() for d in self._dicts))
+
+    def unchanged(self) -> bool:
+        now = list(chain.from_iterable(map(dict.values, self._dicts)))
+        return len(now) == len(self._values) and all(map(is_, now, self._values))
+
+
+@dataclass(frozen=True)
+class Plan:
+    table: Tensor  # int64 (rows, columns); the columns are the op's
+    chunks: Tensor  # int64 (chunks, 2): row, first element
+    chunk: int  # elements in a chunk, the last one of a row may be shorter
+
+    @classmethod
+    def make(cls, columns: np.ndarray, sizes: np.ndarray, device: torch.device) -> "Plan":
+        """`columns` (rows, columns) is the table, `sizes` (rows) the number of elements to share out per row."""
+        chunk = chunk_size(int(sizes.sum()), device)
+        counts = -(-sizes // chunk)
+        row = np.repeat(np.arange(len(sizes), dtype=np.int64), counts)
+        first = np.arange(len(row), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+        return cls(
+            _to_device(np.ascontiguousarray(columns, np.int64), device),
+            _to_device(np.stack([row, first * chunk], 1), device),
+            chunk,
+        )
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    host = torch.from_numpy(array)
+    if device.type == "cpu":
+        return host
+    # From pinned memory the copy is queued and the host goes on; torch keeps the block until it is done.
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+@cache
+def _parallelism(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 16
+
+
+def chunk_size(total: int, device: torch.device) -> int:
+    """Elements per chunk: enough chunks for eight per multiprocessor, none under 2,048 or over 65,536 elements.
+    A power of two, so that a chunk starts aligned where its tensor does."""
+    wanted = total // (8 * _parallelism(device))
+    return 1 << min(max(wanted, 2048).bit_length() - 1, 16)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one run of memory, each place once, in whatever order of dimensions."""
+    if tensor.layout is not torch.strided:
+        return False
+    if tensor.numel() == 0:
+        return True
+    expected = 1
+    for stride, size in sorted((st, n) for n, st in zip(tensor.shape, tensor.stride()) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+_plans: OrderedDict[tuple, Plan] = OrderedDict()
+_KEPT = 64
+
+
+def plan_for(op: str, tensors: Sequence[Tensor], build: Callable[[], Plan]) -> Plan:
+    """The plan of an earlier call on tensors in the same places, or else what `build` makes now. No tensor is kept
+    alive. `op` names what the table means, and whatever else `build` depends on."""
+    key = (op, describe(tensors).tobytes())
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = build()
+        if len(_plans) > _KEPT:
+            _plans.popitem(last=False)
+    else:
+        _plans.move_to_end(key)
+    return plan

@@ -1,0 +1,668 @@
+"""Weight averaging: EMA, SWA and their kin over a whole model, any number of averages at once.
+
+Update n (n = 0, 1, …) of an average s with the parameter p is
+
+    s ← lerp(s, p, w_n) = s + w_n·(p − s)     computed as p − (p − s)·(1 − w_n) from w_n = 1/2 on
+
+in fp32 at least, rounded once. The weight w_n = 1 − decay comes from the rule, `EMA`, `SWA`, `TanhEMA` or
+`PowerEMA`; w_0 is 1. A weight of 1 copies the parameter bit for bit and a weight of 0 leaves the average as it is,
+by selection, whatever either of them holds. n is counted in a tensor beside the averages and never read back from
+a device.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import _backends, _checks, _plan
+
+_backends.register("averaging")
+
+
+# ---- rules -----------------------------------------------------------------------------------------------
+class Rule:
+    """How much of the parameters goes into an average: `weight(n)` in update n = 1, 2, …; update 0 copies."""
+
+    def weight(self, n: Tensor) -> Tensor:
+        """w_n = 1 − decay for a 0-d fp64 tensor n."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class EMA(Rule):
+    """Exponential moving average: decay·average + (1 − decay)·parameter.
+
+    `warmup` lowers the decay of early updates: "linear" caps it at (1 + n)/(10 + n), "power" at
+    1 − (1 + n/warmup_gamma)^−warmup_power, as timm's ModelEmaV3 does.
+    """
+
+    decay: float = 0.999
+    _: KW_ONLY
+    warmup: str | None = None
+    warmup_gamma: float = 1.0
+    warmup_power: float = 2 / 3
+
+    def __post_init__(self) -> None:
+        _checks.in_range("decay", self.decay, 0.0, 1.0)
+        _checks.choice("warmup", self.warmup, (None, "linear", "power"))
+        for name in ("warmup_gamma", "warmup_power"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    def weight(self, n: Tensor) -> Tensor:
+        weight = torch.full_like(n, 1 - self.decay)
+        if self.warmup == "linear":
+            return torch.maximum(weight, 9 / (10 + n))
+        if self.warmup == "power":
+            return torch.maximum(weight, (1 + n / self.warmup_gamma) ** -self.warmup_power)
+        return weight
+
+
+@dataclass(frozen=True)
+class SWA(Rule):
+    """Stochastic weight averaging (Izmailov et al., arXiv 1803.05407): the equal mean of all updates."""
+
+    def weight(self, n: Tensor) -> Tensor:
+        return 1 / (n + 1)
+
+
+@dataclass(frozen=True)
+class TanhEMA(Rule):
+    """T-ADEMA: an EMA whose decay alpha·tanh(n) grows to alpha within a few updates."""
+
+    alpha: float = 0.99
+
+    def __post_init__(self) -> None:
+        _checks.in_range("alpha", self.alpha, 0.0, 1.0)
+
+    def weight(self, n: Tensor) -> Tensor:
+        return (1 - self.alpha) + 2 * self.alpha / (torch.exp(2 * n) + 1)  # 1 − tanh n, without cancellation
+
+
+@dataclass(frozen=True)
+class PowerEMA(Rule):
+    """The power-function average of EDM2 (Karras et al., arXiv 2312.02696), whose width grows with the training
+    run: `std` is its standard deviation as a share of the run, above 0 and at most 12^−1/2 (an equal mean). The
+    decay is (1 − 1/(n + 1))^(gamma + 1), where gamma solves std² = (gamma + 1)/((gamma + 2)²·(gamma + 3)).
+    """
+
+    std: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.std <= 12**-0.5 + 1e-9:
+            raise ValueError(f"std must be above 0 and at most {12**-0.5:.6f} (12^-1/2), got {self.std}")
+
+    @cached_property
+    def gamma(self) -> float:
+        inverse = self.std**-2
+        return max(0.0, float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()))
+
+    def weight(self, n: Tensor) -> Tensor:
+        return -torch.expm1(-(self.gamma + 1) * torch.log1p(1 / n))
+
+
+# ---- the functional form ---------------------------------------------------------------------------------
+def average_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float | Tensor) -> None:
+    """averages ← lerp(averages, params, weight), for a whole list at once, in place.
+
+    `weight` is a float in [0, 1], or a 0-d floating-point tensor on the averages' device, which is not read back.
+    An average and its parameter have one shape and device; their dtypes may differ. Computed in fp32 at least and
+    rounded once; weight 1 copies bit for bit, weight 0 changes nothing. Integer and bool tensors are copied where
+    the weight is not 0. Raises TypeError or ValueError, before anything is written, for lists that do not match,
+    dtypes that cannot be averaged, and averages that share memory with each other or with themselves.
+    """
+    averages, params = _tensor_list("averages", averages), _tensor_list("params", params)
+    if len(averages) != len(params):
+        raise ValueError(f"averages and params must be of one length, got {len(averages)} and {len(params)}")
+    if isinstance(weight, Tensor):
+        if weight.dim() or not weight.is_floating_point():
+            raise ValueError(
+                f"weight must be a float or a 0-d floating-point tensor, got {weight.dtype} {tuple(weight.shape)}"
+            )
+    else:
+        weight = float(weight)
+        _checks.in_range("weight", weight, 0.0, 1.0)
+    with torch.no_grad():
+        averages, params = [_local(t) for t in averages], [_local(t) for t in params]
+        for i, (average, param) in enumerate(zip(averages, params)):
+            _check_pair(f"averages[{i}]", average, f"params[{i}]", param)
+            _checks.same_device(f"averages[{i}]", average, f"params[{i}]", param)
+        _refuse_overlap(averages)
+        average_reference_(averages, params, weight)
+
+
+def _tensor_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for i, tensor in enumerate(tensors):
+        _checks.is_tensor(f"{name}[{i}]", tensor)
+    return tensors
+
+
+def _check_pair(name: str, average: Tensor, other: str, param: Tensor) -> None:
+    if average.shape != param.shape:
+        raise ValueError(f"{name} must have the shape of {other}, {tuple(param.shape)}, got {tuple(average.shape)}")
+    for tensor_name, tensor in ((name, average), (other, param)):
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise TypeError(f"{tensor_name} must be a dense tensor with data, got {_kind(tensor)}")
+        if tensor.is_floating_point() and tensor.dtype not in _checks.FLOATS:
+            raise TypeError(f"{tensor_name} has dtype {tensor.dtype}, which cannot be averaged")
+    if average.is_floating_point() != param.is_floating_point():
+        raise TypeError(f"{name} has dtype {average.dtype}, {other} {param.dtype}: only one of them is floating point")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype}, {tensor.layout}, {tensor.device.type}"
+
+
+def _refuse_overlap(tensors: Iterable[Tensor]) -> None:
+    """No place in memory may be averaged twice."""
+    spans = []
+    for tensor in tensors:
+        if not tensor.numel():
+            continue
+        reach = 0
+        for stride, size in sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride()) if n > 1):
+            if stride <= reach:
+                raise ValueError(
+                    f"an average must not overlap itself, got {tuple(tensor.shape)} with strides {tensor.stride()}"
+                )
+            reach += (size - 1) * stride
+        dense = reach + 1 == tensor.numel()
+        spans.append((tensor.data_ptr(), (reach + 1) * tensor.element_size(), dense))
+    end, solid = 0, False  # of the memory seen so far; two that are not solid may interleave
+    for start, size, dense in sorted(spans):
+        if start < end and (dense or solid):
+            raise ValueError("two averages share memory: each place may be averaged only once")
+        if start + size > end:
+            end, solid = start + size, dense
+
+
+def average_reference_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float | Tensor) -> None:
+    """The formula in plain PyTorch, on any device."""
+    if isinstance(weight, Tensor) and weight.device.type == "cpu":
+        weight = float(weight)
+    if isinstance(weight, Tensor):
+        for average, param in zip(averages, params):
+            new = param.to(average.dtype)
+            if average.is_floating_point():
+                new = torch.where(weight == 1, new, _lerp(average, param, weight))
+            average.copy_(torch.where(weight == 0, average, new))
+    elif weight:
+        alike: list[tuple[Tensor, Tensor]] = []
+        for average, param in zip(averages, params):
+            if weight == 1 or not average.is_floating_point():
+                average.copy_(param)
+            elif average.dtype == param.dtype:
+                alike.append((average, param))
+            else:
+                average.copy_(_lerp(average, param, weight))
+        if alike:
+            torch._foreach_lerp_([a for a, _ in alike], [p for _, p in alike], weight)
+
+
+def _lerp(average: Tensor, param: Tensor, weight: float | Tensor) -> Tensor:
+    compute = torch.float64 if torch.float64 in (average.dtype, param.dtype) else torch.float32
+    if isinstance(weight, Tensor):
+        weight = weight.to(compute)
+    return torch.lerp(average.to(compute), param.to(compute), weight).to(average.dtype)
+
+
+# ---- names and tensors of a model ------------------------------------------------------------------------
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def _clean(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and buffers by name, without what wrappers put in the names, tied ones under each name."""
+    params = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    if len({_clean(name) for name in (*params, *buffers)}) < len(params) + len(buffers):
+        return params, buffers  # here a name of a wrapper is a name of the model's own
+    return ({_clean(name): t for name, t in named.items()} for named in (params, buffers))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What the kernels work on: without autograd, this process's shard of a DTensor, complex numbers as pairs."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _check_averageable(params: Mapping[str, Tensor]) -> None:
+    for name, param in params.items():
+        if nn.parameter.is_lazy(param):
+            raise ValueError(f"parameter {name!r} is not initialised yet: run the model once before averaging it")
+        _check_pair(f"parameter {name!r}", local := _local(param), "itself", local)
+
+
+class _Link:
+    """The tensors of a model beside the averages of them, matched by name: what an update reads and writes.
+
+    `averages` holds per average a mapping of names to tensors; `averaged` the names that follow the rules, all
+    others are copied. `fresh` says whether model and averages still are what they were.
+    """
+
+    def __init__(
+        self, model: nn.Module, averages: Sequence[Mapping[str, Tensor]], averaged: set[str], owner: nn.Module | None
+    ) -> None:
+        params, buffers = _tensors_of(model)
+        present, known = params | buffers, averages[0]
+        if present.keys() != known.keys():
+            raise ValueError(
+                "model does not have the parameters and buffers that are being averaged: "
+                f"missing {sorted(known.keys() - present.keys())}, extra {sorted(present.keys() - known.keys())}"
+            )
+        self._watch = _plan.Watch(model, *([] if owner is None else [owner]))
+        self.names: list[str] = []
+        self.copied: list[bool] = []
+        self.sources: list[Tensor] = []
+        self.averages: list[list[Tensor]] = [[] for _ in averages]
+        source_of: dict[Tensor, Tensor] = {}
+        for name, tensor in present.items():
+            first, source = known[name], _local(tensor)
+            if first in source_of:  # tied: averaged once, twice would be wrong
+                if source_of[first].data_ptr() != source.data_ptr():
+                    raise ValueError(f"{name!r} shares its average with a tensor that it no longer shares values with")
+                continue
+            source_of[first] = source
+            self.names.append(name)
+            self.copied.append(name not in averaged)
+            self.sources.append(source)
+            for column, named in zip(self.averages, averages):
+                column.append(target := _local(named[name]))
+                _check_pair(f"the average of {name!r}", target, f"{name!r} of the model", source)
+        _refuse_overlap([target for column in self.averages for target in column])
+        everything = {id(t): t for t in (*present.values(), *(t for named in averages for t in named.values()))}
+        self._plain = [t for t in everything.values() if not hasattr(t, "to_local")]
+        self._sharded = [t for t in everything.values() if hasattr(t, "to_local")]
+        self._rows = _plan.describe(self._watched())
+
+    def _watched(self) -> list[Tensor]:
+        return self._plain + [_local(t) for t in self._sharded] if self._sharded else self._plain
+
+    def fresh(self) -> bool:
+        return self._watch.unchanged() and _plan.unchanged(self._watched(), self._rows)
+
+    def update(self, rules: Sequence[Rule], clock: "_Clock", found_inf: Tensor | None) -> None:
+        by_device: dict[torch.device, list[int]] = {}
+        for i, target in enumerate(self.averages[0]):
+            by_device.setdefault(target.device, []).append(i)
+        due, n = clock.due(found_inf), clock.n_averaged.double()
+        update, call = due.long(), 1 if found_inf is None else (found_inf.reshape(()) == 0).long()
+        weights = [torch.where(due, torch.where(n == 0, 1.0, rule.weight(n)), 0.0) for rule in rules]
+        for device, here in by_device.items():
+            for weight, column in zip(weights, self.averages):
+                for copied, value in ((False, weight), (True, due.double())):
+                    chosen = [i for i in here if self.copied[i] == copied]
+                    sources = [self.sources[i].to(device) for i in chosen]
+                    average_reference_([column[i] for i in chosen], sources, value.to(device, non_blocking=True))
+        clock.n_averaged += update
+        clock.calls += call
+
+
+@dataclass
+class _Clock:
+    """When updates are due: `calls` counts calls, `n_averaged` the updates among them, both 0-d int64 tensors."""
+
+    n_averaged: Tensor
+    calls: Tensor
+    update_every: int
+    start_step: int
+
+    def due(self, found_inf: Tensor | None) -> Tensor:
+        since = self.calls - self.start_step
+        due = (since >= 0) & (since % self.update_every == 0)
+        return due if found_inf is None else due & (found_inf.reshape(()) == 0)
+
+
+def _check_clock(update_every: int, start_step: int) -> None:
+    for name, value, low in (("update_every", update_every, 1), ("start_step", start_step, 0)):
+        if not isinstance(value, int) or value < low:
+            raise ValueError(f"{name} must be an integer, at least {low}, got {value!r}")
+
+
+def _check_found_inf(found_inf: Tensor | None, clock: _Clock) -> None:
+    if found_inf is None:
+        return
+    _checks.is_tensor("found_inf", found_inf)
+    if found_inf.numel() != 1:
+        raise ValueError(f"found_inf must hold one element, got shape {tuple(found_inf.shape)}")
+    _checks.same_device("found_inf", found_inf, "the averages' counter", clock.n_averaged)
+
+
+# ---- one average, a module -------------------------------------------------------------------------------
+class AveragedModel(nn.Module):
+    """A copy of `model` whose parameters are an average of the model's over the updates.
+
+    `torch.optim.swa_utils.AveragedModel` with a `rule` in place of its functions; state dicts go both ways, and
+    `torch.optim.swa_utils.update_bn` works on it. Call `update_parameters(model)` after each optimizer step.
+
+    Args:
+        rule: `SWA()` if None.
+        device: where the average lives; the model's devices if None.
+        dtype: of the averaged floating-point tensors; the model's dtypes if None. An fp32 average of a bf16 model
+            keeps moving where one in bf16 stalls.
+        use_buffers: average floating-point buffers too; otherwise they are copied, as integer buffers always are.
+        update_every, start_step: call number c = 0, 1, … is an update if c ≥ start_step and
+            (c − start_step) % update_every == 0; other calls change nothing. Counting calls that are not updates
+            adds an entry `calls` to the state dict.
+
+    Parameters are matched by name, wrappers' `module.` and `_orig_mod.` left out. `update_parameters` raises
+    ValueError, before anything is written, if one is missing, new or resized.
+    """
+
+    n_averaged: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Rule | None = None,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        use_buffers: bool = False,
+        update_every: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        super().__init__()
+        self.rule = _check_rule("rule", SWA() if rule is None else rule)
+        _check_clock(update_every, start_step)
+        _check_dtype(dtype)
+        _check_averageable(dict(model.named_parameters()))
+        self.module = deepcopy(_unwrap(model)).to(device=device, dtype=dtype)
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            if any(stride == 0 and n > 1 for n, stride in zip(tensor.shape, tensor.stride())):
+                tensor.data = tensor.data.contiguous()  # an expanded tensor has one place for many elements
+        self.use_buffers = use_buffers
+        self.update_every, self.start_step = update_every, start_step
+        home = next((p.device for p in (*self.module.parameters(), *self.module.buffers())), device)
+        self.register_buffer("n_averaged", torch.tensor(0, device=home))
+        counts_calls = update_every != 1 or start_step != 0
+        self.register_buffer("calls", torch.tensor(0, device=home), persistent=counts_calls)
+        self._links: weakref.WeakKeyDictionary[nn.Module, _Link] = weakref.WeakKeyDictionary()
+        self.register_load_state_dict_pre_hook(_adapt_state_dict)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module, *, found_inf: Tensor | None = None) -> None:
+        """Takes the model's present parameters into the average.
+
+        `found_inf` is a tensor of one element, such as GradScaler's: where it is not 0 the call does nothing and is
+        not counted.
+        """
+        clock = _Clock(self.n_averaged, self.calls, self.update_every, self.start_step)
+        _check_found_inf(found_inf, clock)
+        link = self._links.get(model)
+        if link is None or not link.fresh():
+            link = self._links[model] = self._make_link(model)
+        link.update([self.rule], clock, found_inf)
+
+    def _make_link(self, model: nn.Module) -> _Link:
+        params, buffers = _tensors_of(self.module)
+        return _Link(model, [params | buffers], _follows_rule(params, buffers if self.use_buffers else {}), self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_links": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._links = weakref.WeakKeyDictionary()
+
+    def extra_repr(self) -> str:
+        return f"rule={self.rule}, use_buffers={self.use_buffers}"
+
+
+def _follows_rule(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> set[str]:
+    averageable = (*_checks.FLOATS, torch.complex64, torch.complex128)
+    return {name for name, t in (*params.items(), *buffers.items()) if t.dtype in averageable}
+
+
+def _adapt_state_dict(module: AveragedModel, state_dict: dict, prefix: str, *_: Any) -> None:
+    """Takes names as a wrapped model's average has them, and a state dict that does not count calls."""
+    inner = f"{prefix}module."
+    own = {_clean(name): name for name in module.module.state_dict(keep_vars=True)}
+    for name in [name for name in state_dict if name.startswith(inner)]:
+        wanted = own.get(_clean(name.removeprefix(inner)))
+        if wanted is not None and name != inner + wanted:
+            state_dict[inner + wanted] = state_dict.pop(name)
+    n = state_dict.get(f"{prefix}n_averaged")
+    if n is not None and f"{prefix}calls" not in state_dict:
+        calls = torch.where(n > 0, module.start_step + n * module.update_every, 0)
+        module.calls.copy_(calls)
+        if "calls" not in module._non_persistent_buffers_set:
+            state_dict[f"{prefix}calls"] = calls
+
+
+def _check_rule(name: str, rule: object) -> Rule:
+    if not isinstance(rule, Rule):
+        raise TypeError(f"{name} must be a rule such as EMA(0.999), SWA(), TanhEMA() or PowerEMA(0.1), got {rule!r}")
+    return rule
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in _checks.FLOATS:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+
+
+# ---- several averages, no module -------------------------------------------------------------------------
+class WeightAverager:
+    """Several averages of one model, made in one pass over its parameters, without a copy of the module.
+
+        averager = WeightAverager(model, {"ema": EMA(0.999), "swa": SWA()})
+        for batch in data:
+            ...
+            optimizer.step()
+            averager.update()
+        with averager.swapped("ema"):
+            evaluate(model)
+
+    Args:
+        rules: name → rule.
+        dtype: of the averages of floating-point tensors; the model's dtypes if None.
+        buffers: "copy" keeps floating-point buffers equal to the model's at the last update, "average" averages
+            them; integer buffers are always copied.
+        update_every, start_step: as in `AveragedModel`.
+
+    The averages start as copies of the model. DTensor parameters (FSDP2) are averaged shard by shard.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Mapping[str, Rule],
+        *,
+        dtype: torch.dtype | None = None,
+        buffers: str = "copy",
+        update_every: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        if not isinstance(rules, Mapping) or not rules:
+            raise ValueError(f"rules must map at least one name to a rule, got {rules!r}")
+        self.rules = {name: _check_rule(f"rules[{name!r}]", rule) for name, rule in rules.items()}
+        _check_clock(update_every, start_step)
+        _check_dtype(dtype)
+        _checks.choice("buffers", buffers, ("copy", "average"))
+        params, other = _tensors_of(model)
+        _check_averageable(params)
+        self._follows = _follows_rule(params, other if buffers == "average" else {})
+        self._averages = {name: self._copy(params | other, dtype) for name in rules}
+        home = next((t.device for t in self._averages[next(iter(rules))].values()), None)
+        zero = torch.zeros((), dtype=torch.int64, device=home)
+        self._clock = _Clock(zero, zero.clone(), update_every, start_step)
+        self._model = model
+        self._link: _Link | None = None
+        self._swapped: str | None = None
+
+    def _copy(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """A tensor of its own per name; names that share memory share the copy."""
+        made: dict[tuple, Tensor] = {}
+        copies = {}
+        for name, tensor in tensors.items():
+            tensor = tensor.detach()
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            key = (local.data_ptr(), local.shape, local.stride(), local.dtype) if local.numel() else (name,)
+            if key not in made:
+                wanted = dtype if dtype is not None and name in self._follows and not local.is_complex() else None
+                made[key] = torch.empty_like(local, dtype=wanted).copy_(local)
+            copies[name] = made[key]
+        return copies
+
+    @property
+    def n_averaged(self) -> Tensor:
+        """The number of updates made, a 0-d int64 tensor."""
+        return self._clock.n_averaged
+
+    @torch.no_grad()
+    def update(self, *, found_inf: Tensor | None = None) -> None:
+        """Takes the model's present parameters into every average. `found_inf` as in `AveragedModel`."""
+        self._refuse_inside("update")
+        _check_found_inf(found_inf, self._clock)
+        self._current_link().update(list(self.rules.values()), self._clock, found_inf)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module, name: str) -> None:
+        """Writes the average `name` into `model`: this model, or another with the same names and shapes."""
+        self._refuse_inside("copy_to")
+        link = _Link(model, [self._named(name)], self._follows, None)
+        for source, average in zip(link.sources, link.averages[0]):
+            source.copy_(average)
+
+    @contextmanager
+    def swapped(self, name: str) -> Iterator[nn.Module]:
+        """The model holds the average `name` inside the block, and its own values, to the bit, after it, whatever
+        happens inside. Where dtypes are alike the two change places, so nothing is copied aside and what the block
+        does to the model (`update_bn`, say) stays in the average. Nesting, `update` and `load_state_dict` raise
+        RuntimeError inside; `state_dict` there is right."""
+        self._refuse_inside("swapped")
+        self._named(name)
+        aside = self._swap_in(name)
+        self._swapped = name
+        try:
+            yield self._model
+        finally:
+            self._swap_out(name, aside)
+            self._swapped = None
+
+    @torch.no_grad()
+    def _swap_in(self, name: str) -> dict[str, Tensor]:
+        link = self._current_link()
+        aside = {}
+        for key, source, average in zip(link.names, link.sources, self._column(link, name)):
+            kept = source.clone()
+            source.copy_(average)
+            if source.dtype == average.dtype:
+                average.copy_(kept)
+            else:
+                aside[key] = kept
+        return aside
+
+    @torch.no_grad()
+    def _swap_out(self, name: str, aside: Mapping[str, Tensor]) -> None:
+        link = self._current_link()
+        for key, source, average in zip(link.names, link.sources, self._column(link, name)):
+            if key in aside:
+                source.copy_(aside[key])
+            else:
+                kept = source.clone()
+                source.copy_(average)
+                average.copy_(kept)
+
+    def _column(self, link: _Link, name: str) -> list[Tensor]:
+        return link.averages[list(self._averages).index(name)]
+
+    def _named(self, name: str) -> dict[str, Tensor]:
+        if name not in self._averages:
+            raise ValueError(f"name must be one of {', '.join(map(repr, self._averages))}, got {name!r}")
+        return self._averages[name]
+
+    def _refuse_inside(self, what: str) -> None:
+        if self._swapped is not None:
+            raise RuntimeError(f"{what}: the model holds the average {self._swapped!r}; leave swapped() first")
+
+    def _current_link(self) -> _Link:
+        if self._link is None or not self._link.fresh():
+            self._link = _Link(self._model, list(self._averages.values()), self._follows, None)
+        return self._link
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"n_averaged", "calls", "averages": {name: {tensor name: tensor}}}, by reference as in a module's; shards
+        of DTensor parameters come as DTensors. Inside `swapped` the tensors that changed places are copies."""
+        params, buffers = _tensors_of(self._model)
+        return {
+            "n_averaged": self._clock.n_averaged.clone(),
+            "calls": self._clock.calls.clone(),
+            "averages": {
+                name: {
+                    key: _outward(average, (params | buffers)[key], name == self._swapped)
+                    for key, average in named.items()
+                }
+                for name, named in self._averages.items()
+            },
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Copies a state dict in. Raises ValueError, before anything is written, if its names or shapes differ."""
+        self._refuse_inside("load_state_dict")
+        averages = state_dict["averages"]
+        if averages.keys() != self._averages.keys():
+            raise ValueError(f"state_dict holds averages {sorted(averages)}, expected {sorted(self._averages)}")
+        pairs = []
+        for name, named in self._averages.items():
+            saved = averages[name]
+            if saved.keys() != named.keys():
+                raise ValueError(
+                    f"state_dict: average {name!r} misses {sorted(named.keys() - saved.keys())} and has "
+                    f"{sorted(saved.keys() - named.keys())} in excess"
+                )
+            for key, average in named.items():
+                value = saved[key].to_local() if hasattr(saved[key], "to_local") else saved[key]
+                if value.shape != average.shape:
+                    raise ValueError(
+                        f"state_dict: {key!r} of average {name!r} must have shape {tuple(average.shape)}, "
+                        f"got {tuple(value.shape)}"
+                    )
+                pairs.append((average, value))
+        for average, value in pairs:
+            average.copy_(value)
+        self._clock.n_averaged.copy_(state_dict["n_averaged"])
+        self._clock.calls.copy_(state_dict["calls"])
+
+
+def _outward(average: Tensor, present: Tensor, swapped: bool) -> Tensor:
+    """What a state dict shows of an average: itself, or its value where it stands in the model now; as a DTensor if
+    the model's tensor is one."""
+    sharded = hasattr(present, "to_local")
+    if swapped and average.dtype == present.dtype:
+        average = (present.detach().to_local() if sharded else present.detach()).clone()
+    if not sharded:
+        return average
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        average, present.device_mesh, present.placements, run_check=False, shape=present.shape, stride=present.stride()
+    )

@@ -1,0 +1,809 @@
+"""Weight averaging against fp64, against torch, and in the corners where others go wrong."""
+
+import copy
+import io
+import math
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import swa_utils
+
+import fastreg
+from fastreg import EMA, SWA, AveragedModel, PowerEMA, TanhEMA, WeightAverager, average_
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CONV_DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+
+
+def model(dtype=torch.float32, seed=0):
+    """Parameters, tied parameters, float and integer buffers."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5, 4), nn.Linear(4, 4))
+    return net.to(dtype)
+
+
+def train_step(net, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+        for b in net.buffers():
+            if b.is_floating_point():
+                b.copy_(torch.rand(b.shape, generator=generator, dtype=torch.float64))
+            else:
+                b += 1
+
+
+def tensors(net):
+    return {name: t.detach().clone() for name, t in (*net.named_parameters(), *net.named_buffers())}
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert value.dtype == expected[name].dtype
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+# ---- rules -----------------------------------------------------------------------------------------------
+def std_of(gamma):
+    return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
+
+
+# rule, decay in update n (written from the papers, apart from the code)
+RULES = {
+    "ema": (EMA(0.97), lambda n: 0.97),
+    "linear": (EMA(0.97, warmup="linear"), lambda n: min(0.97, (1 + n) / (10 + n))),
+    "power": (EMA(0.99, warmup="power"), lambda n: min(0.99, 1 - (1 + n) ** (-2 / 3))),
+    "power2": (
+        EMA(0.999, warmup="power", warmup_gamma=5.0, warmup_power=0.75),
+        lambda n: min(0.999, 1 - (1 + n / 5) ** -0.75),
+    ),
+    "swa": (SWA(), lambda n: n / (n + 1)),
+    "tanh": (TanhEMA(0.95), lambda n: 0.95 * math.tanh(n)),
+    "powerfunction": (PowerEMA(std_of(6.94)), lambda n: (1 - 1 / (n + 1)) ** 7.94),
+    "keep": (EMA(1.0), lambda n: 1.0),
+    "follow": (EMA(0.0), lambda n: 0.0),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_weight_of_each_rule(name):
+    rule, decay = RULES[name]
+    for n in (1, 2, 3, 10, 1000, 2**24 + 1, 2**40):
+        weight = rule.weight(torch.tensor(float(n), dtype=torch.float64)).item()
+        # 1 − decay loses digits in the oracle, never more than an ulp of 1
+        assert weight == pytest.approx(1 - decay(n), rel=1e-9, abs=4e-16 * 10)
+
+
+@pytest.mark.parametrize("name", RULES)
+@CONV_DTYPES
+def test_a_thousand_updates_equal_fp64(name, dtype):
+    """fp64 average beside: the error stays under that of one rounding per update, damped by the decay."""
+    rule, decay = RULES[name]
+    updates = 1000
+    generator = torch.Generator().manual_seed(1)
+    net = nn.Linear(7, 3).to(dtype)
+    averager = WeightAverager(net, {name: rule}, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = None
+    for n in range(updates):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+        averager.update()
+        now = torch.cat([p.detach().double().flatten() for p in net.parameters()])
+        d = decay(n)
+        exact = now if n == 0 else d * exact + (1 - d) * now
+    ours = torch.cat([t.double().flatten() for t in averager.state_dict()["averages"][name].values()])
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    # Each update rounds by eps/2 of values of at most 5; the errors of past updates decay as the average does.
+    window = min(updates, 1 / max(1 - decay(updates), 1e-3))
+    torch.testing.assert_close(ours, exact, rtol=0, atol=5 * eps * (1 + window**0.5))
+    assert averager.n_averaged.item() == updates
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: EMA(1.5), "decay must be between 0 and 1, got 1.5"),
+        (lambda: EMA(-0.1), "decay"),
+        (lambda: EMA(float("nan")), "decay"),
+        (lambda: EMA(0.9, warmup="cosine"), "warmup must be one of"),
+        (lambda: EMA(0.9, warmup="power", warmup_gamma=0.0), "warmup_gamma must be above 0"),
+        (lambda: TanhEMA(2.0), "alpha"),
+        (lambda: PowerEMA(0.0), "std must be above 0"),
+        (lambda: PowerEMA(0.3), "std must be above 0"),
+    ],
+)
+def test_rules_refuse_bad_values(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_power_rule_at_its_bound_is_the_equal_mean():
+    n = torch.tensor(9.0, dtype=torch.float64)
+    assert PowerEMA(12**-0.5).weight(n).item() == pytest.approx(1 / 10)
+
+
+# ---- average_ --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("param_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("weight", [0.001, 0.3, 0.5, 0.9, 0.999])
+def test_average_equals_fp64_rounded_once(dtype, param_dtype, weight):
+    torch.manual_seed(0)
+    average, param = torch.randn(1003, dtype=dtype), torch.randn(1003).to(param_dtype)
+    exact = average.double() + weight * (param.double() - average.double())
+    average_([average], [param], weight)
+    compute = torch.finfo(torch.float64 if torch.float64 in (dtype, param_dtype) else torch.float32).eps
+    # Three roundings of intermediate values of at most 10 in the computing dtype, then one in the result's.
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 3 * compute * 10
+    assert ((average.double() - exact).abs() <= bound).all()
+
+
+@CONV_DTYPES
+@pytest.mark.parametrize("weight", [0.001, 0.4999, 0.5, 0.7, 1.0])
+def test_bit_equal_to_torch_lerp(dtype, weight):
+    torch.manual_seed(0)
+    averages = [torch.randn(n, dtype=dtype) for n in (1, 17, 64, 1000)]
+    params = [torch.randn(n, dtype=dtype) for n in (1, 17, 64, 1000)]
+    expected = [a.clone() for a in averages]
+    torch._foreach_lerp_(expected, params, weight)
+    average_(averages, params, weight)
+    for a, e in zip(averages, expected):
+        assert torch.equal(a, e)
+
+
+@CONV_DTYPES
+def test_weight_one_copies_and_weight_zero_keeps(dtype):
+    inf, nan = float("inf"), float("nan")
+    average = torch.tensor([1.0, nan, inf, -inf, 2.0, nan], dtype=dtype)
+    param = torch.tensor([nan, 1.0, -inf, 3.0, inf, nan], dtype=dtype)
+    for weight in (0.0, torch.tensor(0.0)):
+        kept = average.clone()
+        average_([kept], [param], weight)
+        assert torch.equal(kept.view(torch.uint8), average.view(torch.uint8))
+    for weight in (1.0, torch.tensor(1.0), torch.tensor(1.0, dtype=torch.float64)):
+        copied = average.clone()
+        average_([copied], [param], weight)
+        assert torch.equal(copied.view(torch.uint8), param.view(torch.uint8))
+
+
+def test_tensor_weight_equals_float_weight():
+    torch.manual_seed(0)
+    average, param = torch.randn(100), torch.randn(100)
+    by_float, by_tensor = average.clone(), average.clone()
+    average_([by_float], [param], 0.25)
+    average_([by_tensor], [param], torch.tensor(0.25))
+    assert torch.equal(by_float, by_tensor)
+
+
+def test_integer_and_bool_tensors_are_copied():
+    averages = [torch.tensor([1, 2]), torch.tensor([True, False]), torch.tensor([1.0, 2.0])]
+    average_(averages, [torch.tensor([7, 8]), torch.tensor([False, True]), torch.tensor([3.0, 4.0])], 0.5)
+    assert [a.tolist() for a in averages] == [[7, 8], [False, True], [2.0, 3.0]]
+
+
+def test_complex_tensors_average_by_component():
+    average, param = torch.tensor([1 + 2j, 0j]), torch.tensor([3 - 2j, 8 + 8j])
+    average_([average], [param], 0.25)
+    assert average.tolist() == [1.5 + 1j, 2 + 2j]
+
+
+def test_layouts_may_differ_between_average_and_parameter():
+    torch.manual_seed(0)
+    param = torch.randn(2, 3, 4, 5)
+    makers = {
+        "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+        "transposed": lambda t: t.transpose(0, 3).contiguous().transpose(0, 3),
+        "sliced": lambda t: torch.stack([t, t], -1)[..., 0],
+        "unaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+        "contiguous": lambda t: t.clone(),
+    }
+    start = torch.randn(param.shape)
+    expected = torch.lerp(start, param, 0.25)
+    for average_layout in makers.values():
+        for param_layout in makers.values():
+            average = average_layout(start)
+            average_([average], [param_layout(param)], 0.25)
+            assert torch.equal(average, expected)
+
+
+def test_empty_and_zero_dim_tensors_anywhere_in_the_list():
+    shapes = [(0,), (3,), (), (0, 5), (2, 2), (0,)]
+    for order in (shapes, shapes[1:], shapes[:-1], [(0,)], []):
+        averages, params = [torch.zeros(s) for s in order], [torch.ones(s) for s in order]
+        average_(averages, params, 0.5)
+        assert all((a == 0.5).all() for a in averages)
+
+
+@pytest.mark.parametrize(
+    "averages, params, weight, error, message",
+    [
+        ([torch.ones(2)], [], 0.5, ValueError, "one length, got 1 and 0"),
+        (
+            [torch.ones(2)],
+            [torch.ones(3)],
+            0.5,
+            ValueError,
+            r"averages\[1\] must have the shape of params\[1\], \(3,\)",
+        ),
+        ([torch.ones(2)], [torch.ones(2)], 1.5, ValueError, "weight must be between 0 and 1, got 1.5"),
+        ([torch.ones(2)], [torch.ones(2)], float("nan"), ValueError, "weight"),
+        ([torch.ones(2)], [torch.ones(2)], torch.ones(2), ValueError, "0-d floating-point tensor"),
+        ([torch.ones(2)], [torch.ones(2)], torch.tensor(1), ValueError, "0-d floating-point tensor"),
+        ([torch.ones(2)], [torch.ones(2, dtype=torch.int64)], 0.5, TypeError, "only one of them is floating point"),
+        ([torch.ones(2)], ["w"], 0.5, TypeError, r"params\[1\] must be a tensor, got str"),
+        ([torch.ones(1).expand(4)], [torch.ones(4)], 0.5, ValueError, "must not overlap itself"),
+        ([torch.ones(2).to_sparse()], [torch.ones(2)], 0.5, TypeError, "dense tensor with data"),
+        ([torch.ones(2, device="meta")], [torch.ones(2)], 0.5, TypeError, "dense tensor with data"),
+        ([torch.ones(2).to(torch.float8_e4m3fn)], [torch.ones(2)], 0.5, TypeError, "float8_e4m3fn"),
+    ],
+)
+def test_average_refuses_before_writing(averages, params, weight, error, message):
+    witness = torch.zeros(3)
+    with pytest.raises(error, match=message):
+        average_([witness, *averages], [torch.ones(3), *params], weight) if params else average_(
+            averages, params, weight
+        )
+    assert (witness == 0).all()
+
+
+def test_averages_that_share_memory_are_refused():
+    base = torch.zeros(10)
+    with pytest.raises(ValueError, match="share memory"):
+        average_([base, base], [torch.ones(10)] * 2, 0.5)
+    with pytest.raises(ValueError, match="share memory"):
+        average_([base[:6], base[5:]], [torch.ones(6), torch.ones(5)], 0.5)
+    average_([base[:5], base[5:]], [torch.ones(5), torch.ones(5)], 0.5)
+    columns = torch.zeros(4, 2)
+    average_([columns[:, 0], columns[:, 1]], [torch.ones(4), torch.ones(4)], 0.5)
+    assert (base == 0.5).all() and (columns == 0.5).all()
+
+
+# ---- AveragedModel ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_averaged_model_equals_torchs(use_buffers):
+    """Bit for bit with torch's default (SWA) and its EMA, but for integer buffers, which torch averages."""
+    for rule, multi_avg_fn in ((None, None), (EMA(0.9), swa_utils.get_ema_multi_avg_fn(0.9))):
+        net = model()
+        if use_buffers:  # torch cannot average integer buffers at all under SWA
+            net[1].num_batches_tracked = None
+        ours = AveragedModel(net, rule, use_buffers=use_buffers)
+        theirs = swa_utils.AveragedModel(net, multi_avg_fn=multi_avg_fn, use_buffers=use_buffers)
+        for step in range(6):
+            train_step(net, step)
+            ours.update_parameters(net)
+            theirs.update_parameters(net)
+            if rule is None and multi_avg_fn is None and step > 0:
+                # torch's default on the CPU is avg + (p − avg)/(n + 1): up to two more roundings than the lerp
+                for a, b in zip(ours.parameters(), theirs.parameters()):
+                    torch.testing.assert_close(a, b, rtol=0, atol=6e-7 * step)
+            else:
+                assert_same(tensors(ours.module), tensors(theirs.module))
+        x = torch.randn(2, 3, 3, 3)
+        ours.eval(), theirs.eval()
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_state_dict_goes_to_torch_and_back():
+    net = model()
+    ours, theirs = AveragedModel(net, EMA(0.9)), swa_utils.AveragedModel(net)
+    for step in range(3):
+        train_step(net, step)
+        ours.update_parameters(net)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert ours.n_averaged.dtype == theirs.n_averaged.dtype
+    theirs.load_state_dict(ours.state_dict())
+    assert_same(theirs.state_dict(), ours.state_dict())
+    again = AveragedModel(model(seed=5), EMA(0.9))
+    buffer = io.BytesIO()
+    torch.save(theirs.state_dict(), buffer)
+    buffer.seek(0)
+    again.load_state_dict(torch.load(buffer))
+    assert_same(again.state_dict(), ours.state_dict())
+    train_step(net, 7)
+    again.update_parameters(net)
+    ours.update_parameters(net)
+    assert_same(again.state_dict(), ours.state_dict())
+
+
+def test_update_every_and_start_step():
+    net = nn.Linear(2, 2)
+    for every, start in ((1, 0), (3, 0), (1, 4), (3, 2)):
+        averaged = AveragedModel(net, SWA(), update_every=every, start_step=start)
+        taken = []
+        for call in range(11):
+            train_step(net, call)
+            if call >= start and (call - start) % every == 0:
+                taken.append(net.weight.detach().clone())
+            averaged.update_parameters(net)
+            assert averaged.n_averaged.item() == len(taken)
+            if taken:
+                torch.testing.assert_close(averaged.module.weight, torch.stack(taken).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_resuming_keeps_the_cadence():
+    net = nn.Linear(2, 2)
+    make = lambda: AveragedModel(net, EMA(0.5), update_every=3, start_step=1)  # noqa: E731
+    whole, resumed = make(), make()
+    for call in range(12):
+        train_step(net, call)
+        whole.update_parameters(net)
+        resumed.update_parameters(net)
+        state, resumed = copy.deepcopy(resumed.state_dict()), make()
+        resumed.load_state_dict(state)
+    assert_same(resumed.state_dict(), whole.state_dict())
+    torchs = swa_utils.AveragedModel(net)
+    for _ in range(2):
+        torchs.update_parameters(net)
+    resumed.load_state_dict(torchs.state_dict())
+    assert (resumed.n_averaged.item(), resumed.calls.item()) == (2, 7)
+
+
+def test_found_inf_skips_and_does_not_count():
+    net = nn.Linear(2, 2)
+    averaged = AveragedModel(net, EMA(0.5), update_every=2)
+    train_step(net, 0)
+    averaged.update_parameters(net, found_inf=torch.tensor([0.0]))
+    before = tensors(averaged)
+    with torch.no_grad():
+        net.weight.fill_(float("nan"))
+    for _ in range(3):
+        averaged.update_parameters(net, found_inf=torch.tensor([1.0]))
+    assert_same(tensors(averaged), before)
+    assert averaged.calls.item() == 1
+    with pytest.raises(ValueError, match="found_inf must hold one element"):
+        averaged.update_parameters(net, found_inf=torch.zeros(2))
+
+
+@CONV_DTYPES
+def test_first_update_copies_whatever_the_average_holds(dtype):
+    net = nn.Linear(3, 3).to(dtype)
+    for rule in (EMA(0.999), SWA(), TanhEMA(), PowerEMA(0.05), EMA(0.9, warmup="linear"), EMA(1.0)):
+        averaged = AveragedModel(net, rule)
+        with torch.no_grad():
+            averaged.module.weight.fill_(float("nan"))
+            averaged.module.bias.fill_(float("inf"))
+        averaged.update_parameters(net)
+        assert torch.equal(averaged.module.weight, net.weight) and torch.equal(averaged.module.bias, net.bias)
+
+
+def test_decay_one_keeps_the_average_beside_nan():
+    net = nn.Linear(3, 3)
+    averaged = AveragedModel(net, EMA(1.0))
+    averaged.update_parameters(net)
+    before = tensors(averaged.module)
+    with torch.no_grad():
+        net.weight.fill_(float("nan"))
+    averaged.update_parameters(net)
+    assert_same(tensors(averaged.module), before)
+
+
+def test_integer_buffers_are_copied():
+    net = model()
+    averaged = AveragedModel(net, EMA(0.9), use_buffers=True)
+    for step in range(10):
+        train_step(net, step)
+        averaged.update_parameters(net)
+    assert averaged.module[1].num_batches_tracked.item() == net[1].num_batches_tracked.item() == 10
+    assert not torch.equal(averaged.module[1].running_mean, net[1].running_mean)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_tied_weights_are_averaged_once():
+    net = Tied()
+    averaged = AveragedModel(net, EMA(0.9))
+    averager = WeightAverager(net, {"ema": EMA(0.9)})
+    for value in (0.0, 1.0):
+        with torch.no_grad():
+            net.embed.weight.fill_(value)
+        averaged.update_parameters(net)
+        averager.update()
+    torch.testing.assert_close(averaged.module.head.weight, torch.full((5, 4), 0.1))
+    assert averaged.module.head.weight is averaged.module.embed.weight
+    torch.testing.assert_close(averager.state_dict()["averages"]["ema"]["head.weight"], torch.full((5, 4), 0.1))
+
+
+def test_parameters_tied_by_storage_alone_are_averaged_once():
+    net = Tied()
+    net.head.weight = nn.Parameter(net.embed.weight.detach())
+    assert net.head.weight is not net.embed.weight
+    averager = WeightAverager(net, {"ema": EMA(0.9)})
+    for value in (0.0, 1.0):
+        with torch.no_grad():
+            net.embed.weight.fill_(value)
+        averager.update()
+    torch.testing.assert_close(averager.state_dict()["averages"]["ema"]["head.weight"], torch.full((5, 4), 0.1))
+    net.head.weight = nn.Parameter(torch.ones(5, 4))
+    with pytest.raises(ValueError, match="no longer shares"):
+        averager.update()
+
+
+@pytest.mark.parametrize("kind", ["AveragedModel", "WeightAverager"])
+def test_changed_models_are_refused_before_writing(kind):
+    def add(net):
+        net.extra = nn.Parameter(torch.ones(2))
+
+    def add_module(net):
+        net.add_module("extra", nn.Linear(1, 1))
+
+    def remove(net):
+        del net[4].bias
+
+    def resize(net):
+        net[4].bias = nn.Parameter(torch.ones(9))
+
+    def resize_data(net):
+        net[4].bias.data = torch.ones(9)
+
+    def add_buffer(net):
+        net.register_buffer("extra", torch.ones(2))
+
+    for change in (add, add_module, remove, resize, resize_data, add_buffer):
+        net = model()
+        average = AveragedModel(net, EMA(0.5)) if kind == "AveragedModel" else WeightAverager(net, {"x": EMA(0.5)})
+        update = (lambda: average.update_parameters(net)) if kind == "AveragedModel" else average.update  # noqa: B023
+        held = (lambda: tensors(average.module)) if kind == "AveragedModel" else (lambda: average._averages["x"])  # noqa: B023
+        update()
+        before = {name: t.clone() for name, t in held().items()}
+        train_step(net, 1)
+        change(net)
+        with pytest.raises(ValueError, match=r"extra|4\.bias"):
+            update()
+        assert_same(held(), before)
+
+
+@pytest.mark.parametrize("kind", ["AveragedModel", "WeightAverager"])
+def test_replaced_and_moved_parameters_are_noticed(kind):
+    net = nn.Linear(2, 2, bias=False)
+    average = AveragedModel(net, EMA(0.5)) if kind == "AveragedModel" else WeightAverager(net, {"x": EMA(0.5)})
+    update = (lambda: average.update_parameters(net)) if kind == "AveragedModel" else average.update
+    held = (lambda: average.module.weight) if kind == "AveragedModel" else (lambda: average._averages["x"]["weight"])
+    with torch.no_grad():
+        net.weight.fill_(0.0)
+    update()
+    old = net.weight
+    net.weight.data = torch.full((2, 2), 1.0)
+    update()
+    assert (held() == 0.5).all()
+    net.load_state_dict({"weight": torch.full((2, 2), 2.5)}, assign=True)
+    update()
+    assert (held() == 1.5).all()
+    net.weight = nn.Parameter(torch.full((2, 2), 3.5))
+    update()
+    assert (held() == 2.5).all()
+    net.to(torch.float64)
+    update()
+    assert (held() == 3.0).all() and (old == 1.0).all()
+    if kind == "AveragedModel":
+        shadow = average.module.weight
+        average.module.weight.data = torch.full((2, 2), 5.5, dtype=torch.float64)
+        update()
+        assert (held() == 4.5).all() and held() is shadow
+        average.to(torch.float32)
+        update()
+        assert (held() == 4.0).all() and held().dtype == torch.float32
+
+
+def test_names_are_matched_without_the_wrappers():
+    net = model()
+    compiled = torch.compile(net, backend="eager")
+    parallel = nn.DataParallel(net)
+    for wrapped in (compiled, parallel, nn.DataParallel(compiled)):
+        averaged, plain = AveragedModel(wrapped, EMA(0.5)), AveragedModel(net, EMA(0.5))
+        assert averaged.state_dict().keys() == plain.state_dict().keys()
+        for step in range(3):
+            train_step(net, step)
+            averaged.update_parameters(net if step % 2 else wrapped)
+            plain.update_parameters(wrapped)
+        assert_same(tensors(averaged), tensors(plain))
+        torchs = swa_utils.AveragedModel(parallel)
+        torchs.update_parameters(parallel)
+        averaged.load_state_dict(torchs.state_dict())
+        assert_same(tensors(averaged.module), tensors(net))
+
+
+def test_a_model_whose_own_names_look_like_a_wrapper():
+    net = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    net.weight, net.bias = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    averager = WeightAverager(net, {"a": EMA(0.5)})
+    averager.update()
+    assert averager.state_dict()["averages"]["a"].keys() == {"module.weight", "module.bias", "weight", "bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp32_average_of_a_low_precision_model_does_not_stall(dtype):
+    net = nn.Linear(4, 4, bias=False).to(dtype)
+    averaged = AveragedModel(net, EMA(0.999), dtype=torch.float32)
+    with torch.no_grad():
+        net.weight.fill_(0.0)
+    averaged.update_parameters(net)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    for _ in range(2000):
+        averaged.update_parameters(net)
+    assert averaged.module.weight.dtype == torch.float32
+    torch.testing.assert_close(averaged.module.weight, torch.full((4, 4), 1 - 0.999**2000), rtol=1e-4, atol=0)
+
+
+def test_models_that_cannot_be_averaged_are_refused():
+    with pytest.raises(ValueError, match="not initialised yet"):
+        WeightAverager(nn.LazyLinear(3), {"a": EMA()})
+    net = nn.Linear(2, 2)
+    net.weight = nn.Parameter(net.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(TypeError, match="float8_e4m3fn"):
+        AveragedModel(net)
+    with pytest.raises(TypeError, match="dense tensor with data"):
+        WeightAverager(nn.Linear(2, 2, device="meta"), {"a": EMA()})
+    for kwargs, error in (
+        ({"update_every": 0}, ValueError),
+        ({"start_step": -1}, ValueError),
+        ({"update_every": 1.5}, ValueError),
+        ({"dtype": torch.int32}, TypeError),
+    ):
+        with pytest.raises(error, match=next(iter(kwargs))):
+            AveragedModel(nn.Linear(2, 2), EMA(), **kwargs)
+    with pytest.raises(TypeError, match="rule must be a rule"):
+        AveragedModel(nn.Linear(2, 2), 0.99)
+    with pytest.raises(ValueError, match="rules must map"):
+        WeightAverager(nn.Linear(2, 2), {})
+    with pytest.raises(ValueError, match="buffers must be one of"):
+        WeightAverager(nn.Linear(2, 2), {"a": EMA()}, buffers="skip")
+
+
+def test_a_model_without_parameters_only_counts():
+    averaged = AveragedModel(nn.ReLU())
+    averaged.update_parameters(nn.ReLU())
+    averaged.update_parameters(nn.ReLU())
+    assert averaged.n_averaged.item() == 2
+
+
+def test_works_with_update_bn_pickle_and_deepcopy():
+    net = model()
+    averaged = AveragedModel(net, EMA(0.9))
+    averaged.update_parameters(net)
+    data = [torch.randn(4, 3, 3, 3) for _ in range(3)]
+    swa_utils.update_bn(data, averaged)
+    assert averaged.module[1].num_batches_tracked.item() == 3
+    for twin in (copy.deepcopy(averaged), _pickled(averaged)):
+        train_step(net, 1)
+        before = tensors(averaged)
+        twin.update_parameters(net)
+        assert twin.n_averaged.item() == 2
+        assert_same(tensors(averaged), before)
+
+
+def _pickled(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def test_the_model_is_not_kept_alive():
+    net = model()
+    averaged = AveragedModel(net)
+    averaged.update_parameters(net)
+    references = weakref.ref(net), weakref.ref(net[0].weight)
+    del net
+    assert [reference() for reference in references] == [None, None]
+
+
+def test_versions_are_bumped():
+    net = model()
+    averaged, averager = AveragedModel(net, EMA(0.9), use_buffers=True), WeightAverager(net, {"a": EMA(0.9)})
+    for _ in range(2):
+        shadow = averager.state_dict()["averages"]["a"]["0.weight"]
+        versions = [shadow._version, *(t._version for t in (*averaged.parameters(), *averaged.buffers()))]
+        averaged.update_parameters(net)
+        averager.update()
+        now = [shadow._version, *(t._version for t in (*averaged.parameters(), *averaged.buffers()))]
+        assert all(after > before for before, after in list(zip(versions, now))[:-1])
+    weight = net[0].weight
+    before = weight._version
+    with averager.swapped("a"):
+        inside = weight._version
+    assert before < inside < weight._version
+
+
+def test_averages_under_no_grad_and_inference_mode():
+    net = nn.Linear(2, 2)
+    averaged = AveragedModel(net, EMA(0.5))
+    assert torch.is_grad_enabled()
+    averaged.update_parameters(net)
+    with torch.inference_mode():
+        averaged.update_parameters(net)
+    assert averaged.module.weight.grad_fn is None and averaged.n_averaged.item() == 2
+
+
+# ---- WeightAverager --------------------------------------------------------------------------------------
+def test_many_averages_equal_one_each():
+    net = model()
+    rules = {name: rule for name, (rule, _) in RULES.items()}
+    for buffers in ("copy", "average"):
+        together = WeightAverager(net, rules, buffers=buffers)
+        apart = {name: AveragedModel(net, rule, use_buffers=buffers == "average") for name, rule in rules.items()}
+        for step in range(5):
+            train_step(net, step)
+            together.update()
+            for averaged in apart.values():
+                averaged.update_parameters(net)
+        state = together.state_dict()
+        for name, averaged in apart.items():
+            assert_same(state["averages"][name], tensors(averaged.module))
+            target = model(seed=9)
+            together.copy_to(target, name)
+            assert_same(tensors(target), tensors(averaged.module))
+
+
+@pytest.mark.parametrize("average_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@CONV_DTYPES
+def test_swapped_restores_every_bit(dtype, average_dtype):
+    net = model(dtype)
+    averager = WeightAverager(net, {"a": EMA(0.5), "b": SWA()}, dtype=average_dtype)
+    for step in range(3):
+        train_step(net, step)
+        averager.update()
+    mine = tensors(net)
+    averages = copy.deepcopy(averager.state_dict()["averages"])
+    pointers = {name: p.data_ptr() for name, p in net.named_parameters()}
+    for name in ("a", "b"):
+        with averager.swapped(name) as inside:
+            assert inside is net
+            for key, value in tensors(net).items():
+                assert torch.equal(value, averages[name][key].to(value.dtype))
+            for other, named in averager.state_dict()["averages"].items():
+                assert_same(named, averages[other])
+        assert_same(tensors(net), mine)
+        with pytest.raises(KeyError), averager.swapped(name):
+            raise KeyError("inside")
+        assert_same(tensors(net), mine)
+    for name in ("a", "b"):
+        assert_same(averager.state_dict()["averages"][name], averages[name])
+    assert pointers == {name: p.data_ptr() for name, p in net.named_parameters()}
+
+
+def test_inside_swapped_what_would_go_wrong_is_refused():
+    net = model()
+    averager = WeightAverager(net, {"a": EMA(0.5)})
+    state = averager.state_dict()
+    with averager.swapped("a"):
+        for call in (
+            averager.update,
+            lambda: averager.copy_to(model(), "a"),
+            lambda: averager.load_state_dict(state),
+            lambda: averager.swapped("a").__enter__(),
+        ):
+            with pytest.raises(RuntimeError, match="holds the average 'a'"):
+                call()
+    averager.update()
+    with pytest.raises(ValueError, match="name must be one of 'a', got 'b'"), averager.swapped("b"):
+        pass
+
+
+def test_swapping_leaves_the_optimizer_alone():
+    torch.manual_seed(0)
+    runs = []
+    for swap in (False, True):
+        net = model(seed=3)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+        averager = WeightAverager(net, {"a": EMA(0.5)})
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            optimizer.zero_grad()
+            net(torch.randn(4, 3, 3, 3, generator=generator)).square().sum().backward()
+            optimizer.step()
+            averager.update()
+            if swap:
+                with averager.swapped("a"):
+                    net.eval()(torch.ones(1, 3, 3, 3))
+                    net.train()
+        runs.append(tensors(net))
+    assert_same(*runs)
+
+
+def test_update_bn_inside_swapped_stays_in_the_average():
+    net = model()
+    averager = WeightAverager(net, {"a": EMA(0.5)})
+    averager.update()
+    mine = tensors(net)
+    with averager.swapped("a"):
+        swa_utils.update_bn([torch.randn(4, 3, 3, 3)], net)
+        trained = net[1].running_mean.clone()
+    assert_same(tensors(net), mine)
+    assert torch.equal(averager.state_dict()["averages"]["a"]["1.running_mean"], trained)
+
+
+def test_averager_state_dict_round_trip():
+    net = model()
+    make = lambda: WeightAverager(net, {"a": EMA(0.5), "b": SWA()}, update_every=2)  # noqa: E731
+    whole, resumed = make(), make()
+    for step in range(7):
+        train_step(net, step)
+        whole.update()
+        resumed.update()
+        state, resumed = _saved(resumed.state_dict()), make()
+        resumed.load_state_dict(state)
+    for name in ("a", "b"):
+        assert_same(resumed.state_dict()["averages"][name], whole.state_dict()["averages"][name])
+    assert resumed.n_averaged.item() == 4
+
+    other = WeightAverager(nn.Linear(2, 2), {"a": EMA(), "b": EMA()})
+    with pytest.raises(ValueError, match="average 'a' misses"):
+        other.load_state_dict(whole.state_dict())
+    with pytest.raises(ValueError, match="holds averages"):
+        WeightAverager(net, {"c": EMA()}).load_state_dict(whole.state_dict())
+    state = whole.state_dict()
+    state["averages"]["b"]["3.bias"] = torch.ones(9)
+    before = copy.deepcopy(whole.state_dict()["averages"])
+    with pytest.raises(ValueError, match=r"'3\.bias' of average 'b' must have shape"):
+        whole.load_state_dict(state)
+    assert_same(whole.state_dict()["averages"]["a"], before["a"])
+
+
+def _saved(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer)
+
+
+# ---- the articles' classes -------------------------------------------------------------------------------
+def test_article_classes_do_what_the_articles_say():
+    from fastreg import compat
+
+    net = model()
+    averages = {
+        "ema": (compat.EMAModel(net, cuda=False, decay=0.8), lambda n: 0.8),
+        "swa": (compat.SWAModel(net, cuda=False), lambda n: n / (n + 1)),
+        "tanh": (compat.T_ADEMAModel(net, cuda=False, alpha=0.9), lambda n: 0.9 * math.tanh(n)),
+    }
+    exact = dict.fromkeys(averages)
+    for n in range(6):
+        train_step(net, n)
+        now = net[3].weight.detach().double()
+        for name, (average, decay) in averages.items():
+            average.update(net)
+            exact[name] = now if n == 0 else decay(n) * exact[name] + (1 - decay(n)) * now
+            torch.testing.assert_close(average.module[3].weight.double(), exact[name], rtol=0, atol=5e-6)
+            assert average.n_averaged.item() == n + 1
+    x = torch.randn(2, 3, 3, 3)
+    assert averages["ema"][0].eval()(x).shape == (2, 4)
+
+
+def test_article_ema_with_shadow_and_backup():
+    from fastreg import compat
+
+    net = nn.Linear(3, 2)
+    net.bias.requires_grad_(False)
+    ema = compat.EMA(net, 0.9)
+    with pytest.raises(RuntimeError, match="register"):
+        ema.update()
+    ema.register()
+    start = net.weight.detach().clone()
+    with torch.no_grad():
+        net.weight += 1
+    ema.update()
+    mine = tensors(net)
+    torch.testing.assert_close(ema.shadow["weight"], start + 0.1)
+    assert ema.shadow.keys() == {"weight"}
+    ema.apply_shadow()
+    assert torch.equal(net.weight, ema.shadow["weight"])
+    with pytest.raises(RuntimeError, match="restore"):
+        ema.apply_shadow()
+    ema.restore()
+    assert_same(tensors(net), mine)
+    with pytest.raises(RuntimeError, match="apply_shadow"):
+        ema.restore()
+
+
+def test_backends_table_names_averaging():
+    assert fastreg.backends()["averaging"]["reference"] == "usable"
