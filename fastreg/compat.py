@@ -3,10 +3,15 @@
 Changing the import line is enough. Each class says what it does differently from what it replaces.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from . import averaging
+from .max_norm import _threshold, max_norm_
+from .noise import drop_path_reference
+from .penalties import _attack, _restore, lp_penalty
 
 
 # ---- weight averaging ------------------------------------------------------------------------------------
@@ -90,3 +95,120 @@ class EMA:
         backup, params = self._matched(self.backup, "apply_shadow()")
         averaging.average_(params, backup, 1.0)
         self.backup = {}
+
+
+# ---- max-norm, penalties, perturbation, stochastic depth -------------------------------------------------
+
+
+class MaxNorm_via_PGD:
+    """Max-norm by projected gradient descent: `setPerLayerThresh(model)` once, then `PGD(model)` after each epoch or
+    step.
+
+    Args:
+        thresh: each weight's cap is min + thresh · (max - min) of its row norms; biases have none.
+        LpNorm, tau: order of the norm, and its power, as in `fastreg.max_norm_`.
+        layers: names of the modules to constrain. By default `model.encoder.fc`, or where there is none the last two
+            `nn.Linear` among the model's children, or else the last `nn.Linear` anywhere in it.
+
+    Corrected: layers with one output unit work; tau is applied once; rows with NaN or Inf do no harm; every layer
+    that has a threshold is projected; the host does not wait for the GPU. `PGD` returns the number of rows scaled.
+    """
+
+    def __init__(self, thresh: float = 1.0, LpNorm: float = 2, tau: float = 1, layers: Sequence[str] | None = None):
+        self.thresh, self.LpNorm, self.tau, self.layers = thresh, LpNorm, tau, layers
+        self.perLayerThresh: list[float | Tensor] = []
+
+    def setPerLayerThresh(self, model: nn.Module) -> None:
+        self.perLayerThresh = [
+            _threshold(param, self.thresh, self.LpNorm, 0) if param.dim() > 1 else float("inf")
+            for param in self._parameters(model)
+        ]
+
+    def PGD(self, model: nn.Module) -> Tensor:
+        if not self.perLayerThresh:
+            self.setPerLayerThresh(model)
+        return max_norm_(self._parameters(model), self.perLayerThresh, p=self.LpNorm, tau=self.tau)
+
+    def _parameters(self, model: nn.Module) -> list[Tensor]:
+        if self.layers is not None:
+            layers = [model.get_submodule(name) for name in self.layers]
+        elif hasattr(model, "encoder") and hasattr(model.encoder, "fc"):
+            layers = [model.encoder.fc]
+        else:
+            layers = [child for child in model.children() if isinstance(child, nn.Linear)][-2:]
+            layers = layers or [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+        params = [param for layer in layers for param in layer.parameters(recurse=False)]
+        if not params:
+            raise ValueError("model must have an encoder.fc or an nn.Linear; else name the layers to constrain")
+        return params
+
+
+class Regularization(nn.Module):
+    """`weight_decay` · Σ ‖w‖_p over the parameters with "weight" in their name, to be added to the loss.
+
+    Args:
+        model: the model whose weights are penalised; their names are printed.
+        weight_decay: above 0.
+        p: order of the norm, at least 1.
+
+    Corrected: a weight_decay of 0 or less raises ValueError instead of ending the process; one fused pass over all
+    weights; the gradient of a weight of zeros is zero.
+    """
+
+    def __init__(self, model: nn.Module, weight_decay: float, p: float = 2):
+        super().__init__()
+        if not weight_decay > 0:
+            raise ValueError(f"weight_decay must be above 0, got {weight_decay}")
+        self.model, self.weight_decay, self.p = model, weight_decay, p
+        self.weight_list = self.get_weight(model)
+        self.weight_info(self.weight_list)
+
+    def get_weight(self, model: nn.Module) -> list[tuple[str, Tensor]]:
+        return [(name, param) for name, param in model.named_parameters() if "weight" in name]
+
+    def regularization_loss(self, weight_list: list[tuple[str, Tensor]], weight_decay: float, p: float = 2) -> Tensor:
+        return weight_decay * lp_penalty([param for _, param in weight_list], p)
+
+    def forward(self, model: nn.Module) -> Tensor:
+        self.weight_list = self.get_weight(model)
+        return self.regularization_loss(self.weight_list, self.weight_decay, p=self.p)
+
+    def weight_info(self, weight_list: list[tuple[str, Tensor]]) -> None:
+        print("---------------regularization weight---------------")
+        for name, _ in weight_list:
+            print(name)
+        print("---------------------------------------------------")
+
+
+class FGM:
+    """Adversarial training of embeddings: `attack()` after the first backward pass, `restore()` after the second.
+
+    Corrected: the host does not wait for the GPU; a gradient with Inf is skipped like one with NaN; a second attack
+    before `restore` keeps the first one's backup.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.backup: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def attack(self, epsilon: float = 1.0, emb_name: str = "emb.") -> None:
+        chosen = {name: param for name, param in self.model.named_parameters() if emb_name in name}
+        _attack(chosen, epsilon, self.backup)
+
+    @torch.no_grad()
+    def restore(self, emb_name: str = "emb.") -> None:
+        _restore(dict(self.model.named_parameters()), self.backup)
+
+
+def drop_connect(inputs: Tensor, p: float, training: bool) -> Tensor:
+    """Drops each sample of the residual branch with probability p; the draws are the article's.
+
+    Corrected: any number of dimensions; p = 1 gives zeros, not NaN; the mask is drawn in fp32 whatever the dtype.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be between 0 and 1, got {p}")
+    if not training:
+        return inputs
+    keep = torch.floor(1 - p + torch.rand(inputs.shape[0], device=inputs.device))
+    return drop_path_reference(inputs, keep, p)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import _checks, longtail, losses
 from .group_norm import ACTIVATIONS, group_norm
+from .noise import _check_rate, drop_path, soft_threshold
 
 # ---- losses ----------------------------------------------------------------------------------------------
 
@@ -333,3 +334,43 @@ def _activation_name(module: nn.Module | None) -> str | None:
 def _hooked(module: nn.Module) -> bool:
     """Whether hooks see what the module returns, which fusion changes."""
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+# ---- noise -----------------------------------------------------------------------------------------------
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the branch of each sample with probability `drop_prob`; see `fastreg.drop_path`.
+
+    `forward(x, residual=None)` adds the residual in the same pass.
+    """
+
+    def __init__(self, drop_prob: float = 0.0, mode: str = "row") -> None:
+        super().__init__()
+        _check_rate(drop_prob)
+        self.drop_prob, self.mode = drop_prob, mode
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return drop_path(x, self.drop_prob, self.training, self.mode, residual=residual)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}, mode={self.mode!r}"
+
+
+class ChannelShrinkage(nn.Module):
+    """The block of the residual shrinkage network (its channel-wise form): soft-thresholding by learned thresholds.
+
+    τ_nc = mean over positions of |x_nc| · sigmoid(fc(that mean))_c with fc = Linear, BatchNorm, ReLU, Linear, and the
+    output is `soft_threshold(x, τ)`; x is (N, C, ...). The batch norm needs more than one sample in training.
+    """
+
+    def __init__(self, channels: int, hidden: int | None = None) -> None:
+        super().__init__()
+        hidden = channels if hidden is None else hidden
+        self.fc = nn.Sequential(
+            nn.Linear(channels, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.abs().flatten(2).mean(2) if x.dim() > 2 else x.abs()
+        return soft_threshold(x, size * self.fc(size))

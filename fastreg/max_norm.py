@@ -1,0 +1,588 @@
+"""Max-norm: caps on the Lp norm of each row of a weight.
+
+For a row w with norm n = ‖w‖_p and a cap c:
+
+    n^τ > c:   w ← w · c / n^τ        else w stays as it is, bit for bit
+
+τ = 1 is the projection of projected gradient descent (for p = 2 onto the ball, for other p along the ray). A row
+is a slice along `dim`: `weight[i]` of a Linear or Conv layer for dim 0, all weights of one output unit.
+Source: Alshammari et al., "Long-Tailed Recognition via Weight Balancing", CVPR 2022; τ-normalisation: Kang et al.,
+"Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020.
+
+Norms are sums in fp64, of values scaled by the row's largest one, so that nothing overflows or vanishes. Two such
+sums of n terms, taken in different orders, differ by about n/64 units of 2^-53: a row counts as over the cap if its
+norm exceeds it by more than that. A row that is scaled is rounded to the nearest, its norm is taken again from the
+rounded values, and if that is above the cap, the factor shrinks by twice the excess; rounding towards zero is the
+last resort, which cannot fail.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import _backends, _checks
+
+for _name in ("max_norm_", "max_norm", "project_lp_ball_", "tau_normalize_", "row_norms"):
+    _backends.register(_name)
+
+Cap = float | Tensor
+_ULP = 2.0**-53
+
+
+# ---- public functions ------------------------------------------------------------------------------------
+
+
+def max_norm_(
+    tensors: Tensor | Iterable[Tensor],
+    max_norm: Cap | Sequence[Cap],
+    *,
+    p: float = 2.0,
+    dim: int = 0,
+    tau: float = 1.0,
+    decay: float = 0.0,
+) -> Tensor:
+    """Scales, in place, every row whose norm to the power `tau` is above `max_norm` by max_norm / norm^tau.
+
+    Args:
+        tensors: one tensor or several, of any strides, dtypes fp16, bf16, fp32, fp64; none may be expanded.
+            Rows are the slices along `dim`; in a tensor of one dimension or none, each element is a row. A tensor
+            listed twice is projected once, under its first cap.
+        max_norm: the cap, at least 0: a number, a 0-d tensor, a tensor with one cap per row, or a list with one of
+            these per tensor. Caps in a CUDA tensor are not checked; a row whose cap is NaN or negative stays.
+        p: the norm's order, above 0; `inf` is the largest absolute value.
+        tau: at least 0. Only tau = 1 bounds the norm by the cap.
+        decay: decoupled weight decay in the same pass: every row is multiplied by 1 - decay (learning rate times
+            weight decay) and rounded, before its norm is taken.
+
+    Returns:
+        How many rows were scaled down, a 0-d int64 tensor on the tensors' device; the host does not wait for it.
+
+    With tau = 1, afterwards: each finite row's norm, taken in fp64 from the stored values, is at most max_norm; rows
+    at or under the cap have the bits they had (with decay = 0); a second call changes nothing; a row with NaN or
+    Inf is as it was and has harmed no other. (Sums in fp64 differ by their order; a norm above the cap by no more
+    than that, about (4 + n/64) · 2^-53 of it for rows of n, counts as at the cap.)
+
+    Raises TypeError or ValueError, before anything is written, for arguments outside of the above.
+    """
+    tensors = _tensors(tensors)
+    caps = _caps(tensors, max_norm, "max_norm", dim)
+    _check_order(p)
+    _checks.in_range("tau", tau, 0.0, _LARGEST)
+    _checks.in_range("decay", decay, 0.0, 1.0)
+    count = _no_rows(tensors)
+    with torch.no_grad():
+        for tensor, cap in _once(tensors, caps):
+            count = count + max_norm_reference_(tensor, cap, p=p, dim=dim, tau=tau, decay=decay)
+    return count
+
+
+def max_norm(input: Tensor, max_norm: Cap, *, p: float = 2.0, dim: int = 0, tau: float = 1.0) -> Tensor:
+    """`max_norm_` out of place: a new tensor of input's shape and dtype, differentiable in `input` (as `torch.renorm`
+    is) and in a tensor `max_norm`.
+
+    With n = ‖w‖_p of a row over the cap, y = w · c / n^τ and an incoming gradient g:
+    ∂w = c / n^τ · (g - τ · ⟨g, w⟩ / n · ∂n/∂w),  ∂n/∂w = sign(w) · (|w| / n)^(p-1);  ∂c = ⟨g, w⟩ / n^τ.
+    Arguments and errors as in `max_norm_`.
+    """
+    _check_tensor("input", input)
+    (cap,) = _caps([input], max_norm, "max_norm", dim)
+    _check_order(p)
+    _checks.in_range("tau", tau, 0.0, _LARGEST)
+    return max_norm_reference(input, cap, p=p, dim=dim, tau=tau)
+
+
+def project_lp_ball_(
+    tensors: Tensor | Iterable[Tensor], radius: Cap | Sequence[Cap], p: float = 2.0, *, dim: int = 0
+) -> Tensor:
+    """Moves, in place, every row outside the ball ‖w‖_p ≤ radius to the nearest point of the ball (Euclidean), for
+    p = 1, 2 or inf.
+
+    p = 1: w ← sign(w)·max(|w| - θ, 0) with the θ that brings the norm to the radius (Duchi et al., "Efficient
+    Projections onto the l1-Ball", ICML 2008); p = 2: `max_norm_`; inf: w ← min(max(w, -radius), radius).
+    Arguments, guarantees, errors and the returned count are those of `max_norm_` with tau = 1.
+    """
+    tensors = _tensors(tensors)
+    caps = _caps(tensors, radius, "radius", dim)
+    if p not in (1, 2, math.inf):
+        raise ValueError(f"p must be 1, 2 or inf, got {p}")
+    count = _no_rows(tensors)
+    with torch.no_grad():
+        for tensor, cap in _once(tensors, caps):
+            count = count + project_lp_ball_reference_(tensor, cap, p=p, dim=dim)
+    return count
+
+
+def tau_normalize_(
+    tensors: Tensor | Iterable[Tensor], tau: float = 1.0, *, p: float = 2.0, dim: int = 0
+) -> Tensor | list[Tensor]:
+    """Divides, in place, every row by its norm to the power `tau` (τ-normalisation); returns what it was given.
+
+    tau = 1 gives every row norm 1, tau = 0 changes nothing. Rows of zeros and rows with NaN or Inf stay as they are.
+    """
+    given, tensors = tensors, _tensors(tensors)
+    for index, tensor in enumerate(tensors):
+        _rows_dim(tensor, dim, index)
+    _check_order(p)
+    _checks.in_range("tau", tau, 0.0, _LARGEST)
+    with torch.no_grad():
+        for tensor, _ in _once(tensors, tensors):
+            tau_normalize_reference_(tensor, tau, p=p, dim=dim)
+    return given if isinstance(given, Tensor) else tensors
+
+
+def row_norms(tensor: Tensor, p: float = 2.0, dim: int = 0) -> Tensor:
+    """The Lp norm of each slice along `dim`: summed in fp64, returned in fp32 (fp64 for fp64). Differentiable."""
+    _check_tensor("tensor", tensor)
+    _rows_dim(tensor, dim)
+    _check_order(p)
+    return row_norms_reference(tensor, p, dim)
+
+
+def max_norm_threshold(tensor: Tensor, thresh: float, p: float = 2.0, dim: int = 0) -> Tensor:
+    """min + thresh · (max - min) of the row norms, a 0-d tensor of the dtype of `row_norms`: the cap by which the
+    paper's code sets a layer's max-norm. Rows with NaN or Inf are left out; without a finite row it is inf."""
+    _check_tensor("tensor", tensor)
+    _rows_dim(tensor, dim)
+    _check_order(p)
+    _checks.in_range("thresh", thresh, 0.0, _LARGEST)
+    return _threshold(tensor, thresh, p, dim).to(_norm_dtype(tensor))
+
+
+# ---- constraints on a model's weights --------------------------------------------------------------------
+
+
+class _Constraint:
+    """A rule kept on a fixed list of weights, by hand (`project`) or after optimizer steps (`attach`)."""
+
+    def __init__(self, params_or_module: nn.Module | Tensor | Iterable[Tensor], names: Iterable[str] | None = None):
+        if isinstance(params_or_module, nn.Module):
+            named = dict(params_or_module.named_parameters())
+            if names is None:
+                self.params = [param for param in named.values() if param.dim() >= 2]
+            else:
+                absent = [name for name in names if name not in named]
+                if absent:
+                    raise ValueError(f"max_norm names {absent}, which are no parameters of the module: {list(named)}")
+                self.params = [named[name] for name in names]
+        else:
+            self.params = _tensors(params_or_module, "params_or_module")
+        if not self.params:
+            raise ValueError(
+                "params_or_module holds no tensor to constrain (of a module: no parameter of 2 dimensions)"
+            )
+        self.steps = 0
+
+    def project(self) -> Tensor:
+        raise NotImplementedError
+
+    def attach(self, optimizer: torch.optim.Optimizer, every: int = 1) -> torch.utils.hooks.RemovableHandle:
+        """Projects after every `every`-th `optimizer.step()`; `.remove()` of the returned handle ends it."""
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be an integer of at least 1, got {every!r}")
+
+        def after_step(optimizer, args, kwargs):
+            self.steps += 1
+            if self.steps % every == 0:
+                self._after(optimizer)
+
+        return optimizer.register_step_post_hook(after_step)
+
+    def _after(self, optimizer: torch.optim.Optimizer) -> None:
+        self.project()
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.steps = int(state["steps"])
+
+
+class MaxNorm(_Constraint):
+    """Keeps the row norms of a model's weights under caps.
+
+    Args:
+        params_or_module: a tensor, tensors, or a module, which stands for its parameters of two dimensions or more.
+        max_norm: the cap, or a list with one cap per tensor, each as in `max_norm_`; for a module also a mapping of
+            parameter names to caps, which then are the only ones constrained.
+        thresh: instead of max_norm, fixes each tensor's cap now, from its present weights: `max_norm_threshold`.
+        p, dim, tau: as in `max_norm_`.
+        weight_decay: decoupled weight decay, applied by the projections of an attached optimizer in the same pass:
+            w ← w · (1 - lr · weight_decay), lr the learning rate of w's parameter group. Leave the optimizer's own
+            at 0 for these weights.
+
+    Example:
+        >>> constraint = fastreg.MaxNorm(model.fc, thresh=0.1)
+        >>> handle = constraint.attach(optimizer)  # projects after every optimizer.step()
+
+    `caps` holds the caps, `total` the number of rows scaled so far (a 0-d tensor on the weights' device).
+    """
+
+    def __init__(
+        self,
+        params_or_module: nn.Module | Tensor | Iterable[Tensor],
+        max_norm: Cap | Sequence[Cap] | Mapping[str, Cap] | None = None,
+        *,
+        thresh: float | None = None,
+        p: float = 2.0,
+        dim: int = 0,
+        tau: float = 1.0,
+        weight_decay: float = 0.0,
+    ):
+        if (max_norm is None) == (thresh is None):
+            raise ValueError(f"exactly one of max_norm and thresh must be given, got {max_norm!r} and {thresh!r}")
+        _check_order(p)
+        _checks.in_range("tau", tau, 0.0, _LARGEST)
+        _checks.in_range("weight_decay", weight_decay, 0.0, _LARGEST)
+        named = isinstance(max_norm, Mapping)
+        if named and not isinstance(params_or_module, nn.Module):
+            raise TypeError("max_norm may map names to caps only where params_or_module is a module")
+        super().__init__(params_or_module, max_norm if named else None)
+        self.p, self.dim, self.tau, self.weight_decay = p, dim, tau, weight_decay
+        if thresh is not None:
+            _checks.in_range("thresh", thresh, 0.0, _LARGEST)
+            for index, param in enumerate(self.params):
+                _check_tensor(f"parameter {index}", param)
+                _rows_dim(param, dim, index)
+            # Kept in fp64: with thresh = 1 the cap is the largest norm, and rounding it would move that row.
+            self.caps: list[Cap] = [_threshold(param, thresh, p, dim) for param in self.params]
+        else:
+            self.caps = _caps(self.params, list(max_norm.values()) if named else max_norm, "max_norm", dim)
+        self.total = _no_rows(self.params)
+
+    def project(self, decay: float = 0.0) -> Tensor:
+        """Projects now; returns how many rows were scaled down, as `max_norm_` does."""
+        count = max_norm_(self.params, self.caps, p=self.p, dim=self.dim, tau=self.tau, decay=decay)
+        self.total = self.total.to(count.device) + count
+        return count
+
+    def _after(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.weight_decay:
+            self.project()
+            return
+        rates = {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
+        by_rate: dict[float, list[int]] = {}
+        for index, param in enumerate(self.params):
+            by_rate.setdefault(float(rates.get(id(param), 0.0)), []).append(index)
+        for rate, indices in by_rate.items():
+            params, caps = [self.params[i] for i in indices], [self.caps[i] for i in indices]
+            decay = rate * self.weight_decay
+            self.total = self.total + max_norm_(params, caps, p=self.p, dim=self.dim, tau=self.tau, decay=decay)
+
+    def state_dict(self) -> dict:
+        """The caps, the number of steps seen and the number of rows scaled."""
+        return {"caps": list(self.caps), "steps": self.steps, "total": self.total}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        caps = state["caps"]
+        if len(caps) != len(self.params):
+            raise ValueError(f"the state holds {len(caps)} caps, but {len(self.params)} tensors are constrained")
+        caps = [cap.to(param.device) if isinstance(cap, Tensor) else cap for cap, param in zip(caps, self.params)]
+        self.caps = _caps(self.params, caps, "caps", self.dim)
+        self.steps, self.total = int(state["steps"]), state["total"].to(self.params[0].device)
+
+
+class UnitNorm(_Constraint):
+    """Keeps every row at norm 1 (the L2 normalisation that the weight-balancing paper compares with).
+
+    Arguments and methods as in `MaxNorm`; rows of zeros and rows with NaN or Inf stay as they are.
+    """
+
+    def __init__(self, params_or_module: nn.Module | Tensor | Iterable[Tensor], *, p: float = 2.0, dim: int = 0):
+        _check_order(p)
+        super().__init__(params_or_module)
+        self.p, self.dim = p, dim
+
+    def project(self) -> None:
+        tau_normalize_(self.params, 1.0, p=self.p, dim=self.dim)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------
+
+_LARGEST = torch.finfo(torch.float64).max
+
+
+def _check_tensor(name: str, value: object) -> None:
+    _checks.is_tensor(name, value)
+    _checks.dtype_in(name, value, _checks.FLOATS)
+
+
+def _tensors(tensors: Tensor | Iterable[Tensor], name: str = "tensors") -> list[Tensor]:
+    """The list of tensors to write to, each checked."""
+    if isinstance(tensors, Tensor):
+        tensors = [tensors]
+    elif not isinstance(tensors, Iterable):
+        raise TypeError(f"{name} must be a tensor or an iterable of tensors, got {type(tensors).__name__}")
+    tensors = list(tensors)
+    for index, tensor in enumerate(tensors):
+        _check_tensor(f"{name}[{index}]", tensor)
+        if tensor.device != tensors[0].device:
+            raise ValueError(f"{name} must be on one device, got {tensors[0].device} and {tensor.device}")
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
+            raise ValueError(
+                f"{name}[{index}] must not be expanded: it is written in place, and elements of shape "
+                f"{tuple(tensor.shape)} with strides {tensor.stride()} share memory"
+            )
+    return tensors
+
+
+def _rows_dim(tensor: Tensor, dim: int, index: int | None = None) -> int:
+    """`dim` counted from the front."""
+    ndim = max(tensor.dim(), 1)
+    if not isinstance(dim, int) or not -ndim <= dim < ndim:
+        of = "the tensor" if index is None else f"tensors[{index}]"
+        raise IndexError(
+            f"dim must be between {-ndim} and {ndim - 1} for {of} of shape {tuple(tensor.shape)}, got {dim}"
+        )
+    return dim % ndim
+
+
+def _check_order(p: float) -> None:
+    if not isinstance(p, (int, float)) or not p > 0:
+        raise ValueError(f"p must be a number above 0, or inf, got {p!r}")
+
+
+def _caps(tensors: list[Tensor], caps: Cap | Sequence[Cap], name: str, dim: int) -> list[Cap]:
+    """One cap per tensor, each a float, a 0-d tensor or a tensor of one cap per row."""
+    if isinstance(caps, (list, tuple)):
+        if len(caps) != len(tensors):
+            raise ValueError(f"{name} must have one entry per tensor, {len(tensors)}, got {len(caps)}")
+        labels = [f"{name}[{index}]" for index in range(len(caps))]
+    else:
+        labels, caps = [name] * len(tensors), [caps] * len(tensors)
+    return [
+        _check_cap(label, cap, tensor, tensor.shape[_rows_dim(tensor, dim, index)] if tensor.dim() else 1)
+        for index, (label, cap, tensor) in enumerate(zip(labels, caps, tensors))
+    ]
+
+
+def _check_cap(name: str, cap: Cap, tensor: Tensor, rows: int) -> Cap:
+    if not isinstance(cap, Tensor):
+        if isinstance(cap, bool) or not isinstance(cap, (int, float)):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(cap).__name__}")
+        _checks.in_range(name, cap, 0.0)
+        return float(cap)
+    _checks.dtype_in(name, cap, _checks.FLOATS)
+    if cap.dim() and tuple(cap.shape) != (rows,):
+        raise ValueError(f"{name} must have no dimension or one cap per row, ({rows},), got shape {tuple(cap.shape)}")
+    if cap.device.type == "cpu" and not torch.compiler.is_compiling():
+        low = cap.detach().min().item() if cap.numel() else 0.0  # NaN wins in min
+        _checks.in_range(f"{name} (its smallest value)", low, 0.0)
+        if not cap.dim() and tensor.device.type != "cpu":
+            return cap.item()
+    _checks.same_device(name, cap, "the tensor it belongs to", tensor)
+    return cap
+
+
+def _once(tensors: list[Tensor], values: list) -> Iterable[tuple[Tensor, object]]:
+    """Pairs of tensor and value, without empty tensors and without the second listing of a tied one."""
+    seen: set[int] = set()
+    for tensor, value in zip(tensors, values):
+        if tensor.numel() and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor, value
+
+
+def _no_rows(tensors: list[Tensor]) -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device=tensors[0].device if tensors else None)
+
+
+# ---- reference -------------------------------------------------------------------------------------------
+
+
+def _norm_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _rows(tensor: Tensor, dim: int) -> Tensor:
+    """(rows, length), in the widest dtype of the device."""
+    return _narrow_rows(tensor, dim).to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def _narrow_rows(tensor: Tensor, dim: int) -> Tensor:
+    return tensor.movedim(dim, 0).flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+
+
+def _write_rows(tensor: Tensor, which: Tensor, rows: Tensor, dim: int) -> None:
+    """Writes those of `rows`. The others are copied in their own dtype, which alone keeps the bits of a NaN."""
+    rows = torch.where(which.unsqueeze(1), rows, _narrow_rows(tensor, dim))
+    moved = tensor.movedim(dim, 0) if tensor.dim() > 1 else tensor
+    moved.copy_(rows.reshape(moved.shape))
+
+
+def _scaled_norms(rows: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """(scale, s), one each per row: the norm is scale · s, and s neither overflows nor vanishes. A row with NaN or
+    Inf has such an s; a row of zeros has s = 0."""
+    largest = rows.detach().abs().amax(1)
+    usable = largest.isfinite() & (largest > 0)
+    if p == math.inf:
+        return torch.ones_like(largest), rows.abs().amax(1)
+    if p in (1, 2):  # a power of two scales exactly
+        scale = torch.exp2(torch.frexp(largest).exponent.clamp(-1021, 1023).to(rows.dtype))
+    else:
+        scale = largest
+    scale = torch.where(usable, scale, 1)
+    return scale, torch.linalg.vector_norm(rows / scale.unsqueeze(1), p, dim=1)
+
+
+def _slack(length: int, p: float) -> tuple[float, float]:
+    """How far above the cap a norm counts as at the cap, and how far below it a rounded row's norm has to be, so
+    that no other way of summing in fp64 finds it above. Relative to the cap."""
+    if p == math.inf:
+        return 0.0, 0.0
+    wider = max(1.0, 2.0 / p) * _ULP  # the root of a sum has 1/p of the sum's relative error
+    return (4 + length // 64) * wider, length // 64 * wider
+
+
+def _cap_column(cap: Cap, rows: Tensor) -> Tensor:
+    """The caps as (rows,) or (), in the rows' dtype; NaN and negative ones never bind."""
+    if not isinstance(cap, Tensor):
+        return torch.full((), cap, dtype=rows.dtype, device=rows.device)
+    cap = cap.to(rows.dtype)
+    return torch.where(cap >= 0, cap, math.inf)
+
+
+def _toward_zero(exact: Tensor, rounded: Tensor) -> Tensor:
+    """`exact` rounded towards zero, given it rounded to the nearest: where that went up, one step back."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rounded.element_size()]
+    went_up = rounded.to(exact.dtype).abs() > exact.abs()
+    return torch.where(went_up, (rounded.view(bits) - 1).view(rounded.dtype), rounded)
+
+
+def _norms(rows: Tensor, p: float) -> Tensor:
+    scale, s = _scaled_norms(rows, p)
+    return scale * s
+
+
+def _is_over(rows: Tensor, scale: Tensor, s: Tensor, cap: Tensor, p: float) -> Tensor:
+    slack, _ = _slack(rows.shape[1], p)
+    return _finite(rows) & (s > cap * (1 + slack) / scale)
+
+
+def _finite(rows: Tensor) -> Tensor:
+    return rows.detach().abs().amax(1).isfinite()
+
+
+def _settle(attempt: Callable[[Tensor], Tensor], target: Tensor, bound: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """Rows of `dtype` whose norm is at most `bound`: those of `attempt(target)` rounded to the nearest, or where
+    that rounds above the bound, aimed lower by twice the excess, or where even that fails, rounded towards zero."""
+    exact = attempt(target)
+    rounded = exact.to(dtype)
+    if dtype == exact.dtype:
+        return rounded  # the target is far enough below the bound for this rounding
+    ratio = _norms(rounded.to(exact.dtype), p) / bound
+    lower = attempt(target / (2 * ratio - 1)).to(dtype)
+    fails = _norms(lower.to(exact.dtype), p) > bound
+    lower = torch.where(fails.unsqueeze(1), _toward_zero(exact, rounded), lower)
+    return torch.where((ratio > 1).unsqueeze(1), lower, rounded)
+
+
+def _capped(rows: Tensor, cap: Tensor, p: float, tau: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(rows scaled to their caps and rounded to dtype, which of them were over); rows not over hold anything."""
+    scale, s = _scaled_norms(rows, p)
+    unit = rows / scale.unsqueeze(1)
+    if tau != 1:
+        log_norm, log_cap = torch.log2(scale) + torch.log2(s), torch.log2(cap)
+        slack = 2 * tau * _slack(rows.shape[1], p)[0] + 16 * _ULP * (1 + log_cap.abs().clamp(max=1100))
+        over = _finite(rows) & (tau * log_norm > log_cap + slack)
+        factor = torch.exp2(log_cap - tau * log_norm + torch.log2(scale))
+        return (unit * factor.unsqueeze(1)).to(dtype), over
+    bound, target = _aim(cap, rows.shape[1], p)
+    new = _settle(lambda aim: unit * (aim / s).unsqueeze(1), target, bound, p, dtype)
+    return new, _is_over(rows, scale, s, cap, p)
+
+
+def _aim(cap: Tensor, length: int, p: float) -> tuple[Tensor, Tensor]:
+    """The largest norm to accept after rounding, and the one to aim at before it."""
+    _, below = _slack(length, p)
+    return cap * (1 - below), cap * (1 - 2 * below - 8 * _ULP * max(1.0, 2.0 / p))
+
+
+def max_norm_reference_(
+    tensor: Tensor, cap: Cap, *, p: float = 2.0, dim: int = 0, tau: float = 1.0, decay: float = 0.0
+) -> Tensor:
+    """`max_norm_` of one tensor in plain PyTorch; returns the count."""
+    if decay:
+        tensor.mul_(1 - decay)
+    rows = _rows(tensor, dim)
+    new, over = _capped(rows, _cap_column(cap, rows), p, tau, tensor.dtype)
+    _write_rows(tensor, over, new, dim)
+    return over.sum()
+
+
+def max_norm_reference(input: Tensor, cap: Cap, *, p: float = 2.0, dim: int = 0, tau: float = 1.0) -> Tensor:
+    """`max_norm` in plain PyTorch: the values of `max_norm_`, the derivatives of the formula."""
+    if not input.numel():
+        return input.clone()
+    rows = _rows(input, dim)
+    caps = _cap_column(cap, rows)
+    with torch.no_grad():
+        values, over = _capped(rows, caps, p, tau, input.dtype)
+    over = over.unsqueeze(1)
+    # Rows that stay must not reach the formula: their derivative is that of the identity, whatever they hold.
+    moving = torch.where(over, rows, 1)
+    scale, s = _scaled_norms(moving, p)
+    formula = moving / scale.unsqueeze(1) * (caps * scale ** (1 - tau) / s**tau).unsqueeze(1)
+    formula = formula + (values.to(rows.dtype) - formula).detach()
+    out = torch.where(over, formula.to(input.dtype), _narrow_rows(input, dim))
+    if input.dim() < 2:
+        return out.reshape(input.shape)
+    return out.reshape(input.movedim(dim, 0).shape).movedim(0, dim)
+
+
+def project_lp_ball_reference_(tensor: Tensor, radius: Cap, *, p: float = 2.0, dim: int = 0) -> Tensor:
+    """`project_lp_ball_` of one tensor in plain PyTorch; returns the count."""
+    if p == 2:
+        return max_norm_reference_(tensor, radius, dim=dim)
+    rows = _rows(tensor, dim)
+    cap = _cap_column(radius, rows).expand(rows.shape[:1])
+    over = _is_over(rows, *_scaled_norms(rows, p), cap, p)
+    magnitude = rows.abs()
+    bound, target = _aim(cap, rows.shape[1], p)
+    if p == math.inf:
+        rounded = bound.to(tensor.dtype)
+        bound = _toward_zero(bound, rounded).to(rows.dtype)
+        new = torch.minimum(magnitude, bound.unsqueeze(1)).to(tensor.dtype)
+    else:
+        # Relative to the row's largest value all that matters is of the radius' size, so nothing cancels.
+        gap = magnitude - magnitude.amax(1, keepdim=True)
+        gaps = gap.sort(1, descending=True).values
+        sums = gaps.cumsum(1)
+        counts = torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device)
+
+        def soft_threshold(radius: Tensor) -> Tensor:
+            thetas = (sums - radius.unsqueeze(1)) / counts
+            kept = (gaps > thetas).sum(1, keepdim=True).clamp(min=1)
+            return (gap - thetas.gather(1, kept - 1)).clamp(min=0)
+
+        new = _settle(soft_threshold, target, bound, p, tensor.dtype)
+    new = torch.copysign(new, rows.to(new.dtype))
+    _write_rows(tensor, over, new, dim)
+    return over.sum()
+
+
+def tau_normalize_reference_(tensor: Tensor, tau: float = 1.0, *, p: float = 2.0, dim: int = 0) -> None:
+    """`tau_normalize_` of one tensor in plain PyTorch."""
+    rows = _rows(tensor, dim)
+    scale, s = _scaled_norms(rows, p)
+    factor = 1 / s if tau == 1 else torch.exp2((1 - tau) * torch.log2(scale) - tau * torch.log2(s))
+    new = (rows / scale.unsqueeze(1) * factor.unsqueeze(1)).to(tensor.dtype)
+    _write_rows(tensor, _finite(rows) & (s > 0), new, dim)
+
+
+def row_norms_reference(tensor: Tensor, p: float = 2.0, dim: int = 0) -> Tensor:
+    """`row_norms` in plain PyTorch."""
+    rows = _rows(tensor, dim)
+    norms = _norms(rows, p) if rows.numel() else rows.sum(1)
+    return norms.to(_norm_dtype(tensor))
+
+
+def _threshold(tensor: Tensor, thresh: float, p: float, dim: int) -> Tensor:
+    rows = _rows(tensor.detach(), dim)
+    if not rows.numel():
+        return torch.full((), math.inf, dtype=rows.dtype, device=rows.device)
+    norms = _norms(rows, p)
+    finite = norms.isfinite()
+    low, high = torch.where(finite, norms, math.inf).amin(), torch.where(finite, norms, 0).amax()
+    return torch.where(finite.any(), torch.lerp(low, high, thresh), math.inf)

@@ -1,0 +1,134 @@
+"""Regularisation by noise and shrinkage: stochastic depth, soft-thresholding, flooding.
+
+    drop_path:       y = x · m / (1 - p) (+ residual),  m ~ Bernoulli(1 - p), one per sample ("row") or one ("batch")
+    soft_threshold:  y = sign(x) · max(|x| - τ, 0)
+    flood:           y = |loss - b| + b
+
+Sources: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016; Zhao et al., "Deep Residual Shrinkage Networks
+for Fault Diagnosis", IEEE TII 2020; Ishida et al., "Do We Need Zero Training Loss After Achieving Zero Training
+Error?", ICML 2020.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _backends, _checks
+
+for _name in ("drop_path", "soft_threshold"):
+    _backends.register(_name)
+
+
+def drop_path(
+    x: Tensor, p: float, training: bool = True, mode: str = "row", *, residual: Tensor | None = None
+) -> Tensor:
+    """Drops the branch `x` of each sample with probability p and scales the kept ones by 1 / (1 - p).
+
+    Args:
+        x: (N, ...), of fp16, bf16, fp32 or fp64.
+        p: between 0 and 1; at 1 everything is dropped (and nothing divided by zero).
+        training: if false, or with p = 0, the branch passes unchanged.
+        mode: "row" draws for each sample, "batch" once for all.
+        residual: of x's shape and dtype, added to the result in the same pass.
+
+    The mask comes from torch's generator for the device, by the draws of `torchvision.ops.stochastic_depth`.
+    Raises TypeError or ValueError for anything else.
+    """
+    _check_float("x", x)
+    _check_rate(p)
+    _checks.choice("mode", mode, ("row", "batch"))
+    if mode == "row" and not x.dim():
+        raise ValueError("x must have a dimension of samples for mode 'row', got a 0-d tensor")
+    if residual is not None:
+        _check_float("residual", residual)
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            raise ValueError(
+                f"residual must have x's shape and dtype, {tuple(x.shape)} and {x.dtype}, "
+                f"got {tuple(residual.shape)} and {residual.dtype}"
+            )
+        _checks.same_device("residual", residual, "x", x)
+    if not training or p == 0.0:
+        return x if residual is None else x + residual
+    mask = x.new_empty(x.shape[:1] if mode == "row" else [1]).bernoulli_(1.0 - p)
+    return drop_path_reference(x, mask, p, residual)
+
+
+def linear_drop_rates(depth: int, p: float) -> list[float]:
+    """The drop rate of each of `depth` blocks, rising evenly from 0 at the first to p at the last."""
+    if not isinstance(depth, int) or depth < 0:
+        raise ValueError(f"depth must be an integer of at least 0, got {depth!r}")
+    _check_rate(p)
+    return [p * block / max(depth - 1, 1) for block in range(depth)]
+
+
+def soft_threshold(x: Tensor, tau: float | Tensor) -> Tensor:
+    """sign(x) · max(|x| - tau, 0), differentiable in x and in tau.
+
+    Args:
+        x: (N, C, ...) or any shape if tau is a scalar; fp16, bf16, fp32 or fp64.
+        tau: at least 0: a number or a 0-d tensor; one per channel, (C,); or one per sample and channel, (N, C).
+            Trailing dimensions of size 1 may follow. In a tensor, a value below 0 acts as 0.
+
+    The gradient in x is 1 where |x| > tau, else 0; in tau it is the sum of -sign(x) over where |x| > tau.
+    Raises TypeError or ValueError for anything else.
+    """
+    _check_float("x", x)
+    if not isinstance(tau, Tensor):
+        _checks.in_range("tau", tau, 0.0)
+        return soft_threshold_reference(x, x.new_full((), tau))
+    _check_float("tau", tau)
+    _checks.same_device("tau", tau, "x", x)
+    return soft_threshold_reference(x, _align_threshold(x, tau))
+
+
+def _align_threshold(x: Tensor, tau: Tensor) -> Tensor:
+    """tau with as many dimensions as x, or none."""
+    if not tau.dim():
+        return tau
+    sizes = list(tau.shape)
+    while len(sizes) > 2 and sizes[-1] == 1:
+        sizes.pop()
+    if x.dim() >= 2:
+        if len(sizes) == 1 and sizes[0] in (1, x.shape[1]):
+            return tau.reshape([1, *sizes, *[1] * (x.dim() - 2)])
+        if len(sizes) == 2 and sizes[0] in (1, x.shape[0]) and sizes[1] in (1, x.shape[1]):
+            return tau.reshape([*sizes, *[1] * (x.dim() - 2)])
+    raise ValueError(
+        f"tau must be a scalar, one value per channel (C,) or per sample and channel (N, C) of x, "
+        f"got shape {tuple(tau.shape)} for x of shape {tuple(x.shape)}"
+    )
+
+
+def flood(loss: Tensor, b: float) -> Tensor:
+    """|loss - b| + b: below the flood level b the gradient turns round, so training hovers there."""
+    _check_float("loss", loss)
+    return (loss - b).abs() + b
+
+
+def _check_float(name: str, value: object) -> None:
+    _checks.is_tensor(name, value)
+    _checks.dtype_in(name, value, _checks.FLOATS)
+
+
+def _check_rate(p: float) -> None:
+    _checks.in_range("p", p, 0.0, 1.0)
+
+
+# ---- reference -------------------------------------------------------------------------------------------
+
+
+def drop_path_reference(x: Tensor, mask: Tensor, p: float, residual: Tensor | None = None) -> Tensor:
+    """The formula in plain PyTorch, given the mask of zeros and ones, (N,) or (1,)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    mask = mask.to(wide.dtype).reshape([-1, *[1] * (x.dim() - 1)]) if x.dim() else mask.to(wide.dtype).reshape(())
+    # A dropped branch leaves nothing behind, not even the NaN of 0 · inf.
+    out = torch.where(mask != 0, wide * (mask / max(1.0 - p, torch.finfo(torch.float32).tiny)), 0)
+    if residual is not None:
+        out = out + residual
+    return out.to(x.dtype)
+
+
+def soft_threshold_reference(x: Tensor, tau: Tensor) -> Tensor:
+    """The formula in plain PyTorch; tau broadcasts against x."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    tau = tau.to(wide.dtype).clamp(min=0)
+    return torch.where(wide.abs() > tau, wide - tau * wide.sign(), wide * 0).to(x.dtype)

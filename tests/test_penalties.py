@@ -1,0 +1,230 @@
+"""Lp penalties and FGM against their formulas in fp64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fastreg
+from fastreg import _backends
+from fastreg.testing import DTYPES
+
+BACKENDS = [b for b in ("reference", "cpu") if _backends.missing("lp_penalty", b) is None]
+SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request):
+    with fastreg.use_backend(request.param):
+        yield request.param
+
+
+def exact(tensors, p, squared=False):
+    norms = [torch.linalg.vector_norm(t.detach().double(), p) for t in tensors if t.numel()]
+    return sum(n**p if squared else n for n in norms)
+
+
+def exact_gradient(tensor, p, squared=False):
+    w = tensor.detach().double()
+    size = w.abs()
+    if squared:
+        return p * w.sign() * size ** (p - 1)
+    norm = torch.linalg.vector_norm(w, p)
+    return torch.zeros_like(w) if norm == 0 else w.sign() * (size / norm) ** (p - 1)
+
+
+@settings(max_examples=60, **SETTINGS)
+@given(
+    seed=st.integers(0, 2**31),
+    sizes=st.lists(st.sampled_from([0, 1, 2, 7, 33, 1000]), min_size=1, max_size=5),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=5, max_size=5),
+    p=st.sampled_from([1.0, 1.5, 2.0, 3.0]),
+    squared=st.booleans(),
+)
+def test_value_and_gradient(seed, sizes, dtypes, p, squared):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(n, generator=generator).to(dtype).requires_grad_() for n, dtype in zip(sizes, dtypes)]
+    out = fastreg.lp_penalty(tensors, p, squared=squared)
+    double = any(t.dtype == torch.float64 for t in tensors)
+    assert out.dtype == (torch.float64 if double else torch.float32) and out.dim() == 0
+    want = exact(tensors, p, squared)
+    # One rounding per tensor and sum in the result's dtype.
+    assert abs(out.item() - float(want)) <= (2 + len(sizes)) * torch.finfo(out.dtype).eps * float(want)
+    (3 * out).backward()
+    for t in tensors:
+        want = 3 * exact_gradient(t, p, squared)
+        info = torch.finfo(t.dtype)
+        error = (t.grad.double() - want).abs() - 8 * info.eps * want.abs()
+        assert t.grad.dtype == t.dtype and (error <= info.smallest_normal).all()
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 4, math.inf])
+def test_gradient_of_zeros_is_zero(p):
+    zeros, other = torch.zeros(3, 4, requires_grad=True), torch.ones(2, requires_grad=True)
+    fastreg.lp_penalty([zeros, other], p).backward()
+    assert zeros.grad.eq(0).all() and other.grad.ne(0).all()
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3])
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_huge_and_tiny_weights(p, size):
+    w = (torch.randn(100) * size).requires_grad_()
+    out = fastreg.lp_penalty(w, p)
+    torch.testing.assert_close(out.double(), exact([w], p), rtol=1e-6, atol=0)
+    out.backward()
+    torch.testing.assert_close(w.grad.double(), exact_gradient(w, p), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("squared", [False, True])
+def test_derivatives(p, squared):
+    a, b = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (4, 3))
+    assert torch.autograd.gradcheck(lambda a, b: fastreg.lp_penalty([a, b], p, squared=squared), (a, b))
+    assert torch.autograd.gradgradcheck(lambda a, b: fastreg.lp_penalty([a, b], p, squared=squared), (a, b))
+
+
+def test_layouts_and_ties():
+    w = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    view = w.detach()[:, ::2, 1:4].transpose(1, 3).requires_grad_()
+    out = fastreg.lp_penalty([w, view, w], 2)
+    torch.testing.assert_close(out.double(), exact([w, view, w], 2), rtol=1e-6, atol=0)
+    out.backward()
+    torch.testing.assert_close(w.grad.double(), 2 * exact_gradient(w, 2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(view.grad.double(), exact_gradient(view, 2), rtol=1e-6, atol=0)
+
+
+def test_the_same_bits_every_time():
+    tensors = [torch.randn(n) for n in (100_003, 5, 40_000)]
+    first = fastreg.lp_penalty(tensors, 1)
+    assert all(torch.equal(first, fastreg.lp_penalty(tensors, 1)) for _ in range(5))
+
+
+def test_empty_lists_and_errors():
+    assert fastreg.lp_penalty([]).item() == 0 and fastreg.lp_penalty([torch.empty(0)]).item() == 0
+    with pytest.raises(ValueError, match="p must be a number of at least 1"):
+        fastreg.lp_penalty(torch.ones(2), 0.5)
+    with pytest.raises(ValueError, match="p must be finite where squared is set"):
+        fastreg.lp_penalty(torch.ones(2), math.inf, squared=True)
+    with pytest.raises(TypeError, match=r"tensors\[0\] must have a dtype among"):
+        fastreg.lp_penalty(torch.ones(2, dtype=torch.int64))
+    with pytest.raises(TypeError, match="tensors must be a tensor or an iterable"):
+        fastreg.lp_penalty(2.0)
+
+
+@pytest.mark.parametrize("p, squared", [(1, False), (2, False), (2, True), (3, False)])
+def test_gradient_straight_into_grad(p, squared):
+    a, b, c = torch.randn(5, 4).requires_grad_(), torch.randn(7).bfloat16().requires_grad_(), torch.randn(3)
+    a.grad = torch.ones(5, 4)
+    kept = a.grad
+    value = fastreg.lp_penalty_backward_([a, b, c], p, weight=0.1, squared=squared)
+    torch.testing.assert_close(value.double(), exact([a, b, c], p, squared).double(), rtol=1e-6, atol=0)
+    assert not value.requires_grad and a.grad is kept and c.grad is None
+    torch.testing.assert_close(a.grad.double(), 1 + 0.1 * exact_gradient(a, p, squared), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(b.grad.double(), 0.1 * exact_gradient(b, p, squared), rtol=2**-7, atol=0)
+    with pytest.raises(ValueError, match="leaves"):
+        fastreg.lp_penalty_backward_([a * 2], p)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
+def test_penalty_leaves_biases_out():
+    model = net()
+    penalty = fastreg.Penalty(model, l1=0.1, l2=0.01)
+    assert penalty.names == ["0.weight", "1.weight", "2.weight"]
+    weights = [model[i].weight for i in range(3)]
+    want = sum(0.1 * w.double().abs().sum() + 0.01 * (w.double() ** 2).sum() for w in weights)
+    torch.testing.assert_close(penalty().double(), want, rtol=1e-6, atol=0)
+    penalty().backward()
+    grads = [w.grad.clone() for w in weights]
+    for w, grad in zip(weights, grads):
+        torch.testing.assert_close(grad, 0.1 * w.detach().sign() + 0.02 * w.detach())
+        w.grad = None
+    torch.testing.assert_close(penalty.add_grad().double(), want.detach(), rtol=1e-6, atol=0)
+    for w, grad in zip(weights, grads):
+        torch.testing.assert_close(w.grad, grad)
+    assert model[0].bias.grad is None
+
+
+def test_penalty_include_and_errors():
+    model = net()
+    assert fastreg.Penalty(model, l2=1.0, include=["0.", "2.bias"]).names == ["0.weight", "0.bias", "2.bias"]
+    assert fastreg.Penalty(model, include=lambda name, w: w.dim() == 2).names == ["0.weight", "2.weight"]
+    assert fastreg.Penalty(model)().item() == 0
+    with pytest.raises(ValueError, match="include must match"):
+        fastreg.Penalty(model, include="conv")
+    with pytest.raises(ValueError, match="l1 must be at least 0"):
+        fastreg.Penalty(model, l1=-1.0)
+    with pytest.raises(TypeError, match="module"):
+        fastreg.Penalty([torch.ones(2)])
+
+
+# ---- FGM -------------------------------------------------------------------------------------------------
+
+
+class Text(nn.Module):
+    def __init__(self, dtype=torch.float32, sparse=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb = nn.Embedding(20, 6, sparse=sparse, dtype=dtype)
+        self.out = nn.Linear(6, 2, dtype=dtype)
+
+    def forward(self, ids):
+        return self.out(self.emb(ids).mean(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_fgm_step_and_exact_restore(dtype, sparse):
+    model = Text(dtype, sparse)
+    model(torch.tensor([[1, 2, 2], [3, 1, 5]])).sum().backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before["emb.weight"][0, 0] = -0.0
+    with torch.no_grad():
+        model.emb.weight[0, 0] = -0.0
+    fgm = fastreg.FGM(model, epsilon=0.5)
+    fgm.attack()
+    grad = model.emb.weight.grad.to_dense().double()
+    want = before["emb.weight"].double() + 0.5 * grad / grad.norm()
+    torch.testing.assert_close(model.emb.weight.detach(), want.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+    assert math.copysign(1, model.emb.weight[0, 0].item()) == -1  # no gradient there: its bits stay
+    assert torch.equal(model.out.weight, before["out.weight"])
+    fgm.attack(0.25)
+    fgm.restore()
+    assert torch.equal(model.emb.weight, before["emb.weight"])
+    with torch.no_grad():
+        model.emb.weight.zero_()
+    fgm.restore()
+    assert not model.emb.weight.any()
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_fgm_leaves_parameters_with_an_unusable_gradient_alone(value):
+    model = Text()
+    before = model.emb.weight.detach().clone()
+    model.emb.weight.grad = torch.zeros_like(before)
+    model.emb.weight.grad[3, 1] = value
+    fgm = fastreg.FGM(model)
+    fgm.attack()
+    assert torch.equal(model.emb.weight, before)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_fgm_with_huge_and_tiny_gradients(size):
+    model = Text()
+    before = model.emb.weight.detach().clone()
+    model.emb.weight.grad = torch.randn(20, 6) * size
+    fastreg.FGM(model, epsilon=2.0).attack()
+    torch.testing.assert_close((model.emb.weight.detach() - before).norm(), torch.tensor(2.0))
+
+
+def test_fgm_errors():
+    with pytest.raises(ValueError, match="include must match"):
+        fastreg.FGM(net())
+    with pytest.raises(ValueError, match="epsilon must be finite"):
+        fastreg.FGM(Text(), epsilon=math.nan).attack()
