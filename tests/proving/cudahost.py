@@ -13,6 +13,7 @@ What it proves: values, indices, barriers, warp operations and memory accesses o
 compiles. What it does not: see cudahost.h.
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -20,7 +21,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -28,29 +29,22 @@ from .cubin import ROOT, cuda_home
 
 HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "cudahost"
-FLAGS = [
-    "-std=c++20",
-    "-O1",
-    "-g",
-    "-fPIC",
-    "-shared",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wno-unknown-pragmas",
-    "-Wno-unused-value",
-]
+COMPILE = ["-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 SANITIZE = "CUDAHOST_SANITIZE"  # environment variable: how load() builds in this process
 
 
 class Kernels:
     """The launchers of one .cu file; each takes tensors or numpy arrays for pointers."""
 
-    def __init__(self, module: ModuleType) -> None:
-        self._module = module
+    def __init__(self, launchers: dict[str, Callable]) -> None:
+        self._launchers = launchers
 
-    def __getattr__(self, name: str):
-        function = getattr(self._module, name)
-        return lambda *args: function(*map(_as_array, args))
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        try:
+            launcher = self._launchers[name]
+        except KeyError:
+            raise AttributeError(f"no launcher {name!r}; load() was given {', '.join(self._launchers)}") from None
+        return lambda *args: launcher(*map(_as_array, args))
 
 
 def _as_array(value: object) -> object:
@@ -66,45 +60,56 @@ def _as_array(value: object) -> object:
 
 
 def load(source: str | Path, functions: Iterable[str], flags: Iterable[str] = ()) -> Kernels:
-    """Builds `source` (relative to the repository's root), unless that very build exists, and imports it.
+    """Builds `source` (relative to the repository's root), unless that very build exists, and opens it.
 
-    `functions`: the launchers, with their namespaces ("fastreg::cuda::forward" becomes `.forward`).
+    `functions`: the launchers, with their namespaces ("fastreg::cuda::forward" becomes `.forward`). They take
+    pointers, numbers and a stream, and return cudaError_t or nothing.
     """
-    sanitizer = os.environ.get(SANITIZE, "")
-    source, functions, flags = (ROOT / source).resolve(), list(functions), list(flags)
-    command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS, *flags]
+    source, functions, sanitizer = (ROOT / source).resolve(), list(functions), os.environ.get(SANITIZE)
+    options = [*flags, f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-include", str(HERE / "cudahost.h")]
     if sanitizer:
-        command += [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer"]
+        options += [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer"]
+    entries = "".join(f'cudahost::describe("{name.rpartition("::")[2]}", &{name}), ' for name in functions)
+    text = (
+        f'#include "{source}"\n#include "cudahost_launchers.h"\n'
+        'extern "C" __attribute__((visibility("default")))\n'
+        f"const cudahost::Launcher cudahost_launchers[] = {{{entries}{{}}}};\n"
+    )
+    headers = [*HERE.glob("*.h"), *(ROOT / "csrc").rglob("*.h")]
+    library = _build(source.stem, text, options, [source, *sorted(headers)])
+    return Kernels(_bridge().open(str(library)))
+
+
+@functools.cache
+def _bridge() -> ModuleType:
+    """The pybind11 module through which Python calls launchers."""
     import pybind11
 
-    home = cuda_home()
-    # System headers for what is not ours, so that only our own code warns.
-    command += [f"-isystem{folder}" for folder in
-                (home / "include", pybind11.get_include(), sysconfig.get_path("include"))]  # fmt: skip
-    command += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-include", str(HERE / "cudahost.h")]
-
-    seen = hashlib.sha256(repr((command, functions, sys.version)).encode())
-    for path in [source, *sorted(HERE.glob("*.h")), *sorted((ROOT / "csrc").rglob("*.h"))]:
-        seen.update(path.read_bytes())
-    name = f"{source.stem}_{seen.hexdigest()[:16]}"
-    library = BUILD / f"{name}.so"
-    if not library.exists():
-        _compile(command, source, functions, name, library)
+    source, name = HERE / "cudahost_bridge.cpp", "cudahost_bridge"
+    options = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}", f"-I{HERE}", "-g0"]
+    library = _build(name, source.read_text(), options, [HERE / "cudahost_launchers.h"])
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return Kernels(module)
+    return module
 
 
-def _compile(command: list[str], source: Path, functions: list[str], name: str, library: Path) -> None:
+def _build(name: str, text: str, options: list[str], depends: list[Path]) -> Path:
+    """Compiles `text` to a shared library, named after all that it is made of."""
+    command = [*shlex.split(os.environ.get("CXX", "g++")), *COMPILE, *options, f"-isystem{cuda_home() / 'include'}"]
+    content = hashlib.sha256(repr((command, text, sys.version)).encode())
+    for path in depends:
+        content.update(path.read_bytes())
+    library = BUILD / f"{name}-{content.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
     BUILD.mkdir(parents=True, exist_ok=True)
-    bindings = "\n".join(f'  cudahost::bind(module, "{f.rpartition("::")[2]}", &{f});' for f in functions)
-    text = f'#include "{source}"\n#include "cudahost_bind.h"\nPYBIND11_MODULE({name}, module) {{\n{bindings}\n}}\n'
     partial = library.with_suffix(f".{os.getpid()}")  # renamed when whole: several processes may build at once
     done = subprocess.run([*command, "-x", "c++", "-", "-o", str(partial)], input=text, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"g++ could not build {source} for the host:\n{done.stderr[:8000]}")
+        raise RuntimeError(f"g++ could not build {name} for the host:\n{done.stderr[:8000]}")
     partial.replace(library)
+    return library
 
 
 def run_sanitized(sanitizer: str, reference: str, *args: str, seed: int = 0) -> str:
