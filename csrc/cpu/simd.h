@@ -1,0 +1,235 @@
+// Vectors of FASTREG_VECTOR_BYTES, their conversions and functions, in the namespace of one instruction set.
+//
+// Included by a kernel file inside `#ifdef FASTREG_ISA`, hence no include guard. Written with the compiler's
+// vector extensions; intrinsics only where one instruction replaces many. A lane's result depends on that
+// lane alone, so partial vectors give the bits that full ones give.
+#define FASTREG_INLINE_MEMBER inline __attribute__((always_inline))
+#define FASTREG_INLINE static FASTREG_INLINE_MEMBER
+
+namespace fastreg::FASTREG_ISA {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float Type __attribute__((vector_size(FASTREG_VECTOR_BYTES)));
+  typedef int32_t Int __attribute__((vector_size(FASTREG_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double Type __attribute__((vector_size(FASTREG_VECTOR_BYTES)));
+  typedef int64_t Int __attribute__((vector_size(FASTREG_VECTOR_BYTES)));
+};
+template <class A>
+using Vec = typename VectorOf<A>::Type;
+template <class A>
+using Int = typename VectorOf<A>::Int;
+template <class A>
+constexpr int64_t lanes = FASTREG_VECTOR_BYTES / sizeof(A);
+
+typedef uint32_t Words __attribute__((vector_size(FASTREG_VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(FASTREG_VECTOR_BYTES / 2)));
+
+template <class A>
+FASTREG_INLINE Vec<A> splat(A value) {
+  return Vec<A>{} + value;
+}
+
+template <class To, class From>
+FASTREG_INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class V>
+FASTREG_INLINE V load_raw(const void* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+FASTREG_INLINE Words widen(Halves h) {
+#if FASTREG_VECTOR_BYTES == 64
+  return bits<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, bits<__m256i>(h)));
+#elif FASTREG_VECTOR_BYTES == 32
+  return bits<Words>(_mm256_cvtepu16_epi32(bits<__m128i>(h)));
+#else
+  return __builtin_convertvector(h, Words);
+#endif
+}
+
+FASTREG_INLINE Halves narrow(Words w) {
+#if FASTREG_VECTOR_BYTES == 64
+  return bits<Halves>(_mm512_maskz_cvtepi32_epi16(0xffff, bits<__m512i>(w)));
+#elif FASTREG_VECTOR_BYTES == 32
+  const __m256i v = bits<__m256i>(w);
+  return bits<Halves>(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+#else
+  return __builtin_convertvector(w, Halves);
+#endif
+}
+
+// ---- load and store: fp16 and bf16 are float in a vector -------------------------------------------------
+FASTREG_INLINE Vec<float> load(const float* from) { return load_raw<Vec<float>>(from); }
+FASTREG_INLINE Vec<double> load(const double* from) { return load_raw<Vec<double>>(from); }
+
+FASTREG_INLINE Vec<float> load(const BFloat16* from) {
+  return bits<Vec<float>>(widen(load_raw<Halves>(from)) << 16);
+}
+
+FASTREG_INLINE Vec<float> load(const Half* from) {
+  const Halves h = load_raw<Halves>(from);
+#if FASTREG_VECTOR_BYTES == 64
+  return bits<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(h)));
+#elif FASTREG_VECTOR_BYTES == 32
+  return bits<Vec<float>>(_mm256_cvtph_ps(bits<__m128i>(h)));
+#else
+  const Words w = widen(h), magnitude = (w & 0x7fff) << 13;
+  const Vec<float> value = bits<Vec<float>>(magnitude) * 0x1p112f;  // the exponents' biases differ by 112
+  const Words special = (magnitude >= 0x0f800000) & 0x7f800000;
+  return bits<Vec<float>>(bits<Words>(value) | special | (w & 0x8000) << 16);
+#endif
+}
+
+FASTREG_INLINE void store(float* to, Vec<float> v) { __builtin_memcpy(to, &v, sizeof(v)); }
+FASTREG_INLINE void store(double* to, Vec<double> v) { __builtin_memcpy(to, &v, sizeof(v)); }
+
+FASTREG_INLINE void store(BFloat16* to, Vec<float> v) {
+  const Words w = bits<Words>(v);
+  const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+  const Halves h = narrow(v == v ? rounded : Words{} + 0x7fc0);
+  __builtin_memcpy(to, &h, sizeof(h));
+}
+
+FASTREG_INLINE void store(Half* to, Vec<float> v) {
+#if FASTREG_VECTOR_BYTES == 64
+  const __m256i h =
+      _mm512_maskz_cvtps_ph(0xffff, bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif FASTREG_VECTOR_BYTES == 32
+  const __m128i h = _mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Words w = bits<Words>(v), sign = w & 0x80000000u, u = w ^ sign;
+  // Normal halves round in integer arithmetic; adding 0.5 makes the hardware round the subnormal ones.
+  const Words normal = (u - 0x38000000 + 0xfff + ((u >> 13) & 1)) >> 13;
+  const Words subnormal = bits<Words>(bits<Vec<float>>(u) + 0.5f) - 0x3f000000;
+  const Words special = u > 0x7f800000 ? Words{} + 0x7e00 : Words{} + 0x7c00;
+  const Words finite = u < 0x38800000 ? subnormal : normal;
+  const Halves h = narrow((u >= 0x47800000 ? special : finite) | sign >> 16);
+#endif
+  __builtin_memcpy(to, &h, sizeof(h));
+}
+
+// The first n < lanes elements; the others are `fill`.
+template <class T, class A>
+FASTREG_INLINE Vec<A> load_first(const T* from, int64_t n, A fill) {
+  T buffer[lanes<A>];
+  store(buffer, splat(fill));
+  for (int64_t i = 0; i < n; ++i) buffer[i] = from[i];
+  return load(buffer);
+}
+
+template <class T, class V>
+FASTREG_INLINE void store_first(T* to, V v, int64_t n) {
+  T buffer[sizeof(v) / sizeof(v[0])];
+  store(buffer, v);
+  for (int64_t i = 0; i < n; ++i) to[i] = buffer[i];
+}
+
+#if FASTREG_VECTOR_BYTES == 64
+FASTREG_INLINE Vec<float> load_first(const float* from, int64_t n, float fill) {
+  return bits<Vec<float>>(_mm512_mask_loadu_ps(bits<__m512>(splat(fill)), (1u << n) - 1, from));
+}
+FASTREG_INLINE void store_first(float* to, Vec<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(to, (1u << n) - 1, bits<__m512>(v));
+}
+#endif
+
+template <class A>
+FASTREG_INLINE Int<A> is_first(int64_t n) {
+  using Lane = std::remove_reference_t<decltype(Int<A>{}[0])>;
+  Int<A> index;
+  for (int64_t i = 0; i < lanes<A>; ++i) index[i] = static_cast<Lane>(i);
+  return index < static_cast<Lane>(n);
+}
+
+// ---- across the lanes, in a fixed order ------------------------------------------------------------------
+template <class V>
+FASTREG_INLINE V larger(V a, V b) {  // b where a is NaN, which no maximum here must keep
+  return a > b ? a : b;
+}
+
+template <class V>
+FASTREG_INLINE auto horizontal_max(V v) {
+  constexpr int64_t n = sizeof(v) / sizeof(v[0]);
+  auto best = v[0];
+  for (int64_t i = 1; i < n; ++i) best = best > v[i] ? best : v[i];
+  return best;
+}
+
+template <class V>
+FASTREG_INLINE auto horizontal_sum(V v) {
+  constexpr int64_t n = sizeof(v) / sizeof(v[0]);
+  decltype(v[0] + v[0]) part[n];
+  __builtin_memcpy(part, &v, sizeof(v));
+  for (int64_t half = n / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+// ---- exp --------------------------------------------------------------------------------------------------
+// exp(x) = 2^n * exp(r) with |r| <= log(2) / 2, exp(r) = 1 + r + r^2 * q(r) with a near-minimax q (relative
+// error 3e-9 for float, 4e-18 for double). For x <= 0, NaN included; subnormal results and 0 for -inf are
+// right. The sum with `magic` rounds to an integer, so nothing here may be reassociated.
+template <class A>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float lowest = -110.0f, magic = 0x1.8p23f, one_over_ln2 = 0x1.715476p0f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float q[] = {0.499999934412f, 0.166665205696f, 0.041668389379f, 0.00836872265473f,
+                                0.00138145340739f};
+  static constexpr int bias = 127, mantissa = 23;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double lowest = -760.0, magic = 0x1.8p52, one_over_ln2 = 0x1.71547652b82fep0;
+  static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+  static constexpr double q[] = {0.50000000000000106294,     0.16666666666666413121,
+                                 0.041666666666530138289,    0.0083333333334940483156,
+                                 0.0013888888943634583914,   0.00019841269507515647742,
+                                 0.000024801493095182800227, 2.75575855067884665e-6,
+                                 2.7630249429196883386e-7,   2.5000344009127698029e-8};
+  static constexpr int bias = 1023, mantissa = 52;
+};
+
+template <class A>
+FASTREG_INLINE Vec<A> exp_of(Vec<A> x) {
+  using K = ExpConstants<A>;
+  const Vec<A> lowest = splat(K::lowest);
+  x = lowest > x ? lowest : x;
+  const Vec<A> shifted = x * K::one_over_ln2 + K::magic;
+  const Vec<A> n = shifted - K::magic;
+  const Vec<A> r = (x - n * K::ln2_high) - n * K::ln2_low;
+  constexpr int degree = sizeof(K::q) / sizeof(A) - 1;
+  Vec<A> q = splat(K::q[degree]);
+  for (int i = degree - 1; i >= 0; --i) q = q * r + K::q[i];
+  const Vec<A> mantissa = r * r * q + r + A(1);
+#if FASTREG_VECTOR_BYTES == 64
+  if constexpr (sizeof(A) == 4)
+    return bits<Vec<A>>(_mm512_maskz_scalef_ps(0xffff, bits<__m512>(mantissa), bits<__m512>(n)));
+  else
+    return bits<Vec<A>>(_mm512_maskz_scalef_pd(0xff, bits<__m512d>(mantissa), bits<__m512d>(n)));
+#else
+  // In two steps, because 2^n itself may be subnormal.
+  const Int<A> power = bits<Int<A>>(shifted) - bits<Int<A>>(splat(K::magic)), half = power >> 1;
+  return mantissa * bits<Vec<A>>((half + K::bias) << K::mantissa) *
+         bits<Vec<A>>((power - half + K::bias) << K::mantissa);
+#endif
+}
+
+}  // namespace fastreg::FASTREG_ISA

@@ -1,0 +1,110 @@
+// The maths of the softmax losses, for one row, on the CPU and on the GPU.
+//
+// A row's logits x become z = scale * (x + logit_adjustment), less scale * margin[y] at the target y. Its
+// softmax is kept as Softmax{high, log_sum}: log p_c = (z_c - high) - log_sum. The two parts are not added
+// up: their sum, rounded, has no digits left for p where the logits are large.
+#pragma once
+#include <math.h>
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FASTREG_HD __host__ __device__ __forceinline__
+#else
+#define FASTREG_HD inline __attribute__((always_inline))
+#endif
+
+namespace fastreg {
+
+enum Reduction : int64_t { reduction_none = 0, reduction_mean = 1, reduction_sum = 2 };
+
+// A is the type of the arithmetic: float, and double for double.
+template <class A>
+struct Softmax {
+  A high, log_sum;
+  FASTREG_HD A log_p(A z) const { return (z - high) - log_sum; }
+};
+
+// What a part of a row adds to the whole: its largest z, the sum of exp(z - high), and, for label smoothing,
+// the sum of w * (z - high) over its classes with their weights w. A part of which every z is -inf has high =
+// -inf.
+template <class A>
+struct Partial {
+  A high, sum, linear;
+};
+
+// exp(high - into) for a high that is not above `into`, 0 where both are -inf.
+template <class A>
+FASTREG_HD A rescale(A high, A into) {
+  return high == into ? A(high != -INFINITY) : exp(high - into);
+}
+
+// `into` and `part` taken together. `into_weight` and `part_weight` are the sums of w over their classes.
+template <class A>
+FASTREG_HD Partial<A> merge(Partial<A> into, A into_weight, Partial<A> part, A part_weight) {
+  const A high = part.high > into.high ? part.high : into.high;
+  auto shifted = [high](A linear, A weight, A from) {
+    return from == high || from == -INFINITY ? linear : linear + weight * (from - high);
+  };
+  return {high, into.sum * rescale(into.high, high) + part.sum * rescale(part.high, high),
+          shifted(into.linear, into_weight, into.high) + shifted(part.linear, part_weight, part.high)};
+}
+
+// The focal term (1 - p)^gamma * -log p.
+template <class A>
+FASTREG_HD A focal_term(A log_p, A gamma) {
+  return gamma == 0 ? -log_p : pow(-expm1(log_p), gamma) * -log_p;
+}
+
+// s such that the derivative of the focal term of class y by z_c is s * (p_c - [c = y]). With u = 1 - p it is
+// u^gamma - gamma * p * u^(gamma - 1) * log p; written with -log p / u, which tends to 1 where u vanishes, it
+// is finite for every gamma >= 0.
+template <class A>
+FASTREG_HD A focal_slope(A log_p, A gamma) {
+  if (gamma == 0) return 1;
+  const A p = exp(log_p), u = -expm1(log_p);
+  const A ratio = u > 0 ? (p > 0 ? p * -log_p / u : A(0)) : A(log_p == log_p ? 1 : log_p);
+  return pow(u, gamma) * (1 + gamma * ratio);
+}
+
+// What the options make of a row. `target` is the share of the row's term of the class y: (1 - smoothing) *
+// the weights of y; `spread` is smoothing / C, the share of each class's weights; `total` is the sum of all
+// weights.
+template <class A>
+struct RowTerms {
+  A target, spread, total, gamma, z_loss, scale;
+};
+
+// The loss of a row with one target class y.
+template <class A>
+FASTREG_HD A row_loss(const RowTerms<A>& terms, const Softmax<A>& softmax, A z_y, A linear) {
+  A loss = terms.target * focal_term(softmax.log_p(z_y), terms.gamma);
+  if (terms.spread != 0) loss += terms.spread * (terms.total * softmax.log_sum - linear);
+  if (terms.z_loss != 0) {
+    const A lse = softmax.high + softmax.log_sum;
+    loss += terms.z_loss * lse * lse;
+  }
+  return loss;
+}
+
+// The gradient of a row's loss times `grad` by x_c is p_c * slope - w_c * spread, and `at_target` for c = y.
+// The last has a formula of its own because p_y - 1 loses its digits where p_y is near 1.
+template <class A>
+struct RowGradient {
+  A slope, spread, at_target;
+};
+
+template <class A>
+FASTREG_HD RowGradient<A> row_gradient(const RowTerms<A>& terms, const Softmax<A>& softmax, A z_y, A weight_y,
+                                       A grad) {
+  grad *= terms.scale;
+  const A log_p = softmax.log_p(z_y), target = grad * terms.target * focal_slope(log_p, terms.gamma);
+  const A spread = grad * terms.spread;
+  A rest = terms.spread != 0 ? spread * terms.total : A(0);
+  if (terms.z_loss != 0) rest += grad * 2 * terms.z_loss * (softmax.high + softmax.log_sum);
+  A at_target = target * expm1(log_p);
+  if (terms.spread != 0 || terms.z_loss != 0) at_target += rest * exp(log_p) - spread * weight_y;
+  return {target + rest, spread, at_target};
+}
+
+}  // namespace fastreg

@@ -1,0 +1,232 @@
+"""The C++ cross-entropy kernels: accuracy on every instruction set, and what tests of the op cannot see."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastreg import _backends, cross_entropy, use_backend
+from fastreg.testing import DTYPES, LAYOUTS, assert_accurate, with_layout
+
+pytestmark = pytest.mark.skipif(_backends.missing("cross_entropy", "cpu") is not None, reason="no CPU kernels")
+LEVELS = ("baseline", "avx2", "avx512")
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    threads = torch.get_num_threads()
+    with use_backend("cpu"):
+        yield
+    torch.set_num_threads(threads)
+
+
+def check(x, target, weight=None, **options):
+    """Loss and gradient against fp64, held to the error of PyTorch in the dtype of x."""
+    results = []
+    for input, w, loss_of in (
+        (x.detach(), weight, cross_entropy),
+        (x.detach().clone(), None if weight is None else weight.to(x.dtype), F.cross_entropy),
+        (x.detach().double(), None if weight is None else weight.double(), F.cross_entropy),
+    ):
+        input.requires_grad_()
+        loss = loss_of(input, target if loss_of is cross_entropy else target.long(), w, **options)
+        upstream = torch.linspace(-1, 2, loss.numel(), dtype=torch.float64).reshape(loss.shape) if loss.dim() else None
+        loss.backward(None if upstream is None else upstream.to(loss.dtype))
+        results.append((loss.detach(), input.grad))
+    ours, stock, oracle = results
+    if x.dtype == torch.float64:  # the oracle is no better than stock here
+        torch.testing.assert_close(ours[0], oracle[0], rtol=1e-13, atol=1e-300, equal_nan=True)
+        scale = float(oracle[1].abs().nan_to_num().max()) if x.numel() else 0.0
+        torch.testing.assert_close(ours[1], oracle[1], rtol=1e-12, atol=1e-15 * scale, equal_nan=True)
+    else:
+        assert_accurate(ours[0], stock[0], oracle[0], "loss")
+        assert_accurate(ours[1], stock[1], oracle[1], "gradient")
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_classes", [1, 2, 7, 16, 33, 1000, 4097, 9001])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_rows_are_accurate(dtype, num_classes, label_smoothing):
+    torch.manual_seed(num_classes)
+    x = (3 * torch.randn(5, num_classes)).to(dtype)
+    target = torch.randint(num_classes, (5,))
+    weight = torch.rand(num_classes) + 0.1
+    for reduction in ("none", "mean", "sum"):
+        check(x, target, weight, reduction=reduction, label_smoothing=label_smoothing)
+        check(x, target, reduction=reduction, label_smoothing=label_smoothing, ignore_index=int(target[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 37), (300, 5), (2, 19, 5), (2, 37, 300), (3, 1, 7)])
+def test_layouts_are_accurate(dtype, layout, shape):
+    torch.manual_seed(0)
+    x = with_layout(torch.randn(shape).to(dtype), layout)
+    target = with_layout(torch.randint(shape[1], (shape[0], *shape[2:])).to(torch.int32), layout)
+    weight = with_layout(torch.rand(shape[1]).to(dtype), layout)
+    check(x, target, weight, label_smoothing=0.1, ignore_index=0)
+    check(x, target, reduction="none")
+    if len(shape) == 3:  # classes last in memory
+        check(x.permute(0, 2, 1).contiguous().permute(0, 2, 1), target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("magnitude", [100.0, 1e4, 1e8])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_large_logits_keep_their_digits(dtype, magnitude, label_smoothing):
+    magnitude = min(magnitude, 6e4) if dtype == torch.float16 else magnitude
+    torch.manual_seed(0)
+    x = torch.cat([torch.full((2, 50), magnitude), magnitude * torch.randn(6, 50).clamp(-1, 1)]).to(dtype)
+    target = torch.arange(8)
+    check(x, target, reduction="none", label_smoothing=label_smoothing)
+    check(x.T[None].contiguous(), target[None], reduction="none", label_smoothing=label_smoothing)  # columns
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values_are_those_of_pytorch(dtype, columns):
+    inf, nan, big = float("inf"), float("nan"), 65504.0
+    rows = [[-inf] * 5, [inf, 0, 0, 0, 0], [0, inf, 0, 0, 0], [nan, 0, 0, 0, 0],
+            [-inf, 0, 1, 2, 3], [0, -inf, 1, 2, 3], [-inf, -inf, -inf, -inf, 0], [big, -big, big, 0, 1],
+            [nan] * 5, [-200.0] * 5]  # fmt: skip
+    for label_smoothing in (0.0, 0.1):
+        for tail in (0, 60):  # a row shorter than a vector; one of several
+            x = torch.tensor(rows, dtype=dtype)
+            x = torch.cat([x, x[:, :1].expand(-1, tail)], 1) if tail else x
+            target = torch.zeros(len(rows), dtype=torch.int64)
+            if columns:
+                check(x.T[None].contiguous(), target[None], reduction="none", label_smoothing=label_smoothing)
+            else:
+                check(x, target, reduction="none", label_smoothing=label_smoothing)
+
+
+def test_a_whole_block_of_minus_infinity():
+    x = torch.randn(2, 9000)
+    x[0, :4096] = -float("inf")
+    x[1, 4096:] = -float("inf")
+    check(x, torch.tensor([8000, 5]), reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_is_read_and_every_rounding_is_right(dtype):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = torch.stack([x, torch.zeros_like(x)], 1)
+    for logits in (x, x.T[None].contiguous()):
+        target = torch.zeros(2**16, dtype=torch.int64).reshape(logits.shape[0], *logits.shape[2:])
+        loss = cross_entropy(logits, target, reduction="none")
+        expected = F.cross_entropy(logits.double(), target, reduction="none")
+        torch.testing.assert_close(loss, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=2.0**-23, equal_nan=True)
+    # The gradient of equal logits is half the weight, rounded to the dtype.
+    torch.manual_seed(0)
+    weight = torch.randint(-(2**31), 2**31, (2, 2**16), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    weight[0, :4096] = torch.linspace(0, 2.0**-13, 4096)  # fp16's subnormal range
+    weight[1, :4096] = torch.linspace(65400, 131200, 4096)  # and the end of its range
+    for row in weight:
+        logits = torch.zeros(2, len(row), dtype=dtype).T.contiguous().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # the loss, and so its gradient, stays in fp32
+            loss = cross_entropy(logits, torch.zeros(len(row), dtype=torch.int64), reduction="none")
+        loss.backward(row)
+        torch.testing.assert_close(logits.grad[:, 1], (row / 2).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 262144), (3, 70001), (700, 1000), (4, 150, 4000), (4000, 150)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_nothing(shape, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype)
+    x = x.T.contiguous().T if shape == (4000, 150) else x
+    target = torch.randint(shape[1], (shape[0], *shape[2:]))
+    weight = torch.rand(shape[1])
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        leaf = x.detach().requires_grad_()
+        loss = cross_entropy(leaf, target, weight, label_smoothing=0.1)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+def test_a_row_does_not_depend_on_its_place():
+    torch.manual_seed(0)
+    row = torch.randn(5003)
+    for count in (1, 2, 7):
+        storage = torch.randn(count * 5003 + 1)
+        for offset in (0, 1):
+            x = storage[offset : offset + count * 5003].view(count, 5003)
+            x[-1] = row
+            leaf = x.detach().requires_grad_()
+            loss = cross_entropy(leaf, torch.full((count,), 17), reduction="none", label_smoothing=0.1)
+            (grad,) = torch.autograd.grad(loss.sum(), leaf)
+            if count == 1 and offset == 0:
+                first = loss[-1].item(), grad[-1].clone()
+            assert loss[-1].item() == first[0] and torch.equal(grad[-1], first[1])
+
+
+def test_longest_rows_are_accurate():
+    torch.manual_seed(0)
+    check(torch.randn(2, 262144), torch.tensor([262143, 0]), label_smoothing=0.1)
+    check(torch.randn(3, 262143).bfloat16(), torch.tensor([262142, 0, -100]))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0), (0, 0)])
+def test_empty_batches(shape):
+    target = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
+    for reduction in ("none", "mean", "sum"):
+        check(torch.zeros(shape), target, reduction=reduction)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (3, 7, 5)])
+def test_ignored_rows_are_never_read(shape):
+    x = torch.full(shape, float("nan"))
+    x[0] = torch.randn(shape[1:])
+    target = torch.full((shape[0], *shape[2:]), -100)
+    target[0] = 3
+    leaf = x.requires_grad_()
+    loss = cross_entropy(leaf, target)
+    loss.backward()
+    torch.testing.assert_close(loss, F.cross_entropy(x[:1].detach(), target[:1]))
+    assert leaf.grad[1:].eq(0).all() and leaf.grad[0].ne(0).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (3, 7, 5), (2, 70000)])
+@pytest.mark.parametrize("bad", [-1, None, -101, 2**40])
+def test_a_target_that_is_no_class_is_an_index_error(shape, bad):
+    x = torch.randn(shape).requires_grad_()
+    target = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
+    bad = shape[1] if bad is None else bad
+    target.view(-1)[1] = bad
+    with pytest.raises(IndexError, match=rf"target must hold .* got {bad} in row 1"):
+        cross_entropy(x, target)
+    good = torch.zeros_like(target)
+    loss = cross_entropy(x, good)
+    good.data.view(-1)[1] = bad  # behind autograd's back
+    with pytest.raises(IndexError, match="target"):
+        loss.backward()
+
+
+def test_a_second_backward_gives_the_same():
+    x = torch.randn(4, 9).requires_grad_()
+    loss = cross_entropy(x, torch.arange(4))
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x, torch.tensor(2.0))
+    assert torch.equal(2 * first, second)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set(level):
+    if "FASTREG_CPU_CAPABILITY" in os.environ:
+        pytest.skip("already inside one")
+    if LEVELS.index(level) > int(torch.ops.fastreg.cpu_capability()):
+        pytest.skip(f"this processor has no {level}")
+    selected = "accurate or special or half or minus or digits or place"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected, __file__]
+    done = subprocess.run(
+        command, env=os.environ | {"FASTREG_CPU_CAPABILITY": level}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
