@@ -78,7 +78,8 @@ struct RowTerms {
 // The loss of a row with one target class y.
 template <class A>
 FASTREG_HD A row_loss(const RowTerms<A>& terms, const Softmax<A>& softmax, A z_y, A linear) {
-  A loss = terms.target * focal_term(softmax.log_p(z_y), terms.gamma);
+  // A class without a share has none in the loss even where its log p is -inf.
+  A loss = terms.target == 0 ? A(0) : terms.target * focal_term(softmax.log_p(z_y), terms.gamma);
   if (terms.spread != 0) loss += terms.spread * (terms.total * softmax.log_sum - linear);
   if (terms.z_loss != 0) {
     const A lse = softmax.high + softmax.log_sum;

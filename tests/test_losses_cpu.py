@@ -174,7 +174,7 @@ def test_longest_rows_are_accurate():
     check(torch.randn(3, 262143).bfloat16(), torch.tensor([262142, 0, -100]))
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0), (0, 0)])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0)])
 def test_empty_batches(shape):
     target = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
     for reduction in ("none", "mean", "sum"):

@@ -408,6 +408,12 @@ struct LongSum {
   }
 };
 
+// factor * term, where a factor of 0 gives 0 even if the term is infinite.
+template <class V>
+FASTREG_INLINE V share(V factor, V term) {
+  return factor == 0 ? V{} : factor * term;
+}
+
 // ---- rows: a vector holds classes
 // ---------------------------------------------------------------------------
 template <bool linear, class T, class A>
@@ -436,7 +442,7 @@ Partial<A> reduce_block(const T* x, int64_t n, const A* factors) {
     for (const int64_t end = std::min(j + kDepth * step, whole); j < end; j += step) {
       const Vec<A> d = load(x + j) - base;
       chunk_sum += exp_of<A>(d);
-      if constexpr (linear) chunk += factors ? load(factors + j) * d : d;
+      if constexpr (linear) chunk += factors ? share(load(factors + j), d) : d;
     }
     sum += chunk_sum;
     if constexpr (linear) weighted.add(chunk);
@@ -445,7 +451,7 @@ Partial<A> reduce_block(const T* x, int64_t n, const A* factors) {
     const Vec<A> d = last - base;
     sum += exp_of<A>(d);
     if constexpr (linear) {
-      const Vec<A> term = factors ? load_first(factors + whole, rest, A(0)) * d : d;
+      const Vec<A> term = factors ? share(load_first(factors + whole, rest, A(0)), d) : d;
       weighted.add(is_first<A>(rest) ? term : Vec<A>{});
     }
   }
@@ -666,7 +672,7 @@ void forward_tile(CrossEntropy<A>& call, int64_t o, int64_t first, int64_t n, do
       for (int64_t c = begin; c < end; ++c) {
         const Vec<A> d = z[c - begin] - base;
         total += exp_of<A>(d);
-        if constexpr (linear) slanted += call.factors.at(c) * d;
+        if constexpr (linear) slanted += share(splat(call.factors.at(c)), d);
       }
       store(high + v, top);
       store(sum + v, total);
