@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -133,7 +133,7 @@ def triton_missing() -> str | None:
 
 
 def launch_facts(*references: str, architectures: Iterable[int] = ARCHITECTURES) -> dict[str, list[Facts]]:
-    """For each reference ("module:function"): the facts of every launch that calling the function makes.
+    """For each reference ("module:function" or "module:function:argument"): the facts of all launches it makes.
 
     One entry per launch and architecture, in the order of the launches.
     """
@@ -155,12 +155,10 @@ def _from_json(item: dict) -> Facts:
     return Facts(**item)
 
 
-def _resolve(reference: str) -> Callable:
-    module, _, name = reference.partition(":")
-    value = import_module(module)
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+def call_reference(reference: str, *arguments: str) -> None:
+    """Calls "module:function" with `arguments`; one may stand in the reference, "module:function:argument"."""
+    module, name, *first = reference.split(":", 2)
+    getattr(import_module(module), name)(*first, *arguments)
 
 
 def _record_launches(references: list[str], architectures: list[int]) -> dict[str, list[dict]]:
@@ -234,7 +232,7 @@ def _record_launches(references: list[str], architectures: list[int]) -> dict[st
     out = {}
     for reference in references:
         found.clear()
-        _resolve(reference)()
+        call_reference(reference)
         out[reference] = [asdict(facts) for facts in found]
     return out
 

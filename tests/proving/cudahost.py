@@ -134,7 +134,7 @@ def run_sanitized(sanitizer: str, reference: str, *args: str, seed: int = 0) -> 
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    code = "import sys; from tests.proving.cubin import _resolve; _resolve(sys.argv[1])(*sys.argv[2:])"
+    code = "import sys; from tests.proving.cubin import call_reference; call_reference(*sys.argv[1:])"
     # TSan maps its shadow where address randomisation may have put a library; setarch turns that off.
     command = ["setarch", "-R"] if sanitizer == "thread" else []
     command += [sys.executable, "-c", code, reference, *args]

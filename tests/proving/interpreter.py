@@ -221,7 +221,7 @@ def lanes(pointers: TensorHandle, mask: TensorHandle | None) -> tuple[np.ndarray
     """The addresses that the active lanes of an access touch, and the bytes at each."""
     addresses = np.asarray(pointers.data)
     if mask is not None:
-        addresses = addresses[np.broadcast_to(mask.data, addresses.shape)]
+        addresses = addresses[np.broadcast_to(np.asarray(mask.data, bool), addresses.shape)]  # a scalar's is int32
     return addresses.ravel(), max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
 
