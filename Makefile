@@ -5,7 +5,7 @@
 # (0 or 1) are passed to the build.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-TRITON ?= triton
+TRITON ?= triton==3.8.0
 ARGS ?=
 
 VENV := .venv
