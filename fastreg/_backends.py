@@ -45,7 +45,7 @@ def missing(op: str, backend: str) -> str | None:
     if backend == "reference":
         return None
     if backend not in _kernels[op]:
-        return f"{op} has no {backend} kernel"
+        return f"no {backend} kernel has been written for it"
     if backend not in _missing:
         _missing[backend] = _triton_missing() if backend == "triton" else _native.missing[backend]
     return _missing[backend]

@@ -3,6 +3,7 @@
 import csv
 import os
 import time
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -66,7 +67,8 @@ def test_driver_writes_the_schema_and_names_the_peers(tmp_path, capsys):
             assert float(row["gb_per_s"]) == pytest.approx(least / float(row["median_us"]) / 1e3, rel=1e-2, abs=6e-4)
         elif row["provider"] != "copy":
             assert row["note"], "a provider without numbers says why"
-    assert (tmp_path / "cross_entropy.png").stat().st_size > 10_000
+    if find_spec("matplotlib"):
+        assert (tmp_path / "cross_entropy.png").stat().st_size > 10_000
     said = capsys.readouterr().out
     assert "left out: liger-kernel: runs on cuda only" in said
     assert "behind the fastest peer in" in said
@@ -149,8 +151,9 @@ def test_peak_memory_is_what_the_call_holds_at_once():
 
 def test_own_work_is_not_taken_for_other_load():
     with other_load() as load:
-        started = time.perf_counter()
+        started, own = time.perf_counter(), time.process_time()
         while time.perf_counter() - started < 0.3:
             torch.randn(1000).exp()
-    # Whatever else runs on the machine, this process's processor is not in it; the slack is clock ticks.
-    assert load.busy <= os.cpu_count() - 1 + 0.1
+        own = (time.process_time() - own) / (time.perf_counter() - started)
+    # Whatever else runs on the machine, the share this process had of it is not counted; the slack is clock ticks.
+    assert load.busy <= os.cpu_count() - own + 0.1

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import fastreg
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
