@@ -17,6 +17,19 @@ if find_spec("triton") is not None and not torch.cuda.is_available():
         interpreter.mend()
 
 
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Tests whose `device` is "cuda" get the marker gpu; without a CUDA device, tests with that marker skip."""
+    for item in items:
+        if getattr(item, "callspec", None) is not None and item.callspec.params.get("device") == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device is present"))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Every test starts from the same random state, whatever ran before it."""

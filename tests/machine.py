@@ -45,7 +45,7 @@ def _skip(reason: str | None) -> pytest.MarkDecorator:
     return pytest.mark.skipif(reason is not None, reason=reason or "")
 
 
-needs_cuda = _skip(None if HAS_CUDA else "no CUDA device is present")
+needs_cuda = pytest.mark.gpu
 needs_interpreter = _skip(_interpreter_missing())
 needs_ptxas = _skip(cubin.triton_missing())
 needs_nvcc = _skip(cubin.nvcc_missing())

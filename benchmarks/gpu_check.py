@@ -1,0 +1,294 @@
+"""Everything that only a GPU can tell, in one run of at most nine minutes: `python -m benchmarks.gpu_check --out DIR`.
+
+For a machine with an NVIDIA GPU, CUDA's toolkit, torch and triton, and no network. Builds both extensions in place,
+runs the tests that need a GPU, runs small calls of every op under compute-sanitizer, and times every op beside its
+peers. DIR gets report.md, results.csv and log.txt. A stage that fails or overruns its time is reported, and the others
+go on. Exit status: 0 all well, 1 a stage failed, 2 no GPU.
+
+`--dry-run` goes through the same motions on the CPU, with small cases and without what needs a GPU.
+
+To add an op: a row in `OPS`.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import fastreg
+
+ROOT = Path(__file__).parents[1]
+BUDGET = 540.0  # seconds, for everything
+
+
+# ---- what is checked, per op -----------------------------------------------------------------------------
+
+Call = tuple[Callable[[], tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
+
+
+def cross_entropy(device: str) -> Iterator[Call]:
+    """Short, long, odd, split and strided rows, each plain and with per-class vectors."""
+    for shape in ((5, 10), (33, 1001), (2, 70000), (3, 7, 5)):
+        x = torch.randn(shape, device=device)
+        target = torch.randint(0, shape[1], (shape[0], *shape[2:]), device=device)
+        weight = torch.rand(shape[1], device=device)
+        for options in ({}, {"weight": weight, "label_smoothing": 0.1}):
+
+            def both(loss, x=x, target=target, options=options):
+                leaf = x.detach().requires_grad_()
+                out = loss(leaf, target, **options)
+                return out.detach(), *torch.autograd.grad(out, leaf)
+
+            yield partial(both, fastreg.cross_entropy), partial(both, functional.cross_entropy)
+
+
+@dataclass(frozen=True)
+class Op:
+    """`calls(device)` yields a few small calls, which together go through all of the op's kernels: each a pair of
+    functions, ours and plain PyTorch's, which return the same tensors. `cases` are what is timed instead of the cases
+    of bench_<op>.py, which are made for CPUs; the most telling one first."""
+
+    calls: Callable[[str], Iterator[Call]]
+    cases: Mapping[str, object]
+
+
+OPS = {
+    "cross_entropy": Op(
+        cross_entropy,
+        {
+            "8192x1000": (8192, 1000),
+            "65536x10": (65536, 10),
+            "4096x32000": (4096, 32000),
+            "512x1000": (512, 1000),
+            "32x10": (32, 10),
+            "4096x50257": (4096, 50257),
+        },
+    ),
+}
+SANITIZERS = ("memcheck", "racecheck")
+
+
+# ---- stages ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """One command with its time limit; what it printed goes to the log, its last lines to the report."""
+
+    name: str
+    limit: float
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    tail: int = 8
+    outcome: str = "not run"
+    seconds: float = 0.0
+    output: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome not in ("ok", "not run") and not self.outcome.startswith("left out")
+
+    def run(self, log: Path, deadline: float) -> None:
+        limit = min(self.limit, deadline - time.monotonic())
+        if limit < 1:
+            self.outcome = "left out: no time left"
+            return
+        started = time.monotonic()
+        with log.open("a+") as file:
+            file.write(f"\n==== {self.name}: {' '.join(self.command)}\n")
+            file.flush()
+            begin = file.tell()
+            try:
+                process = subprocess.Popen(
+                    self.command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}, start_new_session=True,
+                )  # fmt: skip
+                code = process.wait(limit)
+                self.outcome = "ok" if code == 0 else f"failed with exit status {code}"
+            except FileNotFoundError as error:
+                self.outcome = f"left out: {error.filename} is not installed"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+                process.wait()
+                self.outcome = f"stopped after {limit:.0f} s"
+            self.seconds = time.monotonic() - started
+        with log.open(errors="replace") as file:
+            file.seek(begin)
+            self.output = file.read()
+        print(f"{self.name}: {self.outcome} ({self.seconds:.0f} s)", flush=True)
+
+
+def this(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu_check", *arguments]
+
+
+def stages(dry: bool, scratch: Path) -> list[Stage]:
+    python = sys.executable
+    found = [Stage("machine", 30, ["nvidia-smi"] if not dry else [python, "--version"], tail=0)]
+    if not dry:
+        major, minor = torch.cuda.get_device_capability()
+        build = {
+            "FASTREG_BUILD_CPU": "1",
+            "FASTREG_BUILD_CUDA": "1",
+            # Only this GPU's architecture: the others would cost the time that the measurements need.
+            "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}"),
+        }
+        found.append(Stage("build", 150, [python, "setup.py", "build_ext", "--inplace"], build, tail=1))
+    found.append(Stage("backends", 60, [python, "-m", "fastreg"], tail=100))
+    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu and not slow"]
+    if importlib.util.find_spec("xdist"):
+        tests += ["-n", str(min(6, os.cpu_count() or 1))]
+    found.append(Stage("tests", 150, [*tests, "--collect-only"] if dry else tests, tail=12))
+    device = "cpu" if dry else "cuda"
+    for op, checked in OPS.items():
+        for case in [""] if dry else checked.cases:
+            # A process per case: an illegal access costs the process its GPU, and should cost one case only.
+            command = this("--time", op, "--case", case, "--device", device, "--out", str(scratch))
+            found.append(Stage(f"timing {op} {case}".strip(), 60, command, tail=0))
+    for op in OPS:
+        for tool in SANITIZERS:
+            for backend in ("reference",) if dry else ("cuda", "triton"):
+                wrapper = [] if dry else [compute_sanitizer(), "--tool", tool, "--error-exitcode", "9"]
+                # Every tensor its own allocation, so that memcheck sees where it ends.
+                environment = {"FASTREG_BACKEND": backend, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+                command = [*wrapper, *this("--small", op, "--device", device)]
+                found.append(Stage(f"{tool} {op} {backend}", 60, command, environment, tail=3))
+    return found
+
+
+def compute_sanitizer() -> str:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [shutil.which("compute-sanitizer"), *(f"{home}/bin/compute-sanitizer" for home in homes if home)]
+    return next((path for path in candidates if path and os.access(path, os.X_OK)), "compute-sanitizer")
+
+
+def time_case(op: str, case: str, device: str, out: Path) -> None:
+    """Times one case in all dtypes into <op>.csv; on the CPU, the op's smallest."""
+    from . import __main__ as driver
+
+    bench = driver.benches()[op]
+    if device == "cuda":
+        bench.cases = dict(OPS[op].cases)
+    driver.benches = lambda: {op: bench}
+    case = case or bench.quick[0]
+    for dtype in bench.dtypes:
+        arguments = ["--op", op, "--case", case, "--dtype", str(dtype).removeprefix("torch."), "--device", device]
+        driver.main([*arguments, "--out", str(out), *([] if device == "cuda" else ["--quick"])])
+
+
+# ---- the report ------------------------------------------------------------------------------------------
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
+
+
+def timing_tables(rows: list[dict[str, str]]) -> list[str]:
+    """Per op: a line per case, dtype and mode with the median time of each provider in microseconds."""
+    lines = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        here = [row for row in rows if row["op"] == op and row["median_us"]]
+        providers = list(dict.fromkeys(row["provider"] for row in here))
+        body = []
+        for key in dict.fromkeys((row["case"], row["dtype"], row["mode"]) for row in here):
+            of = {row["provider"]: row for row in here if (row["case"], row["dtype"], row["mode"]) == key}
+            ours = [row for name, row in of.items() if name.startswith("fastreg") and row["speedup"]]
+            best = max(ours, key=lambda row: float(row["speedup"]), default=None)
+            body.append(
+                [*key, *(f"{float(of[name]['median_us']):.1f}" if name in of else "–" for name in providers)]
+                + ([best["copy_share"], best["host_us"], best["speedup"], best["fastest_peer"]] if best else ["–"] * 4)
+            )
+        header = ["case", "dtype", "mode", *providers, "share of copy", "host µs", "speed-up", "over"]
+        lines += [f"### {op}: median µs", "", *table(header, body), ""]
+        left_out = dict.fromkeys(f"{row['provider']}: {row['note']}" for row in rows if row["op"] == op and row["note"])
+        lines += [f"- left out: {text}" for text in left_out]
+        copies = [row for row in rows if row["op"] == op and row["provider"] == "copy"]
+        lines += [f"- copy, {row['case']} {row['dtype']}: {row['gb_per_s']} GB/s" for row in copies] + [""]
+    return lines
+
+
+def write_report(out: Path, done: list[Stage], rows: list[dict[str, str]], started: float) -> None:
+    from . import report
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU (dry run)"
+    lines = [f"# GPU check: {device}", "", f"{report.versions()}, commit {report.commit() or 'unknown'}", ""]
+    lines += table(
+        ["stage", "outcome", "seconds"], [[stage.name, stage.outcome, f"{stage.seconds:.0f}"] for stage in done]
+    )
+    lines += ["", f"{time.monotonic() - started:.0f} s in all; everything that was printed is in log.txt.", ""]
+    if rows:
+        lines += ["## Times", "", "`share of copy`, `host µs`, `speed-up` are those of fastreg's fastest backend.", ""]
+        lines += timing_tables(rows)
+    for stage in done:
+        count = 40 if stage.failed else stage.tail
+        text = stage.output.strip().splitlines()[-count:] if count else []
+        if text:
+            lines += [f"## {stage.name}", "", "```", *text, "```", ""]
+    (out / "report.md").write_text("\n".join(lines))
+
+
+def collect(scratch: Path, out: Path) -> list[dict[str, str]]:
+    from . import report
+
+    rows = [row for path in sorted(scratch.glob("*.csv")) for row in report.load(path)]
+    if rows:
+        report.save(out / "results.csv", rows)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/gpu_check"))
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
+    parser.add_argument("--dry-run", action="store_true", help="the same motions on the CPU")
+    parser.add_argument("--only", nargs="+", help="only stages whose name contains one of these")
+    parser.add_argument("--time", choices=OPS, help=argparse.SUPPRESS)  # these four are what the stages run
+    parser.add_argument("--case", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--small", choices=OPS, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.time:
+        time_case(options.time, options.case, options.device, options.out)
+        return 0
+    if options.small:
+        for ours, stock in OPS[options.small].calls(options.device):
+            torch.testing.assert_close(ours(), stock())
+        return 0
+    if not options.dry_run and not torch.cuda.is_available():
+        print("gpu_check: torch sees no CUDA device here; --dry-run goes through the motions on the CPU")
+        return 2
+
+    started = time.monotonic()
+    deadline = started + options.budget
+    out = options.out.resolve()
+    scratch = out / "parts"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    (out / "log.txt").write_text("")
+    todo = stages(options.dry_run, scratch)
+    if options.only:
+        todo = [stage for stage in todo if any(text in stage.name for text in options.only)]
+    for count, stage in enumerate(todo, 1):
+        stage.run(out / "log.txt", deadline)
+        write_report(out, todo[:count], collect(scratch, out), started)  # now, in case the next one is the last
+    shutil.rmtree(scratch)
+    print(f"{out / 'report.md'}")
+    return 1 if any(stage.failed for stage in todo) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""What holds for every op on a CUDA device, whatever it computes. `benchmarks.gpu_check.OPS` lists the calls."""
+
+import pytest
+import torch
+
+import fastreg
+from benchmarks.gpu_check import OPS
+from fastreg import _backends
+from tests.machine import needs_cuda
+
+pytestmark = needs_cuda
+
+
+@pytest.fixture(autouse=True)
+def skip_what_is_missing(op, backend):
+    if (reason := _backends.missing(op, backend)) is not None:
+        pytest.skip(reason)
+
+
+every_kernel = pytest.mark.parametrize(
+    ("op", "backend"), [(op, backend) for op in OPS for backend in ("cuda", "triton")]
+)
+
+
+@every_kernel
+def test_agrees_with_plain_pytorch(op, backend):
+    for ours, stock in OPS[op].calls("cuda"):
+        with fastreg.use_backend(backend):
+            got = ours()
+        torch.testing.assert_close(got, stock())
+
+
+@every_kernel
+def test_same_input_same_bits(op, backend):
+    for ours, _ in OPS[op].calls("cuda"):
+        with fastreg.use_backend(backend):
+            first, second = ours(), ours()
+        for a, b in zip(first, second):
+            assert torch.equal(a, b)
+
+
+@every_kernel
+def test_never_waits_for_the_device(op, backend):
+    for ours, _ in OPS[op].calls("cuda"):
+        with fastreg.use_backend(backend):
+            ours()  # compiles
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                ours()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@every_kernel
+def test_runs_on_the_current_stream(op, backend):
+    """The inputs are made on a side stream that is busy: a kernel on any other stream would not see them."""
+    for ours, _ in OPS[op].calls("cuda"):
+        with fastreg.use_backend(backend):
+            ours()  # compiles
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        results = []
+        for ours, stock in OPS[op].calls("cuda"):
+            with fastreg.use_backend(backend):
+                results.append((ours(), stock()))
+    stream.synchronize()
+    for got, want in results:
+        torch.testing.assert_close(got, want)
+
+
+@every_kernel
+def test_can_be_captured_in_a_graph(op, backend):
+    for ours, _ in OPS[op].calls("cuda"):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream), fastreg.use_backend(backend):
+            want = ours()
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                got = ours()
+        for tensor in got:
+            tensor.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(got, want):
+            assert torch.equal(a, b)

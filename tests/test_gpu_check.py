@@ -1,0 +1,89 @@
+"""The run for machines with a GPU, on a machine without: its plumbing, and how it treats stages that go wrong."""
+
+import csv
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import OPS, Stage, main
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_says_that_there_is_no_gpu(capsys):
+    assert main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_dry_run_writes_report_and_times(tmp_path):
+    assert (
+        main(["--dry-run", "--out", str(tmp_path), "--only", "machine", "timing cross_entropy", "memcheck cross"]) == 0
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "report.md", "results.csv"]
+    report = (tmp_path / "report.md").read_text()
+    for stage in ("machine", "timing cross_entropy", "memcheck cross_entropy reference"):
+        assert f"| {stage} | ok |" in report
+    assert "### cross_entropy: median µs" in report and "torch eager" in report
+    with (tmp_path / "results.csv").open(newline="") as file:
+        modes = {row["mode"] for row in csv.DictReader(file) if row["provider"] == "torch eager"}
+    assert modes == {"forward", "backward", "both"}
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_stage_that_fails_or_overruns_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    orphan = tmp_path / "orphan"
+    # The overrunning stage starts a process of its own, which must end with it.
+    child = f"import time; time.sleep(3); open({str(orphan)!r}, 'w')"
+    overrun = [*python("import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"), child]
+    todo = [
+        Stage("good", 30, python("print('fine')")),
+        Stage("bad", 30, python("raise SystemExit('broken kernel')")),
+        Stage("slow", 1, overrun),
+        Stage("absent", 30, ["no-such-program"]),
+        Stage("last", 30, python("import os; print(os.environ['COLOUR'])"), {"COLOUR": "blue"}),
+    ]
+    monkeypatch.setattr(gpu_check, "stages", lambda dry, scratch: todo)
+    assert main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
+    assert [stage.outcome for stage in todo] == [
+        "ok", "failed with exit status 1", "stopped after 1 s", "left out: no-such-program is not installed", "ok"
+    ]  # fmt: skip
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "broken kernel" in report and "blue" in report
+    assert "broken kernel" in (tmp_path / "out" / "log.txt").read_text()
+    time.sleep(2.5)
+    assert not orphan.exists()
+
+
+def test_keeps_to_its_budget(tmp_path, monkeypatch):
+    todo = [Stage("first", 60, python("import time; time.sleep(60)")), Stage("second", 60, python("pass"))]
+    monkeypatch.setattr(gpu_check, "stages", lambda dry, scratch: todo)
+    started = time.monotonic()
+    assert main(["--dry-run", "--out", str(tmp_path), "--budget", "3"]) == 1
+    assert time.monotonic() - started < 20
+    assert todo[0].outcome == "stopped after 3 s" and todo[1].outcome == "left out: no time left"
+
+
+def test_every_op_has_a_benchmark_and_calls_that_run_here():
+    from benchmarks.__main__ import benches
+
+    for op, checked in OPS.items():
+        assert op in benches() and checked.cases
+        for ours, stock in checked.calls("cpu"):
+            torch.testing.assert_close(ours(), stock())
+
+
+def test_stages_on_a_gpu(monkeypatch, tmp_path):
+    """The commands that a machine with a GPU runs, in order, without running them."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    stages = gpu_check.stages(False, tmp_path)
+    names = [stage.name for stage in stages]
+    assert names[:4] == ["machine", "build", "backends", "tests"]
+    assert "timing cross_entropy 65536x10" in names and "racecheck cross_entropy triton" in names
+    build = stages[1].environment
+    assert build["FASTREG_BUILD_CUDA"] == build["FASTREG_BUILD_CPU"] == "1" and build["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert sum(stage.limit for stage in stages[:4]) < gpu_check.BUDGET
