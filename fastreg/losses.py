@@ -90,7 +90,7 @@ def cross_entropy(
     Differentiable as often as wanted; a second derivative is taken of the reference.
     """
     other_target = share = None
-    if isinstance(target, tuple | list):
+    if isinstance(target, tuple):
         target, other_target, share = _unpack(target)
     indices = _check_shapes(input, target, other_target, share)
     vectors = weight is not None or logit_adjustment is not None or margin is not None or isinstance(alpha, Tensor)
@@ -215,11 +215,11 @@ def _check_shapes(input: Tensor, target: Tensor, other_target: Tensor | None, sh
     """Whether target holds class indices (else probabilities)."""
     _checks.is_tensor("input", input)
     _checks.is_tensor("target", target)
+    _checks.dtype_in("input", input, _checks.FLOATS)
     shape = input.shape
     if len(shape) == 2 and other_target is None and target.dtype == torch.int64 and target.shape == shape[:1]:
         indices = True  # what nearly every call is
     else:
-        _checks.dtype_in("input", input, _checks.FLOATS)
         if not shape:
             raise ValueError("input must have a dimension of classes, got a 0-d tensor")
         indices = not target.dtype.is_floating_point

@@ -100,6 +100,8 @@ class _FromCounts(CrossEntropyLoss):
     _vector = ""
 
     def __init__(self, counts: longtail.Counts, **options) -> None:
+        if self._vector in options:
+            raise TypeError(f"{self._vector} follows from the counts and must not be given")
         super().__init__(**options)
         self.register_buffer("counts", longtail.check_counts(counts))
 

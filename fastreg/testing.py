@@ -14,9 +14,10 @@ ODD_SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 127, 129, 255, 257, 1
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "offset", "expanded")
 
 
-def assert_accurate(actual: Tensor, stock: Tensor, oracle: Tensor, name: str = "result") -> None:
+def assert_accurate(actual: Tensor, stock: Tensor, oracle: Tensor, name: str = "result", noise: float = 0.0) -> None:
     """Holds `actual` to the rule. NaN and infinities must stand exactly where the oracle, rounded to the dtype
-    of `actual`, has them."""
+    of `actual`, has them. `noise` is an absolute error to allow besides, derived by the caller: on small tensors
+    stock PyTorch can be right to the last digit by luck."""
     assert actual.dtype == stock.dtype, f"{name}: dtype {actual.dtype}, expected {stock.dtype}"
     assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     if not oracle.numel():
@@ -28,7 +29,7 @@ def assert_accurate(actual: Tensor, stock: Tensor, oracle: Tensor, name: str = "
     ours, theirs, exact = (t.detach().double()[~special] for t in (ours, stock, oracle))
     stock_error = (theirs - exact).abs()
     stock_error = stock_error[stock_error.isfinite()]
-    allowed = 2 * (stock_error.max() if stock_error.numel() else 0.0)
+    allowed = 2 * (stock_error.max() if stock_error.numel() else 0.0) + noise
     info = torch.finfo(actual.dtype)
     excess = (ours - exact).abs() - (allowed + info.eps * exact.abs() + info.smallest_normal * info.eps)
     if not (excess <= 0).all():

@@ -1,0 +1,1003 @@
+"""Softmax and sigmoid losses: every backend against an oracle written from the formula, in extended precision."""
+
+import contextlib
+import itertools
+import math
+import random
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastreg
+from fastreg import cross_entropy, focal_loss, sigmoid_focal_loss
+from fastreg.testing import DTYPES, LAYOUTS, assert_accurate, with_layout
+
+BACKENDS = [name for name, state in fastreg.backends()["cross_entropy"].items() if state == "usable"]
+if find_spec("tritonkernels.losses") is None:
+    BACKENDS = [name for name in BACKENDS if name != "triton"]
+KERNELS = [name for name in BACKENDS if name != "reference"]
+LD = np.longdouble
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def serve(backend, call):
+    """call() on this backend, or, where it refuses such calls, on the backend that serves them."""
+    try:
+        with fastreg.use_backend(backend):
+            return call()
+    except RuntimeError as error:
+        if "cannot serve this call" not in str(error):
+            raise
+    return call()
+
+
+# ---- the oracle --------------------------------------------------------------------------------------------
+
+
+def longdouble(tensor):
+    return None if tensor is None else tensor.detach().double().numpy().astype(LD)
+
+
+def class_last(array, dim):
+    return np.moveaxis(array, dim, -1).reshape(-1, array.shape[dim])
+
+
+def oracle(input, target, weight=None, grad=None, **options):
+    """Loss and, for the incoming gradient `grad` (None: ones), gradient to the input: the formula row by row, its
+    derivative worked out by hand, in extended precision."""
+    o = SimpleNamespace(**{**DEFAULTS, **options})
+    dim = 0 if input.dim() == 1 else 1
+    classes = input.shape[dim]
+    x = class_last(longdouble(input), dim)
+    rows = len(x)
+    share = np.ones(rows, LD)
+    if isinstance(target, tuple):
+        a, b, share = target
+        if isinstance(share, torch.Tensor):
+            share = share.reshape([-1] + [1] * (a.dim() - 1)) if share.dim() == 1 else share
+            share = longdouble(share.expand(a.shape)).reshape(-1)
+        share = share * np.ones(rows, LD)
+    else:
+        a = b = target
+    if a.is_floating_point():
+        q = class_last(longdouble(a), dim)
+        kept = np.ones(rows, bool)
+    else:
+        a, b = (t.reshape(-1).numpy().astype(np.int64) for t in (a, b))
+        kept = (a != o.ignore_index) & (b != o.ignore_index)
+        q = np.zeros((rows, classes), LD)
+        for r in np.flatnonzero(kept):
+            q[r, a[r]] += share[r]
+            q[r, b[r]] += 1 - share[r]
+    probabilities = not isinstance(target, tuple) and target.is_floating_point()
+    w = np.ones(classes, LD) if weight is None else longdouble(weight)
+    alpha = 1 if o.alpha is None else longdouble(torch.as_tensor(o.alpha, dtype=torch.float64))
+    losses, grads = np.zeros(rows, LD), np.zeros((rows, classes), LD)
+    denominator = LD(rows) if probabilities else LD(0)
+    with np.errstate(all="ignore"):
+        for r in np.flatnonzero(kept):
+            z = x[r].copy()
+            if o.logit_adjustment is not None:
+                z = z + longdouble(o.logit_adjustment)
+            if o.margin is not None:
+                z = z - longdouble(o.margin) * q[r]
+            z = o.scale * z
+            top = z.max()
+            tail = np.log(np.exp(z - top).sum())
+            log_p = (z - top) - tail
+            p, u = np.exp(log_p), -np.expm1(log_p)
+            smooth = (1 - o.label_smoothing) * q[r] + LD(o.label_smoothing) / classes
+            if not probabilities:  # whole numbers stay whole, whatever the rounding of the line above
+                smooth = np.where((o.label_smoothing == 0) | (smooth != 0), smooth, 0)
+            factor = smooth * w * alpha
+            # term = -u^g log p; its derivative by log p, with the limits 0 at p = 1 and -1 at p = 0
+            power = np.ones_like(u) if o.gamma == 0 else u ** LD(o.gamma)
+            slope = -power
+            if o.gamma:
+                inner = (u > 0) & (p > 0)
+                slope[inner] += o.gamma * u[inner] ** LD(o.gamma - 1) * p[inner] * log_p[inner]
+            term = np.where(log_p == 0, 0, -power * log_p)
+            has = (factor != 0) | np.isnan(log_p)
+            lse = top + tail
+            losses[r] = (factor[has] * term[has]).sum() + (o.z_loss * lse**2 if o.z_loss else 0)
+            d = np.where(has, factor * np.where(has, slope, 0), 0)
+            grads[r] = d * u - p * (d.sum() - d) + (2 * o.z_loss * lse * p if o.z_loss else 0)
+            grads[r] *= o.scale
+            if not probabilities:
+                denominator += 1 if weight is None else share[r] * w[a[r]] + (1 - share[r]) * w[b[r]]
+        if o.reduction != "mean" or (denominator == 0 and o.all_ignored == "zero"):
+            denominator = LD(1)
+        loss = losses if o.reduction == "none" else losses.sum() / denominator
+        g = np.ones_like(loss) if grad is None else longdouble(grad)
+        grads = np.where(kept[:, None], grads * (g.reshape(-1, 1) if o.reduction == "none" else g / denominator), 0)
+    shape = input.shape[:dim] + input.shape[dim + 1 :]
+    loss = torch.from_numpy(np.asarray(loss, np.float64))
+    grads = torch.from_numpy(grads.astype(np.float64)).reshape(*shape, classes).movedim(-1, dim)
+    return (loss.reshape(shape) if o.reduction == "none" else loss), grads
+
+
+DEFAULTS = {
+    "ignore_index": -100,
+    "reduction": "mean",
+    "label_smoothing": 0.0,
+    "gamma": 0.0,
+    "alpha": None,
+    "logit_adjustment": None,
+    "margin": None,
+    "scale": 1.0,
+    "z_loss": 0.0,
+    "all_ignored": "nan",
+}
+FAMILY = ("gamma", "alpha", "logit_adjustment", "margin", "scale", "z_loss", "all_ignored")
+
+
+def stock(input, target, weight=None, **options):
+    """F.cross_entropy where it has the options, else the formula as one would type it."""
+    dtype = input.dtype
+    weight = None if weight is None else weight.to(dtype)
+    if not isinstance(target, tuple) and all(
+        (options.get(name) is None or options[name] == DEFAULTS[name]) for name in FAMILY
+    ):
+        options = {name: value for name, value in options.items() if name not in FAMILY}
+        if target.is_floating_point():
+            return F.cross_entropy(input, target.to(dtype), weight, **options)
+        return F.cross_entropy(input, target.long(), weight, **options)
+    o = SimpleNamespace(**{**DEFAULTS, **options})
+    dim = 0 if input.dim() == 1 else 1
+    classes = input.shape[dim]
+    a, b, share = target if isinstance(target, tuple) else (target, target, 1.0)
+
+    def column(vector):
+        return vector.to(dtype).reshape([-1] + [1] * (input.dim() - 1 - dim))
+
+    def onehot(y):
+        return F.one_hot(torch.where(kept, y.long(), 0), classes).to(dtype).movedim(-1, dim)
+
+    if a.is_floating_point():
+        kept, q, normal = torch.ones(a.select(dim, 0).shape, dtype=torch.bool), a.to(dtype), 1
+    else:
+        kept = (a.long() != o.ignore_index) & (b.long() != o.ignore_index)
+        if isinstance(share, torch.Tensor):
+            share = (share.reshape([-1] + [1] * (a.dim() - 1)) if share.dim() == 1 else share).to(dtype)
+            share = share.expand(a.shape).unsqueeze(dim)
+        q = share * onehot(a) + (1 - share) * onehot(b)
+        normal = 1 if weight is None else (q * column(weight)).sum(dim)
+    z = input
+    if o.logit_adjustment is not None:
+        z = z + column(o.logit_adjustment)
+    if o.margin is not None:
+        z = z - column(o.margin) * q
+    log_p = F.log_softmax(o.scale * z, dim)
+    factor = (1 - o.label_smoothing) * q + o.label_smoothing / classes
+    if weight is not None:
+        factor = factor * column(weight)
+    if o.alpha is not None:
+        factor = factor * (column(o.alpha) if isinstance(o.alpha, torch.Tensor) and o.alpha.dim() else o.alpha)
+    terms = -log_p
+    if o.gamma:
+        terms = terms * (1 - log_p.exp()).clamp(min=torch.finfo(dtype).tiny) ** o.gamma
+    losses = (factor * terms).sum(dim) + o.z_loss * torch.logsumexp(o.scale * z, dim) ** 2
+    losses = torch.where(kept, losses, 0)
+    if o.reduction == "none":
+        return losses.to(dtype)
+    denominator = (torch.where(kept, normal, 0).sum() if o.reduction == "mean" else 1) or (o.all_ignored == "zero")
+    return (losses.sum() / denominator).to(dtype)
+
+
+def noise(input, weight, grad, **options):
+    """What rounding in the accumulating dtype may cost beyond an ulp of the result: log p carries the rounding of z,
+    its largest magnitude times eps for each of 8 roundings; the loss and its gradient multiply that by their
+    factors and by the slope and curvature of the focal term, and a sum over rows adds an eps of itself per row."""
+    o = SimpleNamespace(**{**DEFAULTS, **options})
+    eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+    if not input.numel():
+        return 0.0, 0.0
+    size = [input.double().nan_to_num(0, 0, 0).abs().max()]
+    size += [v.double().abs().max() for v in (o.logit_adjustment, o.margin) if v is not None]
+    size = o.scale * float(sum(size).detach()) + math.log(input.shape[min(input.dim() - 1, 1)]) + 1
+    factor = 1.0 if o.alpha is None else float(torch.as_tensor(o.alpha).double().abs().max())
+    factor *= 1.0 if weight is None else float(weight.double().abs().max())
+    rows = input.numel() // input.shape[min(input.dim() - 1, 1)]
+    each = 8 * eps * size * (factor * (1 + o.gamma) + 2 * o.z_loss * size)
+    loss = each * (1 + rows * size * eps) * (rows if o.reduction == "sum" else 1)
+    grads = each * (1 + o.gamma) * o.scale * (1 if grad is None else float(grad.double().abs().max()))
+    return loss, grads
+
+
+def check(backend, input, target, weight=None, grad=None, **options):
+    """Loss and gradient on this backend, held to the rule of fastreg.testing against the oracle."""
+    if grad is None and options.get("reduction") == "none":
+        grad = torch.ones(input.select(min(input.dim() - 1, 1), 0).shape, dtype=input.dtype)
+    x = input.detach().requires_grad_()
+    loss = serve(backend, lambda: cross_entropy(x, target, weight, **options))
+    (grad_x,) = torch.autograd.grad(loss, x, grad, materialize_grads=True)
+    # In half precision stock PyTorch is held to be what it is under autocast: the kernels compute in fp32 too.
+    y = input.detach().to(torch.promote_types(input.dtype, torch.float32)).requires_grad_()
+    stock_loss = stock(y, target, weight, **options)
+    wide = None if grad is None else grad.to(y.dtype)
+    (stock_grad,) = torch.autograd.grad(stock_loss, y, wide, materialize_grads=True)
+    stock_loss, stock_grad = stock_loss.to(input.dtype), stock_grad.to(input.dtype)
+    exact_loss, exact_grad = oracle(input, target, weight, grad, **options)
+    loss_noise, grad_noise = noise(input, weight, grad, **options)
+    if options.get("reduction", "mean") == "mean" and weight is not None:  # divided by the weights that occur
+        by_one, _ = oracle(input, target, weight, grad, **{**options, "reduction": "sum"})
+        ratio = float((exact_loss / by_one).abs().nan_to_num(1, 1, 1)) * max(1, len(loss.shape) or 1)
+        rows = max(input.numel() // input.shape[min(input.dim() - 1, 1)], 1)
+        loss_noise, grad_noise = loss_noise * max(ratio * rows, 1), grad_noise * max(ratio, 1)
+    assert_accurate(loss, stock_loss, exact_loss, "loss", noise=loss_noise)
+    if not (exact_loss.isnan().all() and exact_grad.isnan().any()):  # 0/0 on rows of weight 0: no gradient to speak of
+        assert_accurate(grad_x, stock_grad, exact_grad, "gradient", noise=grad_noise)
+    return loss.detach(), grad_x
+
+
+# ---- random combinations of everything ---------------------------------------------------------------------
+
+
+def problem(seed):
+    """Everything about a call drawn at random, evenly: hypothesis's own strategies crowd around the simplest case."""
+    rng = random.Random(seed)
+    pick = lambda *values: rng.choice(values)  # noqa: E731
+    dtype = pick(*DTYPES)
+    classes = pick(1, 2, 3, 7, 8, 9, 17, 31, 33, 65)
+    shape = pick((classes,), *[(n, classes, *rest) for n in (0, 1, 3, 5) for rest in ((), (), (1,), (4,), (2, 3))])
+    g = torch.Generator().manual_seed(seed)
+    size = pick(1.0, 5.0, 40.0)
+    input = with_layout((size * torch.randn(shape, generator=g)).to(dtype), pick(*LAYOUTS))
+    rows = input.select(0 if input.dim() == 1 else 1, 0).shape
+
+    def vector(low, high):
+        kind = pick("none", "none", "same", "fp32", "strided")
+        if kind == "none":
+            return None
+        values = low + (high - low) * torch.rand(classes, generator=g)
+        values = values.to(torch.float32 if kind == "fp32" else dtype)
+        return with_layout(values, "strided") if kind == "strided" else values
+
+    options, kind = {}, pick("index", "index", "index", "pair", "probabilities")
+    weight = vector(0.0, 2.0)
+    if weight is not None and pick(False, True):
+        weight[0] = 0.0
+    if kind == "probabilities":
+        target = torch.randn(shape, generator=g).softmax(0 if len(shape) == 1 else 1).to(pick(dtype, torch.float32))
+    else:
+
+        def indices():
+            y = torch.randint(classes, rows, generator=g)
+            y = torch.where(torch.rand(rows, generator=g) < ignored, options["ignore_index"], y)
+            return y.to(pick(torch.int64, torch.int32, torch.uint8) if options["ignore_index"] >= 0 else torch.int64)
+
+        options["ignore_index"] = pick(-100, -1, 0, classes - 1, 255)
+        ignored = pick(0.0, 0.4, 1.0)
+        target = with_layout(indices(), pick("contiguous", "strided"))
+        if kind == "pair":
+            share = torch.rand(pick((), rows[:1], rows), generator=g)
+            target = (target, indices(), pick(0.0, 1.0, 0.25, share))
+    options["reduction"] = pick("mean", "sum", "none")
+    options["label_smoothing"] = pick(0.0, 0.0, 1e-8, 0.1, 1.0)
+    if pick(False, True):
+        options["gamma"] = pick(0.0, 1e-3, 0.5, 1, 2.0, 5.0)
+        options["alpha"] = pick(None, 0.25, 0, torch.tensor(0.5, dtype=dtype), vector(0.0, 1.0))
+        options["logit_adjustment"] = vector(-8.0, 0.0)
+        options["margin"] = vector(0.0, 0.5)
+        options["scale"] = pick(1.0, 0.5, 4)
+        options["z_loss"] = pick(0.0, 1e-2)
+        options["all_ignored"] = pick("nan", "zero")
+    grad = torch.randn(rows if options["reduction"] == "none" else (), generator=g)
+    if pick(False, True):
+        grad = grad * (grad > 0)
+    return (
+        input,
+        target,
+        weight,
+        pick(None, grad.to(dtype)) if options["reduction"] != "none" else grad.to(dtype),
+        options,
+    )
+
+
+def examples(number):
+    return settings(
+        max_examples=number, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+    )
+
+
+def combination(backend, seed):
+    if backend == "triton" and seed % 10:
+        return  # the interpreter is slow
+    input, target, weight, grad, options = problem(seed)
+    check(backend, input, target, weight, grad, **options)
+
+
+@examples(300)
+@given(seed=st.integers(0, 2**32))
+def test_random_combinations(backend, seed):
+    combination(backend, seed)
+
+
+@pytest.mark.slow
+@examples(10000)
+@given(seed=st.integers(0, 2**32))
+def test_many_random_combinations(backend, seed):
+    combination(backend, seed)
+
+
+# ---- the hard edges, one by one ----------------------------------------------------------------------------
+
+OPTION_SETS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "focal": {"gamma": 2.0, "alpha": 0.25},
+    "focal with smoothing": {"gamma": 0.5, "label_smoothing": 0.1},
+    "scale and z-loss": {"scale": 2.0, "z_loss": 1e-3},
+}
+
+
+def options_named(name, classes):
+    """One of OPTION_SETS, or "family": everything at once."""
+    if name != "family":
+        return OPTION_SETS[name]
+    return {
+        "gamma": 1.5,
+        "label_smoothing": 0.1,
+        "alpha": torch.linspace(0.2, 1, classes),
+        "logit_adjustment": -torch.linspace(0, 5, classes),
+        "margin": torch.linspace(0.1, 0.5, classes),
+        "scale": 2.0,
+        "z_loss": 1e-3,
+    }
+
+
+ALL_OPTIONS = pytest.mark.parametrize("name", [*OPTION_SETS, "family"])
+
+
+@ALL_OPTIONS
+@pytest.mark.parametrize(
+    "classes", [1, 2, 3, 7, 8, 9, 31, 33, 1000, 1023, 1024, 1025, pytest.param(32769, marks=pytest.mark.slow)]
+)
+def test_every_number_of_classes(backend, classes, name):
+    if backend == "triton" and classes not in (3, 1025):
+        pytest.skip("one short and one long row in the interpreter")
+    for dtype, n in ((torch.float32, 3), (torch.bfloat16, 1)):
+        flat = (4 * torch.randn(n * classes + 1)).to(dtype)
+        for first in (0, 1):  # 1: no row begins at an aligned address
+            x = flat[first : first + n * classes].view(n, classes)
+            check(backend, x, torch.randint(classes, (n,)), **options_named(name, classes))
+
+
+@pytest.mark.parametrize("classes", [65537, 128256, 262144])
+def test_very_long_rows(backend, classes):
+    if backend == "triton":
+        pytest.skip("slow in the interpreter")
+    x, y = 4 * torch.randn(1, classes), torch.tensor([classes - 1])
+    check(backend, x, y)
+    check(backend, x.bfloat16(), y, gamma=2.0)
+
+
+def test_no_rows_and_many_rows(backend):
+    for reduction, all_ignored in itertools.product(("mean", "sum", "none"), ("nan", "zero")):
+        check(
+            backend, torch.randn(0, 5), torch.zeros(0, dtype=torch.int64), reduction=reduction, all_ignored=all_ignored
+        )
+        check(backend, torch.randn(0, 5, 3), torch.zeros(0, 3, dtype=torch.int64), reduction=reduction)
+        check(backend, torch.randn(2, 5, 0), torch.zeros(2, 0, dtype=torch.int64), reduction=reduction)
+    n = 300 if backend == "triton" else 65537
+    x, y = torch.randn(n, 3, dtype=torch.float64), torch.randint(3, (n,))
+    with fastreg.use_backend(backend):
+        torch.testing.assert_close(cross_entropy(x, y), F.cross_entropy(x, y), rtol=1e-13, atol=0)
+        # one number is close to the sum of fp32 terms in any sane order: log2(n) roundings
+        ours = cross_entropy(x.float(), y, reduction="sum")
+    exact = F.cross_entropy(x.float().double(), y, reduction="sum")
+    torch.testing.assert_close(ours.double(), exact, rtol=math.log2(n) * 2**-23, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2**16 + 1, 2**15), (1, 2, 2**30 + 1)], ids=["rows", "positions"])
+def test_past_2_to_31_elements(backend, shape):
+    if backend != "cpu":
+        pytest.skip("needs 20 GB and an hour")
+    few = torch.randn(3, shape[1]) if len(shape) == 2 else torch.randn(1, 2, 1)
+    # All rows alike through a stride of 0, save that the last has another target.
+    x = few[:1].expand(shape).to(torch.float16) if len(shape) == 2 else few.to(torch.float16).expand(shape)
+    y = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+    y[..., -1] = 1
+    x.requires_grad_()
+    with fastreg.use_backend(backend):
+        loss = cross_entropy(x, y, reduction="none")
+        (grad,) = torch.autograd.grad(loss.double().sum(), x)
+    first, last = (x[..., 0], x[..., -1]) if len(shape) == 3 else (x[:1], x[-1:])
+    for logits, target, at in ((first, 0, 0), (last, 1, -1)):
+        logits = logits.detach().double().requires_grad_()
+        exact = F.cross_entropy(logits, torch.tensor([target]))
+        (exact_grad,) = torch.autograd.grad(exact, logits)
+        ours = grad[..., at] if len(shape) == 3 else grad[at : grad.shape[0] if at == -1 else 1]
+        torch.testing.assert_close(loss.reshape(-1)[at].double(), exact, rtol=2**-10, atol=0)
+        torch.testing.assert_close(ours.double(), exact_grad, rtol=2**-10, atol=2**-24)
+
+
+@ALL_OPTIONS
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_logits_targets_and_gradients(backend, layout, name):
+    shapes = [(6, 9), (4, 9, 5), (2, 9, 3, 4)]
+    for shape in shapes[:1] if backend == "triton" else shapes:
+        x = with_layout(3 * torch.randn(shape), layout)
+        rows = shape[:1] + shape[2:]
+        y = torch.randint(9, rows)
+        options = options_named(name, 9)
+        check(
+            backend, x, with_layout(y, layout), grad=with_layout(torch.randn(rows), layout), reduction="none", **options
+        )
+        check(backend, x, torch.stack([y, y], -1).to(torch.int32)[..., 0], weight=with_layout(torch.rand(9), "strided"))
+        if len(shape) == 4:
+            check(backend, x.contiguous(memory_format=torch.channels_last), y.to(torch.uint8), **options)
+
+
+def test_transposed_tokens(backend):
+    logits = torch.randn(2, 7, 11)  # (batch, time, classes), handed over as (batch, classes, time)
+    check(backend, logits.transpose(1, 2), torch.randint(11, (2, 7)), reduction="none", grad=torch.randn(2, 7))
+
+
+@ALL_OPTIONS
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 6, 255])
+def test_ignored_rows(backend, ignore_index, name):
+    if backend == "triton" and ignore_index not in (-100, 0):
+        pytest.skip("slow in the interpreter")
+    weight = torch.rand(7) + 0.1
+    y = torch.randint(1, 6, (6,))
+    some, every = torch.tensor([True, False] * 3), torch.ones(6, dtype=torch.bool)
+    for ignored in (~every, some, every):
+        target = torch.where(ignored, ignore_index, y)
+        for reduction, w in itertools.product(("mean", "sum", "none"), (None, weight)):
+            options = {**options_named(name, 7), "reduction": reduction, "ignore_index": ignore_index}
+            check(backend, 3 * torch.randn(6, 7), target, w, torch.ones(6) if reduction == "none" else None, **options)
+
+
+@ALL_OPTIONS
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_ignored_rows_hold_anything(backend, poison, name):
+    for shape in ((4, 9), (2, 9, 3)):
+        x = torch.randn(shape)
+        rows = shape[:1] + shape[2:]
+        y = torch.randint(9, rows)
+        y.view(-1)[0] = -100
+        x[(0, slice(None), *([0] * (len(shape) - 2)))] = poison
+        for reduction in ("mean", "none"):
+            options = {**options_named(name, 9), "reduction": reduction}
+            grad = torch.ones(rows) if reduction == "none" else None
+            loss, grad_x = check(backend, x, y, grad=grad, **options)
+            assert loss.isfinite().all()
+            assert (grad_x[(0, slice(None), *([0] * (len(shape) - 2)))] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_kept(backend, reduction):
+    x = torch.full((3, 4), NAN, requires_grad=True)
+    y = torch.full((3,), -100)
+    for weight in (None, torch.rand(4)):
+        for all_ignored in ("nan", "zero"):
+            call = lambda: cross_entropy(x, y, weight, reduction=reduction, all_ignored=all_ignored)  # noqa: B023, E731
+            loss = serve(backend, call)
+            (grad,) = torch.autograd.grad(loss.sum(), x)
+            assert (grad == 0).all()
+            if reduction == "mean" and all_ignored == "nan":
+                assert loss.isnan()
+            else:
+                assert (loss == 0).all()
+    one = serve(backend, lambda: cross_entropy(torch.zeros(1, 2), torch.tensor([0]), all_ignored="zero"))
+    assert one.item() == pytest.approx(math.log(2))  # and nothing else is divided by another number
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("shape", [(4, 5), (2, 5, 2), (5,)])
+def test_target_out_of_range(backend, dtype, shape):
+    if backend == "triton":
+        pytest.skip("a device-side assertion, which the interpreter does not have")
+    x = torch.randn(shape)
+    for wrong in (5, 200, *([-1, -101, -(2**31)] if dtype != torch.uint8 else [])):
+        y = torch.zeros(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=dtype)
+        y.view(-1)[-1] = wrong
+        for options in ({}, {"gamma": 2.0}):
+            with pytest.raises(IndexError, match=str(wrong)):
+                serve(backend, lambda: cross_entropy(x, y, torch.rand(5), **options))  # noqa: B023
+
+
+def test_weights_of_every_kind(backend):
+    x, y = 2 * torch.randn(8, 6), torch.randint(6, (8,))
+    zeros = torch.rand(6)
+    zeros[y[0]] = 0
+    huge = torch.rand(6)
+    huge[2] = 1e6
+    for weight in (zeros, huge, torch.rand(12)[::2], torch.rand(1).expand(6), torch.rand(6).double()):
+        for dtype, reduction in itertools.product((torch.float32, torch.bfloat16), ("mean", "sum")):
+            check(backend, x.to(dtype), y, weight, reduction=reduction)
+            check(backend, x.to(dtype), y, weight, reduction=reduction, label_smoothing=0.1)
+            check(backend, x.to(dtype), y, weight, reduction=reduction, gamma=2.0)
+    absent = torch.ones(6)
+    absent[y.unique()] = 0
+    for options in ({}, {"label_smoothing": 0.1}):
+        loss = serve(backend, lambda: cross_entropy(x, y, absent, **options))  # noqa: B023
+        assert not loss.isfinite()  # something or nothing, divided by 0
+        assert serve(backend, lambda: cross_entropy(x, y, absent, all_ignored="zero", **options)).isfinite()  # noqa: B023
+    infinite = torch.ones(6)
+    infinite[y[0]] = INF
+    assert serve(backend, lambda: cross_entropy(x, y, infinite, reduction="sum")) == INF
+
+
+def test_means_divide_by_weights_for_indices_and_by_rows_for_probabilities(backend):
+    x, y, weight = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0]), torch.tensor([1.0, 2.0, 4.0, 8.0])
+    terms = -weight[y] * x.log_softmax(1)[range(5), y]
+    probabilities = F.one_hot(y, 4).float()
+    index = serve(backend, lambda: cross_entropy(x, y, weight))
+    dense = serve(backend, lambda: cross_entropy(x, probabilities, weight))
+    torch.testing.assert_close(index, terms.sum() / 16)
+    torch.testing.assert_close(dense, terms.sum() / 5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1e-8, 0.1, 1.0])
+def test_label_smoothing(backend, smoothing):
+    for shape in ((5, 7), (2, 7, 3)):
+        rows = shape[:1] + shape[2:]
+        x, y = 3 * torch.randn(shape), torch.randint(7, rows)
+        y.view(-1)[0] = -100
+        for weight in (None, torch.rand(7)):
+            check(backend, x, y, weight, label_smoothing=smoothing)
+            check(backend, x, y, weight, label_smoothing=smoothing, gamma=2.0)
+    # ε is shared among all C classes, the target's included, and each term has its own focal power
+    p = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    q = torch.tensor([1 - smoothing + smoothing / 3, smoothing / 3, smoothing / 3], dtype=torch.float64)
+    ours = serve(backend, lambda: cross_entropy(p.log(), torch.tensor(0), label_smoothing=smoothing, gamma=2.0))
+    torch.testing.assert_close(ours, -(q * (1 - p) ** 2 * p.log()).sum(), rtol=1e-12, atol=0)
+
+
+@ALL_OPTIONS
+@pytest.mark.parametrize("where", ["one", "first block", "all but the target", "target"])
+def test_logits_of_minus_infinity(backend, where, name):
+    classes = 300
+    for y in (3, 299):
+        x = torch.randn(2, classes)
+        x[0] = x[0].index_fill(
+            0,
+            {
+                "one": torch.tensor([7]),
+                "first block": torch.tensor([k for k in range(260) if k != y]),
+                "all but the target": torch.tensor([k for k in range(classes) if k != y]),
+                "target": torch.tensor([y]),
+            }[where],
+            -INF,
+        )
+        options = {**options_named(name, classes), "reduction": "none"}
+        if options.get("z_loss"):
+            options["z_loss"] = 0.0
+        loss, grad = check(backend, x, torch.tensor([y, y]), grad=torch.ones(2), **options)
+        assert not loss.isnan().any()
+        assert not grad.isnan().any()
+        infinite = where == "target" or bool(options.get("label_smoothing"))
+        assert (loss[0] == INF) == infinite
+
+
+def test_rows_without_a_softmax_are_nan(backend):
+    for row in ([-INF, -INF, -INF], [INF, 0.0, 0.0], [NAN, 0.0, 0.0]):
+        x = torch.tensor([row, [1.0, 2.0, 3.0]], requires_grad=True)
+        y = torch.tensor([0, 1])
+        loss = serve(backend, lambda: cross_entropy(x, y, reduction="none"))  # noqa: B023
+        torch.testing.assert_close(loss, F.cross_entropy(x, y, reduction="none"), equal_nan=True)
+        (grad,) = torch.autograd.grad(loss[1], x, retain_graph=True)
+        assert grad[1].isfinite().all()
+        (grad,) = torch.autograd.grad(loss[0], x)
+        assert grad[0].isnan().any()
+
+
+@ALL_OPTIONS
+@pytest.mark.parametrize("logit", [1e4, 1e8, -200.0, 65504.0])
+def test_large_and_equal_logits(backend, logit, name):
+    dtype = torch.float16 if logit == 65504.0 else torch.float32
+    equal = torch.full((2, 10), logit, dtype=dtype)
+    lone = torch.zeros(2, 10, dtype=dtype)
+    lone[:, 4] = logit
+    options = {**options_named(name, 10), "z_loss": 0.0}
+    for x in (equal, lone):
+        _, grad = check(backend, x, torch.tensor([4, 5]), grad=torch.ones(2, dtype=dtype), reduction="none", **options)
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_confident_rows(backend, dtype, gamma):
+    """Near p_t = 1 the target's gradient, p_t − 1, must not be what is left of two rounded numbers."""
+    for p in (0.9, 0.99, 0.999, 1 - 1e-5, 1 - 1e-7):
+        x = torch.tensor([[math.log(p / (1 - p) * 3), 0.0, 0.0, 0.0]]).to(dtype)
+        loss, grad = check(backend, x, torch.tensor([0]), gamma=gamma)
+        assert loss >= 0
+        _, exact = oracle(x, torch.tensor([0]), gamma=gamma)
+        # the gradient of the target is a product of p_t − 1, of which fp32 keeps 2**-24 / (1 − p), rounded once
+        relative = torch.finfo(dtype).eps + 8 * (1 + gamma) * 2**-24 / (1 - p)
+        assert (
+            abs(grad[0, 0].double() - exact[0, 0]) <= relative * exact[0, 0].abs() + torch.finfo(dtype).smallest_normal
+        )
+
+
+@pytest.mark.parametrize("gamma", [1e-3, 0.5, 1, 2, 2.0, 5.0, 20.0])
+def test_focal_is_finite_everywhere(backend, gamma):
+    x = torch.tensor([[1e3, 0.0], [-1e3, 0.0], [0.0, 0.0], [30.0, 0.0], [-90.0, 0.0], [-110.0, 0.0], [1e-7, 0.0]])
+    y = torch.zeros(len(x), dtype=torch.int64)
+    for dtype in (torch.float32, torch.float64):
+        loss, grad = check(backend, x.to(dtype), y, grad=torch.ones(len(x), dtype=dtype), gamma=gamma, reduction="none")
+        assert loss.isfinite().all()
+        assert (loss >= 0).all()
+        assert grad.isfinite().all()
+        v = x.to(dtype).requires_grad_()
+        loss = serve(backend, lambda: cross_entropy(v, y, gamma=gamma, reduction="sum"))  # noqa: B023
+        (first,) = torch.autograd.grad(loss, v, create_graph=True)
+        (second,) = torch.autograd.grad((first * torch.randn(first.shape, dtype=dtype)).sum(), v)
+        assert second.isfinite().all()
+
+
+def test_focal_with_gamma_0_is_cross_entropy(backend):
+    x, y = torch.randn(6, 9), torch.randint(9, (6,))
+    plain, focal = (serve(backend, call) for call in (lambda: cross_entropy(x, y), lambda: focal_loss(x, y, gamma=0)))
+    assert torch.equal(plain, focal)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0, 0.25, 1, torch.tensor(0.5), torch.linspace(0, 1, 9)])
+def test_alpha_scales_terms_and_weight_does_not_enter_p(backend, alpha):
+    x, y, weight = torch.randn(6, 9), torch.randint(9, (6,)), torch.rand(9)
+    for reduction, w in itertools.product(("mean", "sum"), (None, weight)):
+        check(backend, x, y, w, alpha=alpha, gamma=2.0, reduction=reduction)
+        check(backend, x, y, w, alpha=alpha, reduction=reduction)
+
+
+def test_probabilities(backend):
+    x = torch.randn(4, 7)
+    sharp = F.one_hot(torch.randint(7, (4,)), 7).float()
+    for q in (torch.rand(4, 7), sharp, torch.zeros(4, 7), torch.rand(4, 7).bfloat16(), torch.rand(4, 7).double()):
+        for weight, smoothing in itertools.product((None, torch.rand(7)), (0.0, 0.1)):
+            check(backend, x, q, weight, label_smoothing=smoothing)
+            check(backend, x, q, weight, label_smoothing=smoothing, gamma=2.0)
+    check(backend, torch.randn(4, 1), torch.rand(4, 1))
+    check(backend, torch.randn(5), torch.rand(5))  # (C,) logits and (C,) probabilities
+    check(backend, torch.randn(2, 7, 3), torch.rand(2, 7, 3), reduction="none", grad=torch.randn(2, 3))
+    masked = x.clone()
+    masked[:, 2] = -INF
+    q = sharp.clone()
+    q[:, 2] = 0  # 0 of an infinite term is 0
+    loss, grad = check(backend, masked, q)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+
+
+def test_gradient_to_probabilities(backend):
+    x, q = torch.randn(4, 7, dtype=torch.float64), torch.rand(4, 7, dtype=torch.float64)
+    q[0, 0] = 0
+    q.requires_grad_()
+    (grad,) = torch.autograd.grad(serve(backend, lambda: cross_entropy(x, q)), q)
+    torch.testing.assert_close(grad, -x.log_softmax(1) / 4)
+    if backend != "reference":
+        with fastreg.use_backend(backend), pytest.raises(RuntimeError, match="forced"):
+            cross_entropy(x, q)
+
+
+def test_shares_of_two_targets_are_their_probabilities(backend):
+    x = torch.randn(4, 6)
+    a, b = torch.randint(6, (2, 4))
+    for share in (0.3, torch.tensor(0.3), torch.rand(4)):
+        s = share.unsqueeze(-1) if isinstance(share, torch.Tensor) and share.dim() else share
+        q = s * F.one_hot(a, 6) + (1 - s) * F.one_hot(b, 6)
+        for options in ({}, {"label_smoothing": 0.1}, {"gamma": 2.0}, {"margin": torch.rand(6)}):
+            ours = serve(backend, lambda: cross_entropy(x, (a, b, share), **options))  # noqa: B023
+            torch.testing.assert_close(ours, serve("reference", lambda: cross_entropy(x, q, **options)))  # noqa: B023
+    weight = torch.rand(6)
+    for share, y in ((1.0, a), (0.0, b)):
+        ours = serve(backend, lambda: cross_entropy(x, (a, b, share), weight))  # noqa: B023
+        torch.testing.assert_close(ours, cross_entropy(x, y, weight))
+    ignored = a.clone()
+    ignored[0] = -100
+    grad = check(backend, x, (ignored, b, 0.4), weight)[1]
+    assert (grad[0] == 0).all()
+    check(backend, x, (a, ignored, 0.4), weight)
+
+
+def test_scale_with_adjustment_on_odd_sizes(backend):
+    """What pads a vector must stay without mass after the logits have been moved and scaled."""
+    for classes in (1, 3, 5, 17, 63, 65):
+        x = torch.full((2, classes), -200.0)
+        for sign in (-50.0, 50.0):
+            adjustment = torch.full((classes,), sign)
+            check(backend, x, torch.tensor([0, classes - 1]), logit_adjustment=adjustment, scale=0.01)
+            check(backend, x, torch.tensor([0, classes - 1]), margin=adjustment, scale=3.0, label_smoothing=0.1)
+
+
+# ---- autograd ----------------------------------------------------------------------------------------------
+
+
+def test_backward_twice(backend):
+    x, y = torch.randn(4, 5, requires_grad=True), torch.randint(5, (4,))
+    loss = serve(backend, lambda: cross_entropy(x, y, reduction="none"))
+    ones, other = torch.ones(4), torch.randn(4)
+    first, again = (torch.autograd.grad(loss, x, ones, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    (weighted,) = torch.autograd.grad(loss, x, other)
+    torch.testing.assert_close(weighted, first * other[:, None])
+
+
+def test_logits_shared_with_another_loss(backend):
+    w, y = torch.randn(6, 5, requires_grad=True), torch.randint(5, (4,))
+    data = torch.randn(4, 6)
+    for upstream in (torch.tanh, lambda t: torch.softmax(t, 1), lambda t: t):  # they save their output
+        logits = upstream(data @ w)
+        before, version = logits.detach().clone(), logits._version
+        loss = serve(backend, lambda: cross_entropy(logits, y)) + logits.square().mean()  # noqa: B023
+        (ours,) = torch.autograd.grad(loss, w)
+        assert torch.equal(before, logits)
+        assert logits._version == version
+        logits = upstream(data @ w)
+        (theirs,) = torch.autograd.grad(F.cross_entropy(logits, y) + logits.square().mean(), w)
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(backend, mode):
+    x, y = torch.randn(4, 5, requires_grad=True), torch.randint(5, (4,))
+    with mode():
+        loss = serve(backend, lambda: cross_entropy(x, y))
+        parameter = torch.rand(5, requires_grad=True)
+        serve(backend, lambda: cross_entropy(x, y, parameter))  # nobody asks for its gradient
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, F.cross_entropy(x, y).detach())
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float64])
+def test_incoming_gradients(backend, grad_dtype):
+    x, y = torch.randn(5, 4), torch.randint(4, (5,))
+    for grad in (torch.randn(5), torch.zeros(5), -torch.ones(5), torch.rand(1).expand(5), torch.randn(10)[::2]):
+        check(backend, x, y, grad=grad, reduction="none")
+    # Under GradScaler the gradient of a reduced loss is not 1.
+    check(backend, x.half(), y, grad=torch.tensor(1024.0).half())
+    # another dtype of the loss's gradient arrives through a cast
+    loss = serve(backend, lambda: cross_entropy(x.half().requires_grad_(), y, reduction="none"))
+    loss.to(grad_dtype).backward(torch.randn(5, dtype=grad_dtype))
+
+
+DIFFERENTIABLE = [*OPTION_SETS, "family"]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("kind", ["index", "pair", "probabilities"])
+def test_gradcheck_and_gradgradcheck(backend, name, kind):
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    y, z = torch.tensor([0, 4, -100]), torch.tensor([1, 4, 2])
+    target = {"index": y, "pair": (y, z, 0.3), "probabilities": torch.rand(3, 5, dtype=torch.float64)}[kind]
+    options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options_named(name, 5).items()}
+    weight = torch.rand(5, dtype=torch.float64)
+    for reduction in ("mean", "none"):
+        loss = lambda t: serve(  # noqa: E731
+            backend,
+            lambda: cross_entropy(t, target, weight, reduction=reduction, **options),  # noqa: B023
+        )
+        assert torch.autograd.gradcheck(loss, x)
+        assert torch.autograd.gradgradcheck(loss, x)
+
+
+def test_create_graph_gives_the_gradient_itself_too(backend):
+    x, y = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, -100, 2])
+    loss = serve(backend, lambda: cross_entropy(x, y))
+    (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (graph,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(plain, graph.detach())
+    assert graph.requires_grad
+
+
+def test_gradient_penalty_through_a_network(backend):
+    """A second derivative that reaches weights behind the logits."""
+
+    def penalty(loss_of):
+        torch.manual_seed(1)
+        net = torch.nn.Linear(6, 5)
+        data = torch.randn(4, 6, requires_grad=True)
+        loss = loss_of(net(data), torch.tensor([0, 1, 2, 3]))
+        (grad,) = torch.autograd.grad(loss, data, create_graph=True)
+        grad.square().sum().backward()
+        return net.weight.grad
+
+    torch.testing.assert_close(penalty(lambda *a: serve(backend, lambda: cross_entropy(*a))), penalty(F.cross_entropy))
+
+
+@pytest.mark.parametrize("argument", ["weight", "alpha", "logit_adjustment", "margin"])
+def test_vectors_must_not_want_gradients(argument):
+    x, y = torch.randn(4, 5, requires_grad=True), torch.randint(5, (4,))
+    vector = torch.rand(5, requires_grad=True)
+    with pytest.raises(ValueError, match=f"{argument} must not require a gradient"):
+        cross_entropy(x, y, **{argument: vector})
+    cross_entropy(x, y, **{argument: vector.detach()})
+
+
+# ---- transforms --------------------------------------------------------------------------------------------
+
+
+def test_vmap_and_functional_gradients(backend):
+    x, y = torch.randn(3, 4, 5), torch.randint(5, (3, 4))
+    y[0, 0] = -100
+    loss = lambda x, y: serve_transform(backend, lambda: cross_entropy(x, y, gamma=2.0))  # noqa: E731
+    expected = torch.stack([cross_entropy(a, b, gamma=2.0) for a, b in zip(x, y)])
+    torch.testing.assert_close(torch.vmap(loss)(x, y), expected)
+    per_sample = torch.vmap(torch.func.grad(loss))(x, y)
+    for k in range(3):
+        v = x[k].clone().requires_grad_()
+        torch.testing.assert_close(per_sample[k], torch.autograd.grad(cross_entropy(v, y[k], gamma=2.0), v)[0])
+    torch.testing.assert_close(
+        torch.vmap(lambda t: serve_transform(backend, lambda: cross_entropy(x[0], t)))(y),  # only targets are mapped
+        torch.stack([cross_entropy(x[0], t) for t in y]),
+    )
+    torch.func.hessian(lambda t: loss(t, y[0]))(x[0])
+    torch.func.jvp(lambda t: loss(t, y[0]), (x[0],), (x[1],))
+
+
+def serve_transform(backend, call):
+    """Transforms are served by the reference; the automatic choice must see that by itself."""
+    return call() if backend != "reference" else serve(backend, call)
+
+
+def test_forced_kernels_refuse_transforms():
+    for backend in KERNELS:
+        with fastreg.use_backend(backend), pytest.raises(RuntimeError, match="transform"):
+            torch.vmap(cross_entropy)(torch.randn(2, 4, 5), torch.randint(5, (2, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_autocast(backend, dtype):
+    x, y = torch.randn(4, 5).to(dtype), torch.tensor([0, 1, 2, -100])
+    with torch.autocast("cpu", torch.bfloat16):
+        for target in (y, torch.rand(4, 5)):
+            x.requires_grad_()
+            ours, theirs = serve(backend, lambda: cross_entropy(x, target)), F.cross_entropy(x, target)  # noqa: B023
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs)
+            (grad,) = torch.autograd.grad(ours, x)
+            assert grad.dtype == dtype
+        assert serve(backend, lambda: sigmoid_focal_loss(x, x.detach().sigmoid(), reduction="sum")).dtype == ours.dtype
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_in_one_graph(backend, dynamic):
+    torch._dynamo.reset()
+    if backend == "triton":
+        pytest.skip("the interpreter does not compile")
+
+    def step(x, y, w):
+        return cross_entropy(x, y, w, label_smoothing=0.1) + cross_entropy(x, y, gamma=2.0)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows, classes in ((6, 5), (9, 5), (4, 11)):
+        x, y = torch.randn(rows, classes, requires_grad=True), torch.randint(classes, (rows,))
+        y[1] = -100  # rows that are ignored must not be read from, or left unwritten
+        w = torch.rand(classes)
+        with fastreg.use_backend(backend) if backend == "reference" else contextlib.nullcontext():
+            ours, eager = compiled(x, y, w), step(x, y, w)
+        torch.testing.assert_close(ours, eager)
+        torch.testing.assert_close(torch.autograd.grad(ours, x)[0], torch.autograd.grad(eager, x)[0])
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, y: cross_entropy(x, y, reduction="none"), fullgraph=True)
+    x, y = torch.randn(6, 5, requires_grad=True), torch.tensor([0, -100, 2, 3, 4, -100])
+    torch.testing.assert_close(compiled(x, y), cross_entropy(x, y, reduction="none"))
+
+
+def operator_calls():
+    """Every operator of the losses with arguments that its kernels take."""
+    x, y = torch.randn(4, 5), torch.tensor([0, 1, -100, 3])
+    tensors = (x, y, torch.rand(5), None, None, None, None, None)
+    options = (-100, 1, 0.1, 0.0, 1.0, 1.0, 0.0)
+    for backend in KERNELS:
+        forward = getattr(torch.ops.fastreg.cross_entropy_forward, backend)
+        yield f"cross_entropy_forward.{backend}", (*tensors, *options, False, False)
+        _, lse, denominator = forward(*tensors, *options, False, False)
+        yield f"cross_entropy_backward.{backend}", (torch.tensor(1.0), *tensors, lse, denominator, *options)
+
+
+def test_operators_pass_opcheck():
+    for name, args in operator_calls():
+        op, overload = name.split(".")
+        torch.library.opcheck(getattr(getattr(torch.ops.fastreg, op), overload), args)
+
+
+# ---- memory, determinism -----------------------------------------------------------------------------------
+
+
+def test_every_output_is_written(backend):
+    """Fresh memory is filled with NaN, so that an element no kernel writes shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for shape in ((5, 7), (3, 7, 4)):
+            rows = shape[:1] + shape[2:]
+            x, y = torch.randn(shape, requires_grad=True), torch.randint(7, rows)
+            y.view(-1)[::3] = -100
+            for reduction in ("mean", "none"):
+                loss = serve(backend, lambda: cross_entropy(x, y, reduction=reduction))  # noqa: B023
+                (grad,) = torch.autograd.grad(loss.sum(), x)
+                assert loss.isfinite().all()
+                assert grad.isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_same_bits_every_time(backend):
+    x, y, weight = torch.randn(257, 33, requires_grad=True), torch.randint(33, (257,)), torch.rand(33)
+    runs = []
+    for threads in (1, 2, 1):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        loss = serve(backend, lambda: cross_entropy(x, y, weight, label_smoothing=0.1))
+        runs.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0]))
+
+
+def test_a_row_does_not_depend_on_its_place(backend):
+    x, y = torch.randn(9, 33), torch.randint(33, (9,))
+    whole = serve(backend, lambda: cross_entropy(x, y, reduction="none"))
+    for k in range(9):
+        alone = serve(backend, lambda: cross_entropy(x[k : k + 1], y[k : k + 1], reduction="none"))  # noqa: B023
+        assert torch.equal(alone[0], whole[k])
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+X, Y = torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "args", "options"),
+    [
+        (TypeError, "input must be a tensor", ([[0.0]], Y), {}),
+        (TypeError, "target must be a tensor", (X, [0]), {}),
+        (TypeError, "input must have a dtype", (X.int(), Y), {}),
+        (TypeError, "target must have a dtype", (X, Y.bool()), {}),
+        (TypeError, "target must have a dtype", (X, Y.to(torch.int16)), {}),
+        (ValueError, "0-d", (torch.tensor(0.0), Y), {}),
+        (ValueError, "at least one class", (torch.zeros(4, 0), Y), {}),
+        (ValueError, r"target must have the shape \(4,\)", (X, Y[:3]), {}),
+        (ValueError, "floating dtype", (X, torch.zeros(4, 5, dtype=torch.int64)), {}),
+        (ValueError, "input's shape", (X, torch.zeros(4, 4)), {}),
+        (ValueError, "input's shape", (X, Y.float()), {}),
+        (ValueError, "ignore_index", (X, X), {"ignore_index": 1}),
+        (ValueError, "3|got 2 values", (X, (Y, Y)), {}),
+        (ValueError, "share", (X, (Y, Y, 1.5)), {}),
+        (ValueError, "share", (X, (Y, Y, torch.zeros(3))), {}),
+        (ValueError, r"target\[1\]", (X, (Y, Y[:3], 0.5)), {}),
+        (TypeError, r"target\[0\]", (X, (X, X, 0.5)), {}),
+        (ValueError, "weight must have the shape", (X, Y, torch.zeros(4)), {}),
+        (TypeError, "weight must have a dtype", (X, Y, torch.zeros(5, dtype=torch.int64)), {}),
+        (TypeError, "weight must be a tensor", (X, Y, [1.0] * 5), {}),
+        (ValueError, "weight must be on the device", (X, Y, torch.zeros(5, device="meta")), {}),
+        (ValueError, "target must be on the device", (X, Y.to("meta")), {}),
+        (ValueError, "alpha must have the shape", (X, Y), {"alpha": torch.zeros(4)}),
+        (ValueError, "alpha", (X, Y), {"alpha": -0.1}),
+        (ValueError, "margin must have the shape", (X, Y), {"margin": torch.zeros(1, 5)}),
+        (ValueError, "logit_adjustment must have", (X, Y), {"logit_adjustment": torch.zeros(4)}),
+        (ValueError, "reduction", (X, Y), {"reduction": "avg"}),
+        (ValueError, "label_smoothing", (X, Y), {"label_smoothing": 1.1}),
+        (ValueError, "label_smoothing", (X, Y), {"label_smoothing": NAN}),
+        (ValueError, "gamma", (X, Y), {"gamma": -1.0}),
+        (ValueError, "gamma", (X, Y), {"gamma": INF}),
+        (ValueError, "scale", (X, Y), {"scale": 0.0}),
+        (ValueError, "scale", (X, Y), {"scale": -1.0}),
+        (ValueError, "z_loss", (X, Y), {"z_loss": -1.0}),
+        (ValueError, "all_ignored", (X, Y), {"all_ignored": "one"}),
+    ],
+)
+def test_bad_arguments(error, match, args, options):
+    with pytest.raises(error, match=match):
+        cross_entropy(*args, **options)
+    with pytest.raises(error, match=match):
+        focal_loss(*args[:2], **options, **({"weight": args[2]} if len(args) > 2 else {}))
