@@ -107,8 +107,10 @@ def cross_entropy(
     if not indices and ignore_index >= 0:
         raise ValueError(f"ignore_index must not be given with probabilities as target, got {ignore_index}")
 
-    plain = plain and indices and other_target is None and logit_adjustment is None and margin is None
-    backend = _backends.choose("cross_entropy", input.device.type, _refuse, input, target, plain)
+    smooth_focal = label_smoothing != 0.0 and gamma != 0.0
+    backend = _backends.choose(
+        "cross_entropy", input.device.type, _refuse, input, target, indices, other_target is not None, smooth_focal
+    )
     if backend == "reference":
         return cross_entropy_reference(
             input,
@@ -125,16 +127,15 @@ def cross_entropy(
             z_loss=z_loss,
             all_ignored=all_ignored,
         )
-    rows = target.shape
-    if input.dim() == 1:
-        input, target = input.unsqueeze(0), target.unsqueeze(0)
-    # The kernels know (N, C) and (N, C, D); flatten copies only where no single stride spans the dimensions.
-    if input.dim() > 3:
-        input, target = input.flatten(2), target.flatten(1)
+    rows = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
     if vectors:
         compute = _ops.accumulator(input)
         weight, logit_adjustment, margin = (_as_dtype(v, compute) for v in (weight, logit_adjustment, margin))
         alpha = _as_dtype(alpha, compute)
+    if other_target is not None:
+        share = _share_per_row(share, target, _ops.accumulator(input))
+    if input.dim() != 2:
+        input, target, other_target, share = _as_kernels_know(input, target, other_target, share)
     # Under autocast PyTorch computes this loss in fp32; the kernels do so anyway and only widen the result.
     fp32_loss = _autocast(input.device.type)
     loss = _CrossEntropy.apply(
@@ -298,10 +299,41 @@ def _as_dtype(vector: object, dtype: torch.dtype) -> object:
 # ---- kernels ---------------------------------------------------------------------------------------------
 
 
-def _refuse(backend: str, input: Tensor, target: Tensor, plain: bool) -> str | None:
-    if not plain:
-        return "it serves class indices without focal and long-tail options; the reference serves those"
+# What a backend's cross-entropy kernels do not serve.
+_LACKING = {
+    "cpu": ("probabilities", "two targets", "label_smoothing with gamma"),
+    "cuda": ("probabilities", "two targets", "label_smoothing with gamma"),
+    "triton": ("probabilities", "two targets", "label_smoothing with gamma"),
+}
+
+
+def _refuse(backend: str, input: Tensor, target: Tensor, indices: bool, pair: bool, smooth_focal: bool) -> str | None:
+    if pair or smooth_focal or not indices:
+        asked = {"two targets": pair, "label_smoothing with gamma": smooth_focal, "probabilities": not indices}
+        for feature in _LACKING[backend]:
+            if asked[feature]:
+                return f"it does not serve {feature}"
+        if target.requires_grad and torch.is_grad_enabled():
+            return "the probabilities want a gradient, which only the reference gives"
     return _not_ordinary(input)
+
+
+def _share_per_row(share: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(share, Tensor):
+        share = torch.full((), share, dtype=dtype, device=target.device)
+    elif share.dim() == 1:
+        share = share.reshape([-1, *([1] * (target.dim() - 1))])
+    return share.to(dtype).expand(target.shape)
+
+
+def _as_kernels_know(input: Tensor, target: Tensor, *per_row: Tensor | None) -> tuple[Tensor | None, ...]:
+    """(N, C) or (N, C, D); flatten copies only where no single stride spans the dimensions."""
+    if input.dim() == 1:
+        return tuple(None if t is None else t.unsqueeze(0) for t in (input, target, *per_row))
+    if input.dim() == 3:
+        return input, target, *per_row
+    target = target.flatten(2) if target.dim() == input.dim() else target.flatten(1)
+    return input.flatten(2), target, *(None if t is None else t.flatten(1) for t in per_row)
 
 
 def _not_ordinary(input: Tensor) -> str | None:
