@@ -159,26 +159,58 @@ FASTREG_INLINE Int<A> is_first(int64_t n) {
 
 // ---- across the lanes, in a fixed order ------------------------------------------------------------------
 template <class V>
-FASTREG_INLINE V larger(V a, V b) {  // b where a is NaN, which no maximum here must keep
+FASTREG_INLINE V larger(V a, V b) {  // b where either is NaN
+#if FASTREG_VECTOR_BYTES == 64
+  if constexpr (sizeof(a[0]) == 4)
+    return bits<V>(_mm512_maskz_max_ps(0xffff, bits<__m512>(a), bits<__m512>(b)));
+  else
+    return bits<V>(_mm512_maskz_max_pd(0xff, bits<__m512d>(a), bits<__m512d>(b)));
+#elif FASTREG_VECTOR_BYTES == 32
+  if constexpr (sizeof(a[0]) == 4)
+    return bits<V>(_mm256_max_ps(bits<__m256>(a), bits<__m256>(b)));
+  else
+    return bits<V>(_mm256_max_pd(bits<__m256d>(a), bits<__m256d>(b)));
+#else
   return a > b ? a : b;
+#endif
 }
+
+// Folds the upper half of the lanes onto the lower until one is left.
+template <class F, class V>
+FASTREG_INLINE auto fold(V v) {
+  using A = std::remove_cvref_t<decltype(v[0])>;
+  if constexpr (sizeof(V) > 16) {
+    typedef A Part __attribute__((vector_size(sizeof(V) / 2)));
+    Part parts[2];
+    __builtin_memcpy(parts, &v, sizeof(v));
+    return fold<F>(F::of(parts[0], parts[1]));
+  } else if constexpr (sizeof(A) == 4) {
+    return static_cast<A>(F::of(F::of(v[0], v[2]), F::of(v[1], v[3])));
+  } else {
+    return static_cast<A>(F::of(v[0], v[1]));
+  }
+}
+
+struct Larger {
+  template <class V>
+  FASTREG_INLINE V of(V a, V b) {
+    return a > b ? a : b;
+  }
+};
+struct Sum {
+  template <class V>
+  FASTREG_INLINE V of(V a, V b) {
+    return a + b;
+  }
+};
 
 template <class V>
 FASTREG_INLINE auto horizontal_max(V v) {
-  constexpr int64_t n = sizeof(v) / sizeof(v[0]);
-  auto best = v[0];
-  for (int64_t i = 1; i < n; ++i) best = best > v[i] ? best : v[i];
-  return best;
+  return fold<Larger>(v);
 }
-
 template <class V>
 FASTREG_INLINE auto horizontal_sum(V v) {
-  constexpr int64_t n = sizeof(v) / sizeof(v[0]);
-  decltype(v[0] + v[0]) part[n];
-  __builtin_memcpy(part, &v, sizeof(v));
-  for (int64_t half = n / 2; half; half /= 2)
-    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+  return fold<Sum>(v);
 }
 
 // ---- exp --------------------------------------------------------------------------------------------------
@@ -211,14 +243,14 @@ template <class A>
 FASTREG_INLINE Vec<A> exp_of(Vec<A> x) {
   using K = ExpConstants<A>;
   const Vec<A> lowest = splat(K::lowest);
-  x = lowest > x ? lowest : x;
+  x = larger(lowest, x);
   const Vec<A> shifted = x * K::one_over_ln2 + K::magic;
   const Vec<A> n = shifted - K::magic;
   const Vec<A> r = (x - n * K::ln2_high) - n * K::ln2_low;
   constexpr int degree = sizeof(K::q) / sizeof(A) - 1;
   Vec<A> q = splat(K::q[degree]);
   for (int i = degree - 1; i >= 0; --i) q = q * r + K::q[i];
-  const Vec<A> mantissa = r * r * q + r + A(1);
+  const Vec<A> mantissa = (q * r + A(1)) * r + A(1);
 #if FASTREG_VECTOR_BYTES == 64
   if constexpr (sizeof(A) == 4)
     return bits<Vec<A>>(_mm512_maskz_scalef_ps(0xffff, bits<__m512>(mantissa), bits<__m512>(n)));

@@ -3,10 +3,27 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <cstdint>
 #include <initializer_list>
 
 namespace fastreg {
+
+// Asks for huge pages for a tensor so large that its memory comes fresh from the system: entering it page by
+// page takes longer than writing it.
+inline void use_huge_pages(const torch::stable::Tensor& tensor, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096;
+  if (bytes < (int64_t{32} << 20)) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may be refused
+#endif
+}
 
 inline torch::stable::Tensor new_strided(int64_t dim, const int64_t* sizes, const int64_t* strides,
                                          torch::headeronly::ScalarType dtype) {
@@ -14,7 +31,11 @@ inline torch::stable::Tensor new_strided(int64_t dim, const int64_t* sizes, cons
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  return torch::stable::Tensor(handle);
+  const torch::stable::Tensor tensor(handle);
+  int64_t bytes = tensor.element_size();
+  for (int64_t d = 0; d < dim; ++d) bytes *= sizes[d];
+  use_huge_pages(tensor, bytes);
+  return tensor;
 }
 
 inline void contiguous_strides(int64_t dim, const int64_t* sizes, int64_t* strides) {
