@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.proving import cubin
+from tests.proving import cubin, cudahost
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICES = ["cpu", "cuda"] if HAS_CUDA else ["cpu"]
@@ -41,6 +41,10 @@ def _cudahost_missing() -> str | None:
     return None
 
 
+def _sanitizers_missing() -> str | None:
+    return _cudahost_missing() or cudahost.sanitizers_missing()
+
+
 def _skip(reason: str | None) -> pytest.MarkDecorator:
     return pytest.mark.skipif(reason is not None, reason=reason or "")
 
@@ -50,6 +54,7 @@ needs_interpreter = _skip(_interpreter_missing())
 needs_ptxas = _skip(cubin.triton_missing())
 needs_nvcc = _skip(cubin.nvcc_missing())
 needs_cudahost = _skip(_cudahost_missing())
+needs_sanitizers = _skip(_sanitizers_missing())
 
 
 def backends(op: str) -> list:

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.machine import needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
+from tests.machine import needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas, needs_sanitizers
 from tests.proving import cubin, cudahost
 from tests.proving.planted import cuda_cases
 from tests.proving.planted import triton_kernels as planted
+from tests.proving.traffic import traffic
 
 pytestmark = []
 
 if planted.triton is not None:
     from tests.proving.sanitizer import HUGE, NAN, NEGATIVE, OutOfBounds, Race, sanitize
-    from tests.proving.traffic import traffic
 
 
 # ---- interpreter -----------------------------------------------------------------------------------------
@@ -311,6 +311,50 @@ def test_cudahost_checks_what_is_passed_for_pointers():
 
 
 @needs_cudahost
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic_counts_what_cuda_kernels_load_and_store(dtype):
+    x, out = torch.randn(7, 1000).to(dtype), torch.zeros(7)
+    with traffic() as log:
+        cuda_cases.kernels().rowsum(0, x, out, 7, 1000, dtype == torch.bfloat16, 256)
+    (launch,) = log
+    assert (launch.kernel, launch.loaded, launch.stored, launch.atomic) == (
+        f"in_{str(dtype)[6:].replace('float', 'fp').replace('bfp', 'bf')}",
+        x.nbytes,
+        out.nbytes,
+        0,
+    )
+    assert (launch.reads(x) == 1).all() and (launch.writes(out) == 1).all() and not launch.writes(x).any()
+    torch.testing.assert_close(out, x.float().sum(1), rtol=1e-5, atol=1e-4)
+
+
+@needs_cudahost
+def test_traffic_sees_what_a_cuda_kernel_reads_too_often():
+    x, y, total = torch.randn(1024), torch.empty(1024), torch.zeros(1)
+    with traffic() as log:
+        cuda_cases.kernels().neighbours(x, y, 1024)
+        cuda_cases.kernels().count(total, 1000, 128)
+    stencil, counting = log
+    assert stencil.loaded == 2 * x.nbytes and (stencil.reads(x) == 2).all() and (stencil.writes(y) == 1).all()
+    assert (counting.loaded, counting.stored, counting.atomic) == (0, 0, 4000) and total == 1000
+    torch.testing.assert_close(y, x + x.roll(-1))
+
+
+@needs_cudahost
+def test_traffic_finds_races_between_blocks_of_cuda_kernels():
+    rows, partial, ticket, total = torch.randn(8, 32), torch.empty(8), torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+
+    def sum_last_block(*args):
+        cuda_cases.kernels().sum_last_block(*args)
+
+    with traffic():
+        sum_last_block(rows, partial, ticket, total, 8, True)
+        torch.testing.assert_close(total[0], rows.sum())
+        with pytest.raises(RuntimeError, match=r"race: .* block number 7 loads element 0 of argument 1, which block"):
+            sum_last_block(rows, partial, ticket, total, 8, False)
+    sum_last_block(rows, partial, ticket, total, 8, False)  # unmetered, the order of the blocks hides it
+
+
+@needs_sanitizers
 def test_address_sanitizer_finds_accesses_out_of_bounds():
     cases = "tests.proving.planted.cuda_cases"
     assert cudahost.run_sanitized("address", f"{cases}:rowsum", "0") == ""
@@ -319,7 +363,7 @@ def test_address_sanitizer_finds_accesses_out_of_bounds():
     assert "heap-buffer-overflow" in cudahost.run_sanitized("address", f"{cases}:past_shared_memory")
 
 
-@needs_cudahost
+@needs_sanitizers
 def test_thread_sanitizer_finds_missing_barriers():
     cases = "tests.proving.planted.cuda_cases"
     assert cudahost.run_sanitized("thread", f"{cases}:rowsum", "0") == ""

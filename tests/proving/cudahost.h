@@ -42,7 +42,7 @@
 #define CUDAHOST_ASAN(...)
 #endif
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_THREAD__) && !defined(CUDAHOST_METER)
 extern "C" {
 void* __tsan_get_current_fiber(void);
 void* __tsan_create_fiber(unsigned);
@@ -62,6 +62,17 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 #else
 #define CUDAHOST_TSAN(...)
 #define CUDAHOST_QUIET(edge) (void)0
+#endif
+
+#if defined(CUDAHOST_METER)
+extern "C" {
+void cudahost_meter_launch(const char* kernel);
+void cudahost_meter_block(int number);
+const char* cudahost_meter_race();
+}
+#define CUDAHOST_METERED(...) __VA_ARGS__
+#else
+#define CUDAHOST_METERED(...)
 #endif
 
 namespace cudahost {
@@ -279,32 +290,42 @@ inline void prepare_block(size_t shared_bytes) {
   }
 }
 
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+inline void run_one_block(uint3 index, size_t shared_bytes) {
+  block_index = index;
+  prepare_block(shared_bytes);
+  CUDAHOST_TSAN(scheduler_fiber = __tsan_get_current_fiber();
+                for (auto& thread : threads) thread->tsan_fiber = __tsan_create_fiber(0);
+                __tsan_release(&start_tag);)
+  CUDAHOST_QUIET(Begin);
+  run_block();
+  CUDAHOST_QUIET(End);
+  CUDAHOST_TSAN(__tsan_acquire(&end_tag);
+                if (error.empty()) for (auto& thread : threads) __tsan_destroy_fiber(thread->tsan_fiber);)
+}
+
+inline void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+  (void)name;
   grid_size = grid, block_size = block, kernel = std::move(body);
   error.clear();
   size_t count = size_t(block.x) * block.y * block.z;
   if (count == 0 || count > 1024) throw Error("a block has 1 to 1024 threads, not " + std::to_string(count));
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) throw Error("a grid has at least one block");
   if (grid.y > 65535 || grid.z > 65535) throw Error("gridDim.y and gridDim.z are at most 65535");
   if (shared_bytes > (227 << 10)) throw Error("a block has at most 227 KB of shared memory");
+  CUDAHOST_METERED(cudahost_meter_launch(name);)
   threads.resize(count);
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        block_index = {x, y, z};
-        prepare_block(shared_bytes);
-        CUDAHOST_TSAN(scheduler_fiber = __tsan_get_current_fiber();
-                      for (auto& thread : threads) thread->tsan_fiber = __tsan_create_fiber(0);
-                      __tsan_release(&start_tag);)
-        CUDAHOST_QUIET(Begin);
-        run_block();
-        CUDAHOST_QUIET(End);
-        CUDAHOST_TSAN(__tsan_acquire(&end_tag); if (error.empty()) for (auto& thread : threads)
-                          __tsan_destroy_fiber(thread->tsan_fiber);)
-        if (!error.empty()) {
-          threads.clear();
-          throw Error(error);
-        }
-      }
+  std::vector<int> order(size_t(grid.x) * grid.y * grid.z);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
+  if (seed) std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  for (int number : order) {
+    CUDAHOST_METERED(cudahost_meter_block(number);)
+    run_one_block({number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y}, shared_bytes);
+    CUDAHOST_METERED(if (const char* race = cudahost_meter_race(); race && error.empty()) error = race;)
+    if (!error.empty()) {
+      threads.clear();
+      throw Error(error);
+    }
+  }
 }
 
 // ---- warp operations
@@ -376,7 +397,7 @@ V atomically(V* target, F&& change) {
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  cudahost::launch(grid, block, shared_bytes, [=] { (kernel)(__VA_ARGS__); })
+  cudahost::launch(#kernel, grid, block, shared_bytes, [=] { (kernel)(__VA_ARGS__); })
 #define DYN_SMEM(T, name) T* name = reinterpret_cast<T*>(cudahost::shared_memory.get())
 
 #define threadIdx (cudahost::current->index)

@@ -6,7 +6,7 @@ from tests.proving import cudahost
 
 
 def kernels() -> cudahost.Kernels:
-    names = ("rowsum", "sum_warps", "read_uninitialised", "deadlock")
+    names = ("rowsum", "sum_warps", "read_uninitialised", "deadlock", "neighbours", "count", "sum_last_block")
     return cudahost.load("tests/proving/planted/kernels.cu", [f"planted::{name}" for name in names])
 
 

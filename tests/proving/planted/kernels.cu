@@ -73,6 +73,32 @@ __global__ void diverging_warps(float* out) {
   __syncthreads();
 }
 
+__global__ void neighbours_kernel(const float* x, float* y, int n) {  // reads every element twice
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = x[i] + x[(i + 1) % n];
+}
+
+__global__ void count_kernel(float* total, int n) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) atomicAdd(total, 1.0f);
+}
+
+// The block that arrives last adds the partial sums; unless ORDERED, the last by number does, arrived or not.
+template <bool ORDERED>
+__global__ void sum_last_block_kernel(const float* rows, float* partial, int* ticket, float* total) {
+  if (threadIdx.x != 0) return;
+  float sum = 0;
+  for (int i = 0; i < 32; ++i) sum += rows[blockIdx.x * 32 + i];
+  partial[blockIdx.x] = sum;
+  __threadfence();
+  int arrived = ORDERED ? atomicAdd(ticket, 1) : int(blockIdx.x);
+  if (arrived != int(gridDim.x) - 1) return;
+  __threadfence();
+  sum = 0;
+  for (unsigned i = 0; i < gridDim.x; ++i) sum += partial[i];
+  *total = sum;
+}
+
 }  // namespace
 
 namespace planted {
@@ -123,5 +149,20 @@ void read_uninitialised(float* out, int threads, bool past) {
 }
 
 void deadlock(float* out, int threads) { LAUNCH(diverging_warps, dim3(1), dim3(threads), 0, 0, out); }
+
+void neighbours(const float* x, float* y, int n) {
+  LAUNCH(neighbours_kernel, dim3((n + 127) / 128), dim3(128), 0, 0, x, y, n);
+}
+
+void count(float* total, int n, int threads) {
+  LAUNCH(count_kernel, dim3((n + threads - 1) / threads), dim3(threads), 0, 0, total, n);
+}
+
+void sum_last_block(const float* rows, float* partial, int* ticket, float* total, int blocks, bool ordered) {
+  if (ordered)
+    LAUNCH(sum_last_block_kernel<true>, dim3(blocks), dim3(32), 0, 0, rows, partial, ticket, total);
+  else
+    LAUNCH(sum_last_block_kernel<false>, dim3(blocks), dim3(32), 0, 0, rows, partial, ticket, total);
+}
 
 }  // namespace planted
