@@ -11,7 +11,7 @@ there. `plan_for` keeps the plans of recent calls by that description.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -108,7 +108,7 @@ _plans: OrderedDict[tuple, Plan] = OrderedDict()
 _KEPT = 64
 
 
-def plan_for(op: str, tensors: Sequence[Tensor], build: Callable[[], Plan]) -> Plan:
+def plan_for(op: Hashable, tensors: Sequence[Tensor], build: Callable[[], Plan]) -> Plan:
     """The plan of an earlier call on tensors in the same places, or else what `build` makes now. No tensor is kept
     alive. `op` names what the table means, and whatever else `build` depends on."""
     key = (op, describe(tensors).tobytes())

@@ -14,17 +14,25 @@ sums of n terms, taken in different orders, differ by about n/64 units of 2^-53:
 norm exceeds it by more than that. A row that is scaled is rounded to the nearest, its norm is taken again from the
 rounded values, and if that is above the cap, the factor shrinks by twice the excess; rounding towards zero is the
 last resort, which cannot fail.
+
+The kernels: csrc/max_norm.h for what is decided per row, csrc/cpu/max_norm.cpp. One launch serves all rows of all
+tensors, reads each element once and writes rows over the cap alone.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _backends, _checks
+from . import _backends, _checks, _ops, _plan
 
-for _name in ("max_norm_", "max_norm", "project_lp_ball_", "tau_normalize_", "row_norms"):
+_kernels = _ops.kernels("max_norm_rows")
+for _name in ("max_norm_", "project_lp_ball_", "tau_normalize_"):
+    _backends.register(_name, kernels=("cpu",))
+for _name in ("max_norm", "row_norms"):
     _backends.register(_name)
 
 Cap = float | Tensor
@@ -66,16 +74,12 @@ def max_norm_(
 
     Raises TypeError or ValueError, before anything is written, for arguments outside of the above.
     """
-    tensors = _tensors(tensors)
+    tensors = _listed(tensors)
     caps = _caps(tensors, max_norm, "max_norm", dim)
     _check_order(p)
     _checks.in_range("tau", tau, 0.0, _LARGEST)
     _checks.in_range("decay", decay, 0.0, 1.0)
-    count = _no_rows(tensors)
-    with torch.no_grad():
-        for tensor, cap in _once(tensors, caps):
-            count = count + max_norm_reference_(tensor, cap, p=p, dim=dim, tau=tau, decay=decay)
-    return count
+    return _run("max_norm_", "cap", tensors, caps, p, dim, tau, decay)
 
 
 def max_norm(input: Tensor, max_norm: Cap, *, p: float = 2.0, dim: int = 0, tau: float = 1.0) -> Tensor:
@@ -103,15 +107,11 @@ def project_lp_ball_(
     Projections onto the l1-Ball", ICML 2008); p = 2: `max_norm_`; inf: w ← min(max(w, -radius), radius).
     Arguments, guarantees, errors and the returned count are those of `max_norm_` with tau = 1.
     """
-    tensors = _tensors(tensors)
+    tensors = _listed(tensors)
     caps = _caps(tensors, radius, "radius", dim)
     if p not in (1, 2, math.inf):
         raise ValueError(f"p must be 1, 2 or inf, got {p}")
-    count = _no_rows(tensors)
-    with torch.no_grad():
-        for tensor, cap in _once(tensors, caps):
-            count = count + project_lp_ball_reference_(tensor, cap, p=p, dim=dim)
-    return count
+    return _run("project_lp_ball_", _BALLS[p], tensors, caps, p, dim)
 
 
 def tau_normalize_(
@@ -121,14 +121,10 @@ def tau_normalize_(
 
     tau = 1 gives every row norm 1, tau = 0 changes nothing. Rows of zeros and rows with NaN or Inf stay as they are.
     """
-    given, tensors = tensors, _tensors(tensors)
-    for index, tensor in enumerate(tensors):
-        _rows_dim(tensor, dim, index)
+    given, tensors = tensors, _listed(tensors)
     _check_order(p)
     _checks.in_range("tau", tau, 0.0, _LARGEST)
-    with torch.no_grad():
-        for tensor, _ in _once(tensors, tensors):
-            tau_normalize_reference_(tensor, tau, p=p, dim=dim)
+    _run("tau_normalize_", "normalize", tensors, [math.inf] * len(tensors), p, dim, tau)
     return given if isinstance(given, Tensor) else tensors
 
 
@@ -167,7 +163,7 @@ class _Constraint:
                     raise ValueError(f"max_norm names {absent}, which are no parameters of the module: {list(named)}")
                 self.params = [named[name] for name in names]
         else:
-            self.params = _tensors(params_or_module, "params_or_module")
+            self.params = _listed(params_or_module, "params_or_module")
         if not self.params:
             raise ValueError(
                 "params_or_module holds no tensor to constrain (of a module: no parameter of 2 dimensions)"
@@ -253,7 +249,10 @@ class MaxNorm(_Constraint):
 
     def project(self, decay: float = 0.0) -> Tensor:
         """Projects now; returns how many rows were scaled down, as `max_norm_` does."""
-        count = max_norm_(self.params, self.caps, p=self.p, dim=self.dim, tau=self.tau, decay=decay)
+        return self._project(self.params, self.caps, decay)
+
+    def _project(self, params: list[Tensor], caps: list[Cap], decay: float) -> Tensor:
+        count = _run("max_norm_", "cap", params, caps, self.p, self.dim, self.tau, decay)
         self.total = self.total.to(count.device) + count
         return count
 
@@ -267,8 +266,7 @@ class MaxNorm(_Constraint):
             by_rate.setdefault(float(rates.get(id(param), 0.0)), []).append(index)
         for rate, indices in by_rate.items():
             params, caps = [self.params[i] for i in indices], [self.caps[i] for i in indices]
-            decay = rate * self.weight_decay
-            self.total = self.total + max_norm_(params, caps, p=self.p, dim=self.dim, tau=self.tau, decay=decay)
+            self._project(params, caps, rate * self.weight_decay)
 
     def state_dict(self) -> dict:
         """The caps, the number of steps seen and the number of rows scaled."""
@@ -308,15 +306,22 @@ def _check_tensor(name: str, value: object) -> None:
     _checks.dtype_in(name, value, _checks.FLOATS)
 
 
-def _tensors(tensors: Tensor | Iterable[Tensor], name: str = "tensors") -> list[Tensor]:
-    """The list of tensors to write to, each checked."""
+def _listed(tensors: Tensor | Iterable[Tensor], name: str = "tensors") -> list[Tensor]:
     if isinstance(tensors, Tensor):
-        tensors = [tensors]
-    elif not isinstance(tensors, Iterable):
+        return [tensors]
+    if not isinstance(tensors, Iterable):
         raise TypeError(f"{name} must be a tensor or an iterable of tensors, got {type(tensors).__name__}")
     tensors = list(tensors)
     for index, tensor in enumerate(tensors):
-        _check_tensor(f"{name}[{index}]", tensor)
+        _checks.is_tensor(f"{name}[{index}]", tensor)
+    return tensors
+
+
+def _check_written(tensors: list[Tensor], dim: int, name: str = "tensors") -> None:
+    """Whether rows along `dim` can be written to all of these in one call."""
+    for index, tensor in enumerate(tensors):
+        _checks.dtype_in(f"{name}[{index}]", tensor, _checks.FLOATS)
+        _rows_dim(tensor, dim, index)
         if tensor.device != tensors[0].device:
             raise ValueError(f"{name} must be on one device, got {tensors[0].device} and {tensor.device}")
         if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
@@ -324,7 +329,6 @@ def _tensors(tensors: Tensor | Iterable[Tensor], name: str = "tensors") -> list[
                 f"{name}[{index}] must not be expanded: it is written in place, and elements of shape "
                 f"{tuple(tensor.shape)} with strides {tensor.stride()} share memory"
             )
-    return tensors
 
 
 def _rows_dim(tensor: Tensor, dim: int, index: int | None = None) -> int:
@@ -375,17 +379,125 @@ def _check_cap(name: str, cap: Cap, tensor: Tensor, rows: int) -> Cap:
     return cap
 
 
-def _once(tensors: list[Tensor], values: list) -> Iterable[tuple[Tensor, object]]:
-    """Pairs of tensor and value, without empty tensors and without the second listing of a tied one."""
-    seen: set[int] = set()
-    for tensor, value in zip(tensors, values):
-        if tensor.numel() and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield tensor, value
-
-
 def _no_rows(tensors: list[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=tensors[0].device if tensors else None)
+
+
+# ---- one launch for all rows of all tensors --------------------------------------------------------------
+
+_BALLS = {1: "l1_ball", 2: "cap", math.inf: "linf_ball"}
+_INNER = 4  # dimensions of a row's box of elements that the kernels know
+_CHUNK = 8192  # elements of the rows that a chunk holds, if it holds more than one
+
+
+def _run(
+    op: str,
+    kind: str,
+    tensors: list[Tensor],
+    caps: list[Cap],
+    p: float,
+    dim: int,
+    tau: float = 1.0,
+    decay: float = 0.0,
+) -> Tensor:
+    """Changes the rows of all tensors as `kind` says, and counts them. The caps are checked already."""
+    if not tensors:
+        return _no_rows(tensors)
+    backend = _backends.choose(op, tensors[0].device.type, _refuse, tensors, dim)
+    if backend == "reference":
+        _check_written(tensors, dim)
+        count = _no_rows(tensors)
+        seen: set[int] = set()
+        with torch.no_grad():
+            for tensor, cap in zip(tensors, caps):
+                if tensor.numel() and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    count = count + _REFERENCES[kind](tensor, cap, p=p, dim=dim, tau=tau, decay=decay)
+        return count
+    values, places = _cap_values(caps, tensors[0].device)
+    plan = _plan.plan_for((op, dim, places), tensors, lambda: _build(tensors, dim, places))
+    count = _kernels[backend](
+        plan.table, plan.chunks, plan.chunk, values, float(p), tau, decay, _ops.ROW_KINDS.index(kind)
+    )
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+    return count
+
+
+def _refuse(backend: str, tensors: list[Tensor], dim: int) -> str | None:
+    if torch.compiler.is_compiling():
+        return "it works on addresses, which torch.compile does not see"
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"one of the tensors is of a subclass, {type(tensor).__name__}"
+        if tensor.dim() > _INNER + 1 and len(_box(tensor, dim)) > _INNER:
+            return f"a row of a tensor with strides {tensor.stride()} spans more than {_INNER} dimensions of memory"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "the call is inside a torch.func transform"
+    return None
+
+
+def _box(tensor: Tensor, dim: int) -> list[tuple[int, int]]:
+    """(size, stride) of the dimensions within a row, innermost first, those that run on merged into one."""
+    dim = dim % max(tensor.dim(), 1)
+    dims = [(stride, size) for d, (size, stride) in enumerate(zip(tensor.shape, tensor.stride())) if d != dim]
+    box: list[tuple[int, int]] = []
+    if tensor.dim() < 2:
+        return box
+    for stride, size in sorted(dims):
+        if size == 1:
+            continue
+        if box and box[-1][0] * box[-1][1] == stride:
+            box[-1] = (box[-1][0] * size, box[-1][1])
+        else:
+            box.append((size, stride))
+    return box
+
+
+def _build(tensors: list[Tensor], dim: int, places: tuple[tuple[int, int], ...]) -> _plan.Plan:
+    _check_written(tensors, dim)
+    table, chunks = [], []
+    seen: set[tuple] = set()
+    for tensor, (cap, step) in zip(tensors, places):
+        where = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if not tensor.numel() or where in seen:
+            continue
+        seen.add(where)
+        rows = tensor.shape[dim] if tensor.dim() else 1
+        stride = tensor.stride(dim) if tensor.dim() else 1
+        length = tensor.numel() // rows
+        box = (_box(tensor, dim) + [(1, 1)] * _INNER)[:_INNER]
+        per_chunk = max(1, _CHUNK // length)
+        code = _plan.DTYPE_CODES[tensor.dtype]
+        first = np.arange(0, rows, per_chunk, dtype=np.int64)
+        chunks.append(np.stack([np.full_like(first, len(table)), first], 1))
+        table.append([tensor.data_ptr(), code, rows, stride, length, *sum(box, ()), per_chunk, cap, step])
+    device = tensors[0].device
+    columns = np.array(table, np.int64).reshape(len(table), 8 + 2 * _INNER)
+    entries = np.concatenate(chunks) if chunks else np.empty((0, 2), np.int64)
+    return _plan.Plan(_plan._to_device(columns, device), _plan._to_device(entries, device), 0)
+
+
+def _cap_values(caps: list[Cap], device: torch.device) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    """All caps in one fp64 tensor, and per tensor where its caps begin and the step from row to row."""
+    if not any(isinstance(cap, Tensor) for cap in caps):
+        return _constants(tuple(caps), device)
+    parts, places, at = [], [], 0
+    for cap in caps:
+        if isinstance(cap, Tensor):
+            part = cap.detach().to(torch.float64).reshape(-1)
+        else:
+            part = torch.full((1,), cap, dtype=torch.float64, device=device)
+        parts.append(part)
+        places.append((at, int(isinstance(cap, Tensor) and cap.dim() > 0)))
+        at += part.numel()
+    return torch.cat(parts), tuple(places)
+
+
+@functools.lru_cache(16)
+def _constants(caps: tuple[float, ...], device: torch.device) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    if len(set(caps)) == 1:
+        return _plan._to_device(np.array(caps[:1]), device), ((0, 0),) * len(caps)
+    return _plan._to_device(np.array(caps), device), tuple((index, 0) for index in range(len(caps)))
 
 
 # ---- reference -------------------------------------------------------------------------------------------
@@ -432,7 +544,8 @@ def _slack(length: int, p: float) -> tuple[float, float]:
     if p == math.inf:
         return 0.0, 0.0
     wider = max(1.0, 2.0 / p) * _ULP  # the root of a sum has 1/p of the sum's relative error
-    return (4 + length // 64) * wider, length // 64 * wider
+    orders = length // 64 * wider
+    return 4 * wider + orders, orders if p in (1, 2) else orders + 2 * wider  # powers are not exact
 
 
 def _cap_column(cap: Cap, rows: Tensor) -> Tensor:
@@ -562,13 +675,15 @@ def project_lp_ball_reference_(tensor: Tensor, radius: Cap, *, p: float = 2.0, d
     return over.sum()
 
 
-def tau_normalize_reference_(tensor: Tensor, tau: float = 1.0, *, p: float = 2.0, dim: int = 0) -> None:
-    """`tau_normalize_` of one tensor in plain PyTorch."""
+def tau_normalize_reference_(tensor: Tensor, tau: float = 1.0, *, p: float = 2.0, dim: int = 0) -> Tensor:
+    """`tau_normalize_` of one tensor in plain PyTorch; returns how many rows were divided."""
     rows = _rows(tensor, dim)
     scale, s = _scaled_norms(rows, p)
     factor = 1 / s if tau == 1 else torch.exp2((1 - tau) * torch.log2(scale) - tau * torch.log2(s))
     new = (rows / scale.unsqueeze(1) * factor.unsqueeze(1)).to(tensor.dtype)
-    _write_rows(tensor, _finite(rows) & (s > 0), new, dim)
+    moves = _finite(rows) & (s > 0)
+    _write_rows(tensor, moves, new, dim)
+    return moves.sum()
 
 
 def row_norms_reference(tensor: Tensor, p: float = 2.0, dim: int = 0) -> Tensor:
@@ -586,3 +701,11 @@ def _threshold(tensor: Tensor, thresh: float, p: float, dim: int) -> Tensor:
     finite = norms.isfinite()
     low, high = torch.where(finite, norms, math.inf).amin(), torch.where(finite, norms, 0).amax()
     return torch.where(finite.any(), torch.lerp(low, high, thresh), math.inf)
+
+
+_REFERENCES: dict[str, Callable[..., Tensor]] = {
+    "cap": max_norm_reference_,
+    "normalize": lambda tensor, cap, *, tau, p, dim, decay: tau_normalize_reference_(tensor, tau, p=p, dim=dim),
+    "l1_ball": lambda tensor, cap, *, p, dim, **_: project_lp_ball_reference_(tensor, cap, p=p, dim=dim),
+    "linf_ball": lambda tensor, cap, *, p, dim, **_: project_lp_ball_reference_(tensor, cap, p=p, dim=dim),
+}

@@ -48,7 +48,7 @@ def assert_projected(before, after, cap, p=2.0, dim=0, count=None):
     norms = norms64(before, p, dim)
     over = finite & (norms > cap)
     # Rows within the last bits of fp64 above the cap: whether they are over depends on the order of the sum.
-    undecided = over & (norms <= cap * (1 + 2**-50 * max(1, 1 / p)))
+    undecided = over & (norms <= cap * (1 + (8 + old.shape[1] / 32) * 2**-53 * max(1, 2 / p)))
     decided = finite & ~undecided
     assert (norms64(after, p, dim)[decided] <= cap[decided]).all()
     assert torch.equal(bits(new[~over]), bits(old[~over])), "a row that was not over the cap has changed"
@@ -404,7 +404,9 @@ def test_decay_in_the_same_pass_is_the_two_steps(dtype):
     assert torch.equal(w, two)
 
 
-def test_compiles_without_a_graph_break():
+def test_compiles_without_a_graph_break(backend):
+    if backend != "reference":
+        pytest.skip("under torch.compile the reference serves, which the compiler fuses")
     w = torch.randn(8, 16)
     eager = w.clone()
     fastreg.max_norm_(eager, 1.0)

@@ -1,0 +1,417 @@
+// Max-norm and its kin on the CPU: every row of every tensor of a plan. See fastreg/max_norm.py.
+#ifndef FASTREG_ISA
+#include "max_norm.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/capability.h"
+#include "cpu/tensors.h"
+
+namespace fastreg::max_norm {
+// What is done to each element, in double, before it is rounded: x * inverse * factor, or for the l1 ball
+// sign(x) * max(|x| - top - theta, 0), or for the l-infinity ball sign(x) * min(|x|, bound).
+struct Change {
+  Kind kind;
+  double a, b;
+};
+
+// Passes over a run of contiguous elements of one dtype.
+struct Passes {
+  // Sum of |x * inverse|^p, or the largest of them; NaN if an element is NaN, or inf where the largest is
+  // asked for.
+  double (*reduce)(int64_t code, const void* x, int64_t n, double p, double inverse);
+  // Writes the changed elements, rounded to the nearest or towards zero, and reduces the rounded ones.
+  double (*change)(int64_t code, const void* x, void* out, int64_t n, double p, Change change,
+                   bool toward_zero);
+  // How many |x| - top are above theta, and their sum.
+  double (*gaps)(int64_t code, const void* x, int64_t n, double top, double theta, double* count);
+  void (*decay)(int64_t code, void* x, int64_t n, double keep);
+};
+}  // namespace fastreg::max_norm
+
+#define FASTREG_FILE "cpu/max_norm.cpp"
+#include "cpu/foreach_isa.h"
+
+namespace fastreg {
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+using namespace max_norm;
+
+constexpr int64_t kSegment = 16384;  // elements summed at a time
+constexpr int64_t kLong = 1 << 18;   // rows longer than this are shared among the threads
+
+int64_t size_of(int64_t code) { return code == kDouble ? 8 : code == kFloat ? 4 : 2; }
+
+// Memory of a thread for one row.
+char* scratch(int which, int64_t bytes) {
+  thread_local std::vector<char> memory[2];
+  if (static_cast<int64_t>(memory[which].size()) < bytes) memory[which].resize(bytes);
+  return memory[which].data();
+}
+
+// A row as one run of elements, with the passes over it taken segment by segment: in parallel if it is long,
+// and in the same order whatever the number of threads.
+struct Row {
+  const Passes& passes;
+  int64_t code, n;
+  char* data;
+  Sum sum;
+  double p;
+
+  template <class Body>
+  double collect(const Body& body) const {
+    if (n <= kSegment) return body(0, n);
+    const int64_t count = (n + kSegment - 1) / kSegment;
+    std::vector<double> parts(count);
+    torch::stable::parallel_for(0, count, n > kLong ? 1 : count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        parts[i] = body(i * kSegment, std::min(kSegment, n - i * kSegment));
+    });
+    double all = parts[0];
+    for (int64_t i = 1; i < count; ++i)
+      all = sum != Sum::largest    ? all + parts[i]
+            : parts[i] == parts[i] ? (all >= parts[i] ? all
+                                      : all != all    ? all
+                                                      : parts[i])
+                                   : parts[i];
+    return all;
+  }
+
+  char* at(int64_t i) const { return data + i * size_of(code); }
+  double reduce(double order, double inverse) const {
+    return collect([&](int64_t i, int64_t m) { return passes.reduce(code, at(i), m, order, inverse); });
+  }
+  double change(char* out, Change how, bool toward_zero) const {
+    return collect([&](int64_t i, int64_t m) {
+      return passes.change(code, at(i), out + i * size_of(code), m, p, how, toward_zero);
+    });
+  }
+  double largest() const {
+    Row other{passes, code, n, data, Sum::largest, HUGE_VAL};
+    return other.reduce(HUGE_VAL, 1);
+  }
+
+  // False for a row with NaN or inf.
+  bool norm(Norm* out) const {
+    const double plain = reduce(p, 1);
+    if (is_safe(plain, sum)) {
+      *out = {1, root(plain, p)};
+      return true;
+    }
+    const double top = largest();
+    if (!(top < HUGE_VAL)) return false;
+    if (top == 0 || sum == Sum::largest) {
+      *out = {1, top};
+      return true;
+    }
+    const double scale = sum == Sum::any ? top : power_of_two(top);
+    *out = {scale, root(reduce(p, 1 / scale), p)};
+    return true;
+  }
+
+  // The norm of what `change` has just written, from its sum; NaN-free, since the row was finite.
+  double norm_of(double sum_written, const char* written) const {
+    if (is_safe(sum_written, sum)) return root(sum_written, p);
+    Row other{passes, code, n, const_cast<char*>(written), sum, p};
+    Norm norm{1, 0};
+    return other.norm(&norm) ? norm.scale * norm.s : HUGE_VAL;
+  }
+
+  // Theta of the soft threshold that brings the l1 norm to `radius`, relative to the largest value:
+  // Michelot's iteration, in which the kept set only shrinks, from the elements within `radius` of the
+  // largest.
+  double theta(double top, double radius) const {
+    double theta = -radius, kept = -1;
+    while (true) {
+      std::vector<double> counts((n + kSegment - 1) / kSegment);
+      const double total = collect([&](int64_t i, int64_t m) {
+        return passes.gaps(code, at(i), m, top, theta, &counts[i / kSegment]);
+      });
+      double count = 0;
+      for (double c : counts) count += c;
+      if (count == kept || count == 0) return theta;
+      kept = count;
+      theta = (total - radius) / count;
+    }
+  }
+};
+
+// Does what `kind` says to one row; `settled` is scratch for it. Returns whether the row has changed.
+bool treat(const Row& row, Kind kind, double cap, double tau, char* settled) {
+  Norm norm;
+  if (!row.norm(&norm)) return false;
+  const Margins m = margins(row.n, row.p);
+  const bool bounded = kind != Kind::normalize && tau == 1;
+  const double bound = cap * (1 - m.below), target = cap * (1 - m.aim - rounding_margin(row.n, row.code));
+  Change how{kind, 1 / norm.scale, 0};
+  double top = 0;
+  if (kind == Kind::cap || kind == Kind::normalize) {
+    how.b = factor_of(norm, cap, target, m, tau, kind);
+    if (how.b < 0) return false;
+  } else {
+    if (!is_over(norm, cap, m)) return false;
+    top = row.largest();
+    how.a = kind == Kind::l1_ball ? top : bound;
+    how.b = kind == Kind::l1_ball ? row.theta(top, target) : 0;
+  }
+  const double sum = row.change(settled, how, kind == Kind::linf_ball);
+  if (bounded && row.code != kDouble && kind != Kind::linf_ball) {
+    const double ratio = row.norm_of(sum, settled) / bound;
+    if (ratio > 1) {
+      Change lower = how;
+      if (kind == Kind::cap)
+        lower.b /= 2 * ratio - 1;
+      else
+        lower.b = row.theta(top, target / (2 * ratio - 1));
+      if (row.norm_of(row.change(settled, lower, false), settled) > bound) row.change(settled, how, true);
+    }
+  }
+  return true;
+}
+
+struct Launch {
+  const int64_t* table;
+  const double* caps;
+  double p, tau, decay;
+  Kind kind;
+};
+
+// One row of a tensor: gathers it if its elements do not lie side by side. Returns whether it was over its
+// cap.
+bool treat_row(const Launch& launch, const Passes& passes, const int64_t* tensor, int64_t index) {
+  const int64_t code = tensor[kCode], n = tensor[kLength], bytes = size_of(code);
+  char* place = reinterpret_cast<char*>(tensor[kAddress]) + index * tensor[kRowStride] * bytes;
+  const int64_t* box = tensor + kBox;
+  const bool runs = n == 1 || (box[0] == n && box[1] == 1);
+  char* data = place;
+  const auto each_line = [&](const auto& body) {  // body(place, offset in the run) for each innermost line
+    int64_t at = 0;
+    for (int64_t i3 = 0; i3 < box[6]; ++i3)
+      for (int64_t i2 = 0; i2 < box[4]; ++i2)
+        for (int64_t i1 = 0; i1 < box[2]; ++i1, at += box[0])
+          body(place + (i3 * box[7] + i2 * box[5] + i1 * box[3]) * bytes, at);
+  };
+  const auto copy_line = [&](char* line, int64_t at, auto element, bool back) {
+    using E = decltype(element);
+    E *out = reinterpret_cast<E*>(line), *run = reinterpret_cast<E*>(data) + at;
+    if (back)
+      for (int64_t i = 0; i < box[0]; ++i) out[i * box[1]] = run[i];
+    else
+      for (int64_t i = 0; i < box[0]; ++i) run[i] = out[i * box[1]];
+  };
+  const auto copy = [&](bool back) {
+    each_line([&](char* line, int64_t at) {
+      if (bytes == 8)
+        copy_line(line, at, uint64_t{}, back);
+      else if (bytes == 4)
+        copy_line(line, at, uint32_t{}, back);
+      else
+        copy_line(line, at, uint16_t{}, back);
+    });
+  };
+  if (!runs) {
+    data = scratch(0, n * bytes);
+    copy(false);
+  }
+  if (launch.decay != 0) passes.decay(code, data, n, 1 - launch.decay);
+  const double cap = usable_cap(launch.caps[tensor[kCap] + index * tensor[kCapStep]]);
+  const Row row{passes, code, n, data, sum_of(launch.p), launch.p};
+  char* settled = scratch(1, n * bytes);
+  const bool over = treat(row, launch.kind, cap, launch.tau, settled);
+  if (over) std::memcpy(data, settled, n * bytes);
+  if (!runs && (over || launch.decay != 0)) copy(true);
+  return over;
+}
+}  // namespace
+
+Tensor max_norm_rows(const Tensor& table, const Tensor& chunks, int64_t /*chunk*/, const Tensor& caps,
+                     double p, double tau, double decay, int64_t kind) {
+  const auto* rows = static_cast<const int64_t*>(table.const_data_ptr());
+  const auto* places = static_cast<const int64_t*>(chunks.const_data_ptr());
+  const Launch launch{
+      rows, static_cast<const double*>(caps.const_data_ptr()), p, tau, decay, static_cast<Kind>(kind)};
+  const Passes passes = FASTREG_PICK(passes)();
+  std::atomic<int64_t> count{0};
+  const auto run = [&](int64_t begin, int64_t end, bool is_long) {
+    int64_t over = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t* tensor = rows + places[2 * i] * kColumns;
+      if ((tensor[kLength] > kLong) != is_long) continue;
+      const int64_t last = std::min(tensor[kRows], places[2 * i + 1] + tensor[kPerChunk]);
+      for (int64_t r = places[2 * i + 1]; r < last; ++r) over += treat_row(launch, passes, tensor, r);
+    }
+    count += over;
+  };
+  int64_t elements = 0;
+  for (int64_t t = 0; t < table.size(0); ++t)
+    elements += rows[t * kColumns + kRows] * rows[t * kColumns + kLength];
+  const int64_t grain = std::max<int64_t>(1, chunks.size(0) * 32768 / std::max<int64_t>(1, elements));
+  torch::stable::parallel_for(0, chunks.size(0), grain,
+                              [&](int64_t begin, int64_t end) { run(begin, end, false); });
+  run(0, chunks.size(0), true);  // whose passes are parallel themselves
+  Tensor out = new_tensor({}, ScalarType::Long);
+  *static_cast<int64_t*>(out.mutable_data_ptr()) = count;
+  return out;
+}
+}  // namespace fastreg
+
+STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+  m.impl("max_norm_rows.cpu", TORCH_BOX(&fastreg::max_norm_rows));
+}
+
+#else
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+
+namespace fastreg::FASTREG_ISA {
+using max_norm::Change;
+using max_norm::Kind;
+
+template <Kind kind>
+FASTREG_INLINE Doubles changed(Doubles v, Change how) {
+  if constexpr (kind == Kind::l1_ball) {
+    const Doubles left = (magnitude(v) - how.a) - how.b;
+    return with_sign(left > 0 ? left : Doubles{}, v);
+  } else if constexpr (kind == Kind::linf_ball) {
+    const Doubles size = magnitude(v);
+    return with_sign(size < how.a ? size : splat(how.a), v);
+  } else if constexpr (kind == Kind::normalize) {  // here: an unscaled row, how.a is 1
+    return v * how.b;
+  } else {
+    return v * how.a * how.b;
+  }
+}
+
+FASTREG_INLINE double widened(double x) { return x; }
+FASTREG_INLINE double widened(float x) { return x; }
+template <class T>
+FASTREG_INLINE double widened(T x) {
+  return static_cast<float>(x);
+}
+
+// Towards zero: the nearest, and one step back where that is farther out than the exact value.
+template <class T>
+FASTREG_INLINE T rounded_down(double exact) {
+  T near;
+  if constexpr (sizeof(T) == 2)
+    near = static_cast<T>(static_cast<float>(exact));
+  else
+    near = static_cast<T>(exact);
+  if (!(__builtin_fabs(widened(near)) > __builtin_fabs(exact))) return near;
+  using Bits =
+      std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t> >;
+  return bits<T>(static_cast<Bits>(bits<Bits>(near) - 1));
+}
+
+template <class T, Sum sum, Kind kind, bool toward_zero>
+double change_rounded(const T* x, T* out, int64_t n, double p, Change how) {
+  Collector<sum> all;
+  all.p = p;
+  for_pairs(x, n, [&](Pair v, int slot, int64_t at, int64_t count) __attribute__((always_inline)) {
+    v.low = changed<kind>(v.low, how);
+    v.high = changed<kind>(v.high, how);
+    T block[kPair];
+    T* to = count == kPair ? out + at : block;
+    Pair written;
+    if constexpr (!toward_zero) {
+      written = put(to, v);
+    } else {
+      for (int64_t i = 0; i < lanes<double>; ++i) {
+        to[i] = rounded_down<T>(v.low[i]);
+        to[lanes<double> + i] = rounded_down<T>(v.high[i]);
+      }
+      written = pair_of(to);
+    }
+    all.add(written.low, slot);
+    all.add(written.high, slot + 1);
+    if (to == block)
+      for (int64_t i = 0; i < count; ++i) out[at + i] = block[i];
+  });
+  return all.result();
+}
+
+template <class T, Sum sum, Kind kind>
+double change_run(const T* x, T* out, int64_t n, double p, Change how, bool toward_zero) {
+  return toward_zero ? change_rounded<T, sum, kind, true>(x, out, n, p, how)
+                     : change_rounded<T, sum, kind, false>(x, out, n, p, how);
+}
+
+template <class T>
+double change_typed(const T* x, T* out, int64_t n, double p, Change how, bool toward_zero) {
+  if (how.kind == Kind::l1_ball)
+    return change_run<T, Sum::one, Kind::l1_ball>(x, out, n, p, how, toward_zero);
+  if (how.kind == Kind::linf_ball)
+    return change_run<T, Sum::largest, Kind::linf_ball>(x, out, n, p, how, toward_zero);
+  const Sum sum = max_norm::sum_of(p);
+  if (sum == Sum::two && how.a == 1)
+    return change_run<T, Sum::two, Kind::normalize>(x, out, n, p, how, toward_zero);
+  switch (sum) {
+    case Sum::one:
+      return change_run<T, Sum::one, Kind::cap>(x, out, n, p, how, toward_zero);
+    case Sum::two:
+      return change_run<T, Sum::two, Kind::cap>(x, out, n, p, how, toward_zero);
+    case Sum::largest:
+      return change_run<T, Sum::largest, Kind::cap>(x, out, n, p, how, toward_zero);
+    default:
+      return change_run<T, Sum::any, Kind::cap>(x, out, n, p, how, toward_zero);
+  }
+}
+
+template <class T>
+double gaps_typed(const T* x, int64_t n, double top, double theta, double* count) {
+  Doubles total[4] = {}, kept = {};
+  int64_t seen = 0;
+  for_pairs(x, n, [&](Pair v, int slot, int64_t, int64_t m) __attribute__((always_inline)) {
+    const Doubles low = magnitude(v.low) - top, high = magnitude(v.high) - top;
+    total[slot] += low > theta ? low : Doubles{};
+    total[slot + 1] += high > theta ? high : Doubles{};
+    kept += low > theta ? splat(1.0) : Doubles{};
+    kept += high > theta ? splat(1.0) : Doubles{};
+    seen += kPair - m;
+  });
+  // The zeros that fill up the last pair lie -top below the largest.
+  const double filled = -top > theta ? static_cast<double>(seen) : 0;
+  *count = horizontal_sum(kept) - filled;
+  return horizontal_sum((total[0] + total[1]) + (total[2] + total[3])) + (filled > 0 ? filled * top : 0);
+}
+
+template <class T>
+void decay_typed(T* x, int64_t n, double keep) {
+  if constexpr (std::is_same_v<T, double>) {
+    for (int64_t i = 0; i < n; ++i) x[i] *= keep;
+  } else {
+    const float factor = static_cast<float>(keep);
+    for (int64_t i = 0; i < n; ++i) x[i] = static_cast<T>(static_cast<float>(x[i]) * factor);
+  }
+}
+
+static double change(int64_t code, const void* x, void* out, int64_t n, double p, Change how,
+                     bool toward_zero) {
+  FASTREG_BY_CODE(code, change_typed(static_cast<const T*>(x), static_cast<T*>(out), n, p, how, toward_zero))
+}
+static double gaps(int64_t code, const void* x, int64_t n, double top, double theta, double* count) {
+  FASTREG_BY_CODE(code, gaps_typed(static_cast<const T*>(x), n, top, theta, count))
+}
+static void decay(int64_t code, void* x, int64_t n,
+                  double keep){FASTREG_BY_CODE(code, decay_typed(static_cast<T*>(x), n, keep))}
+
+max_norm::Passes passes() {
+  return {reduce, change, gaps, decay};
+}
+}  // namespace fastreg::FASTREG_ISA
+#endif
