@@ -275,8 +275,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
 }
 
 #else
-#include "cpu/rows.h"
 #include "cpu/simd.h"
+// and over it
+#include "cpu/rows.h"
 
 namespace fastreg::FASTREG_ISA {
 using max_norm::Change;
