@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -120,14 +121,23 @@ class Stage:
             except FileNotFoundError as error:
                 self.outcome = f"left out: {error.filename} is not installed"
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # with all that it started
-                process.wait()
+                stop(process)
                 self.outcome = f"stopped after {limit:.0f} s"
             self.seconds = time.monotonic() - started
         with log.open(errors="replace") as file:
             file.seek(begin)
             self.output = file.read()
         print(f"{self.name}: {self.outcome} ({self.seconds:.0f} s)", flush=True)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ends a process and all that it started; asked first, pytest still says what failed so far."""
+    os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(8)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def this(*arguments: str) -> list[str]:

@@ -22,9 +22,13 @@ def pytest_configure(config) -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Tests whose `device` is "cuda" get the marker gpu; without a CUDA device, tests with that marker skip."""
+    """Tests whose `device` is "cuda", or whose `backend` runs on one here, get the marker gpu; without a CUDA device,
+    tests with that marker skip."""
+    from tests.machine import device_of
+
     for item in items:
-        if getattr(item, "callspec", None) is not None and item.callspec.params.get("device") == "cuda":
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("device") == "cuda" or device_of(str(parameters.get("backend"))) == "cuda":
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device is present"))

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.proving import cubin, cudahost
 
@@ -72,3 +73,21 @@ def backends(op: str) -> list:
             if reason is None or device == ("cuda" if backend == "cuda" else "cpu"):
                 params.append(pytest.param(backend, device, id=f"{backend}-{device}", marks=_skip(reason)))
     return params
+
+
+def device_of(backend: str) -> str:
+    """Where tests of this backend keep their tensors: on the GPU, if it is a GPU's backend and there is one."""
+    from fastreg import _backends
+
+    on_gpu = backend == "cuda" or (backend == "triton" and not _backends.interpreting())
+    return "cuda" if on_gpu and HAS_CUDA else "cpu"
+
+
+def move(value, device: str):
+    """`value` on `device`; tensors keep strides, offset and overlap, where `.to` would make them compact."""
+    if not isinstance(value, Tensor) or value.device.type == device:
+        return value
+    storage = value.untyped_storage()
+    flat = value.new_empty(0).set_(storage, 0, (storage.nbytes() // value.element_size(),), (1,))
+    moved = flat.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+    return moved.requires_grad_(value.requires_grad)

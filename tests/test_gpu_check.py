@@ -44,13 +44,15 @@ def test_a_stage_that_fails_or_overruns_does_not_stop_the_others(tmp_path, monke
         Stage("good", 30, python("print('fine')")),
         Stage("bad", 30, python("raise SystemExit('broken kernel')")),
         Stage("slow", 1, overrun),
+        Stage("deaf", 1, python("import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)")),
         Stage("absent", 30, ["no-such-program"]),
         Stage("last", 30, python("import os; print(os.environ['COLOUR'])"), {"COLOUR": "blue"}),
     ]
     monkeypatch.setattr(gpu_check, "stages", lambda dry, scratch: todo)
     assert main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
     assert [stage.outcome for stage in todo] == [
-        "ok", "failed with exit status 1", "stopped after 1 s", "left out: no-such-program is not installed", "ok"
+        "ok", "failed with exit status 1", "stopped after 1 s", "stopped after 1 s",
+        "left out: no-such-program is not installed", "ok"
     ]  # fmt: skip
     report = (tmp_path / "out" / "report.md").read_text()
     assert "broken kernel" in report and "blue" in report

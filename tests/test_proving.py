@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.machine import needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas, needs_sanitizers
+from tests.machine import DEVICES, move, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas, needs_sanitizers
 from tests.proving import cubin, cudahost
 from tests.proving.planted import cuda_cases
 from tests.proving.planted import triton_kernels as planted
@@ -371,3 +371,27 @@ def test_thread_sanitizer_finds_missing_barriers():
     assert cudahost.run_sanitized("thread", f"{cases}:sum_warps", "0") == ""
     assert "data race" in cudahost.run_sanitized("thread", f"{cases}:sum_warps", "1")
     assert "data race" in cudahost.run_sanitized("thread", f"{cases}:sum_warps", "2")
+
+
+# ---- machine ---------------------------------------------------------------------------------------------
+
+
+LAYOUTS = (
+    lambda: torch.randn(4, 6)[:, ::2],
+    lambda: torch.randn(5).expand(3, 5),
+    lambda: torch.randn(9)[1:],
+    lambda: torch.tensor(2.0),
+    lambda: torch.randn(3, 4).t().requires_grad_(),
+    lambda: torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+)
+
+
+@pytest.mark.parametrize("make", LAYOUTS)
+@pytest.mark.parametrize("device", ["meta", *DEVICES[1:]])
+def test_move_keeps_the_layout(make, device):
+    x = make()
+    moved = move(x, device)
+    assert moved.device.type == device and moved.requires_grad == x.requires_grad
+    assert (moved.shape, moved.stride(), moved.storage_offset()) == (x.shape, x.stride(), x.storage_offset())
+    if device != "meta":
+        assert torch.equal(moved.cpu(), x)
