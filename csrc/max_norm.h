@@ -23,18 +23,18 @@ constexpr int64_t kFloat = 0, kHalf = 1, kBFloat16 = 2, kDouble = 3;  // codes o
 // ball.
 enum class Kind : int64_t { cap = 0, normalize = 1, l1_ball = 2, linf_ball = 3 };
 // How a row's norm is summed.
-enum class Sum : int64_t { one = 0, two = 1, largest = 2, any = 3 };
+enum class Order : int64_t { one = 0, two = 1, largest = 2, any = 3 };
 
-FASTREG_HD Sum sum_of(double p) {
-  return p == 1 ? Sum::one : p == 2 ? Sum::two : p == HUGE_VAL ? Sum::largest : Sum::any;
+FASTREG_HD Order order_of(double p) {
+  return p == 1 ? Order::one : p == 2 ? Order::two : p == HUGE_VAL ? Order::largest : Order::any;
 }
 
 // From the sum of |x|^p to the norm.
 FASTREG_HD double root(double sum, double p) {
-  switch (sum_of(p)) {
-    case Sum::two:
+  switch (order_of(p)) {
+    case Order::two:
       return sqrt(sum);
-    case Sum::any:
+    case Order::any:
       return pow(sum, 1 / p);
     default:
       return sum;
@@ -42,8 +42,8 @@ FASTREG_HD double root(double sum, double p) {
 }
 
 // Whether a plain sum, of values not scaled, has lost nothing to overflow or underflow. NaN has.
-FASTREG_HD bool is_safe(double sum, Sum kind) {
-  return kind == Sum::largest ? sum < HUGE_VAL : sum > 0x1p-900 && sum < 0x1p900;
+FASTREG_HD bool is_safe(double sum, Order kind) {
+  return kind == Order::largest ? sum < HUGE_VAL : sum > 0x1p-900 && sum < 0x1p900;
 }
 
 // Two sums of n terms taken in different orders differ by about n / 64 units of 2^-53. A row is over its cap

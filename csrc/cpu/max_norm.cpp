@@ -30,7 +30,7 @@ struct Change {
 
 // Passes over a run of contiguous elements of one dtype.
 struct Passes {
-  // Sum of |x * inverse|^p, or the largest of them; NaN if an element is NaN, or inf where the largest is
+  // Order of |x * inverse|^p, or the largest of them; NaN if an element is NaN, or inf where the largest is
   // asked for.
   double (*reduce)(int64_t code, const void* x, int64_t n, double p, double inverse);
   // Writes the changed elements, rounded to the nearest or towards zero, and reduces the rounded ones.
@@ -70,7 +70,7 @@ struct Row {
   const Passes& passes;
   int64_t code, n;
   char* data;
-  Sum sum;
+  Order sum;
   double p;
 
   template <class Body>
@@ -84,7 +84,7 @@ struct Row {
     });
     double all = parts[0];
     for (int64_t i = 1; i < count; ++i)
-      all = sum != Sum::largest    ? all + parts[i]
+      all = sum != Order::largest  ? all + parts[i]
             : parts[i] == parts[i] ? (all >= parts[i] ? all
                                       : all != all    ? all
                                                       : parts[i])
@@ -102,7 +102,7 @@ struct Row {
     });
   }
   double largest() const {
-    Row other{passes, code, n, data, Sum::largest, HUGE_VAL};
+    Row other{passes, code, n, data, Order::largest, HUGE_VAL};
     return other.reduce(HUGE_VAL, 1);
   }
 
@@ -115,11 +115,11 @@ struct Row {
     }
     const double top = largest();
     if (!(top < HUGE_VAL)) return false;
-    if (top == 0 || sum == Sum::largest) {
+    if (top == 0 || sum == Order::largest) {
       *out = {1, top};
       return true;
     }
-    const double scale = sum == Sum::any ? top : power_of_two(top);
+    const double scale = sum == Order::any ? top : power_of_two(top);
     *out = {scale, root(reduce(p, 1 / scale), p)};
     return true;
   }
@@ -230,7 +230,7 @@ bool treat_row(const Launch& launch, const Passes& passes, const int64_t* tensor
   }
   if (launch.decay != 0) passes.decay(code, data, n, 1 - launch.decay);
   const double cap = usable_cap(launch.caps[tensor[kCap] + index * tensor[kCapStep]]);
-  const Row row{passes, code, n, data, sum_of(launch.p), launch.p};
+  const Row row{passes, code, n, data, order_of(launch.p), launch.p};
   char* settled = scratch(1, n * bytes);
   const bool over = treat(row, launch.kind, cap, launch.tau, settled);
   if (over) std::memcpy(data, settled, n * bytes);
@@ -319,7 +319,7 @@ FASTREG_INLINE T rounded_down(double exact) {
   return bits<T>(static_cast<Bits>(bits<Bits>(near) - 1));
 }
 
-template <class T, Sum sum, Kind kind, bool toward_zero>
+template <class T, Order sum, Kind kind, bool toward_zero>
 double change_rounded(const T* x, T* out, int64_t n, double p, Change how) {
   Collector<sum> all;
   all.p = p;
@@ -346,7 +346,7 @@ double change_rounded(const T* x, T* out, int64_t n, double p, Change how) {
   return all.result();
 }
 
-template <class T, Sum sum, Kind kind>
+template <class T, Order sum, Kind kind>
 double change_run(const T* x, T* out, int64_t n, double p, Change how, bool toward_zero) {
   return toward_zero ? change_rounded<T, sum, kind, true>(x, out, n, p, how)
                      : change_rounded<T, sum, kind, false>(x, out, n, p, how);
@@ -355,21 +355,21 @@ double change_run(const T* x, T* out, int64_t n, double p, Change how, bool towa
 template <class T>
 double change_typed(const T* x, T* out, int64_t n, double p, Change how, bool toward_zero) {
   if (how.kind == Kind::l1_ball)
-    return change_run<T, Sum::one, Kind::l1_ball>(x, out, n, p, how, toward_zero);
+    return change_run<T, Order::one, Kind::l1_ball>(x, out, n, p, how, toward_zero);
   if (how.kind == Kind::linf_ball)
-    return change_run<T, Sum::largest, Kind::linf_ball>(x, out, n, p, how, toward_zero);
-  const Sum sum = max_norm::sum_of(p);
-  if (sum == Sum::two && how.a == 1)
-    return change_run<T, Sum::two, Kind::normalize>(x, out, n, p, how, toward_zero);
+    return change_run<T, Order::largest, Kind::linf_ball>(x, out, n, p, how, toward_zero);
+  const Order sum = max_norm::order_of(p);
+  if (sum == Order::two && how.a == 1)
+    return change_run<T, Order::two, Kind::normalize>(x, out, n, p, how, toward_zero);
   switch (sum) {
-    case Sum::one:
-      return change_run<T, Sum::one, Kind::cap>(x, out, n, p, how, toward_zero);
-    case Sum::two:
-      return change_run<T, Sum::two, Kind::cap>(x, out, n, p, how, toward_zero);
-    case Sum::largest:
-      return change_run<T, Sum::largest, Kind::cap>(x, out, n, p, how, toward_zero);
+    case Order::one:
+      return change_run<T, Order::one, Kind::cap>(x, out, n, p, how, toward_zero);
+    case Order::two:
+      return change_run<T, Order::two, Kind::cap>(x, out, n, p, how, toward_zero);
+    case Order::largest:
+      return change_run<T, Order::largest, Kind::cap>(x, out, n, p, how, toward_zero);
     default:
-      return change_run<T, Sum::any, Kind::cap>(x, out, n, p, how, toward_zero);
+      return change_run<T, Order::any, Kind::cap>(x, out, n, p, how, toward_zero);
   }
 }
 

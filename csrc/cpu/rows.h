@@ -2,7 +2,7 @@
 // inside
 // `#ifdef FASTREG_ISA` after simd.h, hence no include guard.
 namespace fastreg::FASTREG_ISA {
-using max_norm::Sum;
+using max_norm::Order;
 
 typedef float HalfFloats __attribute__((vector_size(FASTREG_VECTOR_BYTES / 2)));
 using Doubles = Vec<double>;
@@ -86,17 +86,17 @@ FASTREG_INLINE Doubles with_sign(Doubles size, Doubles sign) {
 
 // Collects |x|^p: sums, or for p = inf the largest, and then a NaN or inf that `largest` would drop shows in
 // `zero`.
-template <Sum kind>
+template <Order kind>
 struct Collector {
   Doubles total[4] = {}, zero = {};
   double p;
 
   FASTREG_INLINE_MEMBER void add(Doubles v, int slot) {
-    if constexpr (kind == Sum::one) {
+    if constexpr (kind == Order::one) {
       total[slot] += magnitude(v);
-    } else if constexpr (kind == Sum::two) {
+    } else if constexpr (kind == Order::two) {
       total[slot] += v * v;
-    } else if constexpr (kind == Sum::largest) {
+    } else if constexpr (kind == Order::largest) {
       const Doubles size = magnitude(v);
       total[slot] = size > total[slot] ? size : total[slot];
       zero += v * 0.0;
@@ -106,7 +106,7 @@ struct Collector {
     }
   }
   FASTREG_INLINE_MEMBER double result() const {
-    if constexpr (kind == Sum::largest) {
+    if constexpr (kind == Order::largest) {
       const Doubles a = larger(total[0], total[1]), b = larger(total[2], total[3]);
       return horizontal_max(larger(a, b)) + horizontal_sum(zero);
     }
@@ -129,7 +129,7 @@ FASTREG_INLINE void for_pairs(const T* x, int64_t n, const Each& each) {
 }
 
 // The sum of |x * inverse|^p, or the largest of them.
-template <class T, Sum kind, bool scaled>
+template <class T, Order kind, bool scaled>
 double reduce_run(const T* x, int64_t n, double p, double inverse) {
   Collector<kind> all;
   all.p = p;
@@ -140,22 +140,22 @@ double reduce_run(const T* x, int64_t n, double p, double inverse) {
   return all.result();
 }
 
-template <class T, Sum kind>
+template <class T, Order kind>
 double reduce_kind(const T* x, int64_t n, double p, double inverse) {
   return inverse == 1 ? reduce_run<T, kind, false>(x, n, p, 1) : reduce_run<T, kind, true>(x, n, p, inverse);
 }
 
 template <class T>
 double reduce_typed(const T* x, int64_t n, double p, double inverse) {
-  switch (max_norm::sum_of(p)) {
-    case Sum::one:
-      return reduce_kind<T, Sum::one>(x, n, p, inverse);
-    case Sum::two:
-      return reduce_kind<T, Sum::two>(x, n, p, inverse);
-    case Sum::largest:
-      return reduce_kind<T, Sum::largest>(x, n, p, inverse);
+  switch (max_norm::order_of(p)) {
+    case Order::one:
+      return reduce_kind<T, Order::one>(x, n, p, inverse);
+    case Order::two:
+      return reduce_kind<T, Order::two>(x, n, p, inverse);
+    case Order::largest:
+      return reduce_kind<T, Order::largest>(x, n, p, inverse);
     default:
-      return reduce_kind<T, Sum::any>(x, n, p, inverse);
+      return reduce_kind<T, Order::any>(x, n, p, inverse);
   }
 }
 
