@@ -50,22 +50,27 @@ FASTREG_HD Partial<A> merge(Partial<A> into, A into_weight, Partial<A> part, A p
           shifted(into.linear, into_weight, into.high) + shifted(part.linear, part_weight, part.high)};
 }
 
-// The focal term (1 - p)^gamma * -log p.
-template <class A>
-FASTREG_HD A focal_term(A log_p, A gamma) {
-  return gamma == 0 ? -log_p : pow(-expm1(log_p), gamma) * -log_p;
-}
+// The functions that the formulas below ask for. Math is this one for numbers; the CPU has one for vectors.
+struct ScalarMath {
+  template <class A>
+  static FASTREG_HD A exp(A x) {
+    return ::exp(x);
+  }
+  template <class A>
+  static FASTREG_HD A expm1(A x) {
+    return ::expm1(x);
+  }
+  template <class A>
+  static FASTREG_HD A log(A x) {
+    return ::log(x);
+  }
+  template <class A>
+  static FASTREG_HD A pow(A base, A exponent) {
+    return exponent == 2 ? base * base : ::pow(base, exponent);
+  }
+};
 
-// s such that the derivative of the focal term of class y by z_c is s * (p_c - [c = y]). With u = 1 - p it is
-// u^gamma - gamma * p * u^(gamma - 1) * log p; written with -log p / u, which tends to 1 where u vanishes, it
-// is finite for every gamma >= 0.
-template <class A>
-FASTREG_HD A focal_slope(A log_p, A gamma) {
-  if (gamma == 0) return 1;
-  const A p = exp(log_p), u = -expm1(log_p);
-  const A ratio = u > 0 ? (p > 0 ? p * -log_p / u : A(0)) : A(log_p == log_p ? 1 : log_p);
-  return pow(u, gamma) * (1 + gamma * ratio);
-}
+#include "losses_terms.h"
 
 // What the options make of a row. `target` is the share of the row's term of the class y: (1 - smoothing) *
 // the weights of y; `spread` is smoothing / C, the share of each class's weights; `total` is the sum of all

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreg import _backends, cross_entropy, use_backend
+import fastreg
+from fastreg import _backends, cross_entropy, sigmoid_focal_loss, use_backend
 from fastreg.testing import DTYPES, LAYOUTS, assert_accurate, with_layout
 
 pytestmark = pytest.mark.skipif(_backends.missing("cross_entropy", "cpu") is not None, reason="no CPU kernels")
@@ -230,3 +231,73 @@ def test_every_instruction_set(level):
         command, env=os.environ | {"FASTREG_CPU_CAPABILITY": level}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+# ---- sigmoid focal loss ------------------------------------------------------------------------------------
+
+
+def check_sigmoid(x, target, **options):
+    results = []
+    reference = fastreg.losses.sigmoid_focal_loss_reference
+    weight = options.pop("weight", None)
+    for loss_of, dtype in ((sigmoid_focal_loss, x.dtype), (reference, x.dtype), (reference, torch.float64)):
+        leaf = x.detach().to(dtype).requires_grad_()
+        t = target.to(dtype) if target.is_floating_point() and target.dtype != dtype else target
+        loss = loss_of(leaf, t, weight=None if weight is None else weight.to(dtype), **options)
+        upstream = torch.linspace(-1, 2, loss.numel(), dtype=torch.float64).reshape(loss.shape) if loss.dim() else None
+        (grad,) = torch.autograd.grad(loss, leaf, None if upstream is None else upstream.to(loss.dtype))
+        results.append((loss.detach(), grad))
+    ours, stock, oracle = results
+    if x.dtype == torch.float64:
+        torch.testing.assert_close(ours[0], oracle[0], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(ours[1], oracle[1], rtol=1e-12, atol=1e-14)
+    else:
+        assert_accurate(ours[0], stock[0], oracle[0], "loss")
+        assert_accurate(ours[1], stock[1], oracle[1], "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
+@pytest.mark.parametrize("kind", ["hard", "soft", "index"])
+def test_sigmoid_focal_is_accurate(dtype, gamma, kind):
+    torch.manual_seed(0)
+    for rows, classes in ((7, 80), (300, 1), (5, 33), (2, 5000), (3, 20000)):
+        x = (4 * torch.randn(rows, classes)).to(dtype)
+        target = torch.rand(rows, classes).to(dtype)
+        target = target.round() if kind == "hard" else target
+        target = torch.randint(-1, classes + 1, (rows,)) if kind == "index" else target
+        for reduction in ("none", "sum", "mean"):
+            check_sigmoid(x, target, gamma=gamma, reduction=reduction)
+        check_sigmoid(x, target, gamma=gamma, alpha=-1, weight=torch.rand(classes), reduction="sum", normalizer=3.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sigmoid_focal_layouts_are_accurate(dtype, layout):
+    torch.manual_seed(0)
+    x = with_layout(torch.randn(9, 37).to(dtype), layout)
+    for target in (with_layout(torch.rand(9, 37).to(dtype), layout), torch.arange(9, dtype=torch.int32)):
+        for reduction in ("none", "sum"):
+            check_sigmoid(x, target, reduction=reduction, weight=with_layout(torch.rand(37), layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sigmoid_focal_is_finite_for_every_logit(dtype):
+    x = torch.tensor([-6e4, -1e3, -104.0, -88.5, -17.0, 0.0, 17.0, 88.5, 104.0, 1e3, 6e4], dtype=dtype)
+    x = x[None].expand(3, -1).contiguous()
+    target = torch.tensor([0.0, 1.0, 0.5], dtype=dtype)[:, None].expand_as(x)
+    for gamma in (0.0, 0.5, 1.0, 2.0, 5.0):
+        check_sigmoid(x, target, gamma=gamma)
+
+
+def test_threads_change_nothing_for_sigmoid_focal():
+    x, target = torch.randn(4096, 80), torch.randint(-1, 80, (4096,))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        leaf = x.clone().requires_grad_()
+        loss = sigmoid_focal_loss(leaf, target, reduction="sum")
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])

@@ -26,64 +26,13 @@
 #include <vector>
 
 #include "cpu/capability.h"
+#include "cpu/elements.h"
 #include "cpu/tensors.h"
 
 namespace fastreg {
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kBlock = 4096;      // classes reduced at a time
-constexpr int64_t kColumns = 256;     // rows side by side in a task of the column kernels
-constexpr int64_t kTask = 16384;      // elements a task has at least, where there are as many
-constexpr int64_t kParallel = 32768;  // elements worth a second thread
-
-// A tensor read or written element by element: one value per row, or per class. Strides are in elements.
-struct Elements {
-  char* data = nullptr;
-  ScalarType dtype = ScalarType::Float;
-  int64_t outer = 0, inner = 0;
-
-  int64_t at(int64_t o, int64_t i) const { return o * outer + i * inner; }
-
-  template <class A>
-  A get(int64_t index) const {
-    switch (dtype) {
-      case ScalarType::Half:
-        return static_cast<A>(reinterpret_cast<const Half*>(data)[index]);
-      case ScalarType::BFloat16:
-        return static_cast<A>(reinterpret_cast<const BFloat16*>(data)[index]);
-      case ScalarType::Double:
-        return static_cast<A>(reinterpret_cast<const double*>(data)[index]);
-      case ScalarType::Float:
-        return static_cast<A>(reinterpret_cast<const float*>(data)[index]);
-      case ScalarType::Int:
-        return static_cast<A>(reinterpret_cast<const int32_t*>(data)[index]);
-      case ScalarType::Byte:
-        return static_cast<A>(reinterpret_cast<const uint8_t*>(data)[index]);
-      default:
-        return static_cast<A>(reinterpret_cast<const int64_t*>(data)[index]);
-    }
-  }
-
-  template <class A>
-  void put(int64_t index, A value) const {
-    switch (dtype) {
-      case ScalarType::Half:
-        reinterpret_cast<Half*>(data)[index] = static_cast<float>(value);
-        break;
-      case ScalarType::BFloat16:
-        reinterpret_cast<BFloat16*>(data)[index] = static_cast<float>(value);
-        break;
-      case ScalarType::Double:
-        reinterpret_cast<double*>(data)[index] = value;
-        break;
-      default:
-        reinterpret_cast<float*>(data)[index] = static_cast<float>(value);
-    }
-  }
-};
+constexpr int64_t kBlock = 4096;   // classes reduced at a time
+constexpr int64_t kColumns = 256;  // rows side by side in a task of the column kernels
+constexpr int64_t kTask = 16384;   // elements a task has at least, where there are as many
 
 // A vector of C values in the type of the arithmetic.
 template <class A>
@@ -155,20 +104,6 @@ struct CrossEntropy {
 
 namespace fastreg {
 namespace {
-
-// Calls f(begin, end) over the tasks, on as many threads as the elements are worth.
-template <class F>
-void run(int64_t tasks, int64_t elements, const F& f) {
-  const int64_t threads = std::min<int64_t>(elements / kParallel, tasks);
-  if (threads <= 1)
-    f(int64_t{0}, tasks);
-  else
-    torch::stable::parallel_for(0, tasks, (tasks + threads - 1) / threads, f);
-}
-
-Elements elements_of(const Tensor& tensor, int64_t outer, int64_t inner) {
-  return {static_cast<char*>(tensor.data_ptr()), tensor.scalar_type(), outer, inner};
-}
 
 template <class A>
 void read_classes(PerClass<A>& into, const std::optional<Tensor>& tensor, int64_t classes, A scale = 1) {

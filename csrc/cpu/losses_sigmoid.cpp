@@ -1,0 +1,239 @@
+// The sigmoid focal loss on the CPU. The maths of one term is in losses.h.
+//
+// Nothing of the input's size is made besides the result. Rows that lie one after another are one long row.
+#ifndef FASTREG_ISA
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "losses.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/capability.h"
+#include "cpu/elements.h"
+#include "cpu/tensors.h"
+
+namespace fastreg {
+constexpr int64_t kSigmoidBlock = 2048;  // terms gathered or summed at a time
+
+// What the tasks of one call share.
+struct SigmoidFocalCall {
+  int64_t rows, classes;
+  Elements input, target, grad_loss;  // strides: of rows, of classes
+  bool dense;                         // the target has a value for each term
+  bool reduce;
+  double alpha, gamma;
+  Elements weight;        // of each class, or none
+  double grad_scale = 0;  // backward, reduced: what each term's derivative is multiplied by
+  Elements out;           // contiguous, or with the strides of the gradient
+  int64_t rows_per_task, parts, tasks;
+  std::vector<double> sums;  // of each task
+
+  int64_t part_size() const { return parts == 1 ? classes : 8 * kSigmoidBlock; }
+};
+}  // namespace fastreg
+
+#define FASTREG_FILE "cpu/losses_sigmoid.cpp"
+#include "cpu/foreach_isa.h"
+
+namespace fastreg {
+namespace {
+
+void prepare(SigmoidFocalCall& call, const Tensor& input, const Tensor& target,
+             const std::optional<Tensor>& weight, double alpha, double gamma, bool reduce) {
+  call.rows = input.size(0), call.classes = input.size(1);
+  call.input = elements_of(input, input.stride(0), input.stride(1));
+  call.dense = target.dim() == 2;
+  call.target = elements_of(target, target.stride(0), call.dense ? target.stride(1) : 0);
+  call.alpha = alpha, call.gamma = gamma, call.reduce = reduce;
+  if (weight) call.weight = elements_of(*weight, 0, weight->stride(0));
+}
+
+bool one_row(const SigmoidFocalCall& call, const Elements& elements) {
+  return elements.inner == 1 && (elements.outer == call.classes || call.rows == 1);
+}
+
+void divide(SigmoidFocalCall& call) {
+  if (call.dense && call.weight.data == nullptr && one_row(call, call.input) && one_row(call, call.target) &&
+      (call.out.data == nullptr || one_row(call, call.out)) &&
+      (call.grad_loss.data == nullptr || one_row(call, call.grad_loss))) {
+    call.classes *= call.rows;
+    call.rows = call.classes > 0;
+  }
+  const int64_t size = 8 * kSigmoidBlock;
+  call.parts = std::max<int64_t>(1, (call.classes + size - 1) / size);
+  call.rows_per_task = call.parts > 1 ? 1 : size / std::max<int64_t>(1, call.classes);
+  call.tasks = call.classes == 0 ? 0 : (call.rows + call.rows_per_task - 1) / call.rows_per_task * call.parts;
+}
+
+// scale / normalizer, where a normalizer of 0 counts as 1.
+double factor(double scale, const std::optional<Tensor>& normalizer) {
+  const double by = normalizer ? elements_of(*normalizer, 0, 0).get<double>(0) : 1;
+  return by == 0 ? scale : scale / by;
+}
+
+Tensor sigmoid_focal_forward(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                             std::optional<Tensor> normalizer, double alpha, double gamma, bool reduce,
+                             double scale, bool fp32_loss) {
+  SigmoidFocalCall call;
+  prepare(call, input, target, weight, alpha, gamma, reduce);
+  const ScalarType dtype = !fp32_loss                               ? call.input.dtype
+                           : call.input.dtype == ScalarType::Double ? ScalarType::Double
+                                                                    : ScalarType::Float;
+  Tensor loss = reduce ? new_tensor({}, dtype) : new_tensor({call.rows, call.classes}, dtype);
+  if (!reduce) call.out = elements_of(loss, call.classes, 1);
+  divide(call);
+  call.sums.resize(call.tasks);
+  run(call.tasks, call.rows * call.classes * 4,
+      [&](int64_t begin, int64_t end) { FASTREG_PICK(sigmoid_forward)(call, begin, end); });
+  if (reduce) {
+    const double sum = std::accumulate(call.sums.begin(), call.sums.end(), 0.0);
+    elements_of(loss, 0, 0).put(0, sum * factor(scale, normalizer));
+  }
+  return loss;
+}
+
+Tensor sigmoid_focal_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                              std::optional<Tensor> weight, std::optional<Tensor> normalizer, double alpha,
+                              double gamma, bool reduce, double scale) {
+  SigmoidFocalCall call;
+  prepare(call, input, target, weight, alpha, gamma, reduce);
+  if (reduce)
+    call.grad_scale = elements_of(grad_loss, 0, 0).get<double>(0) * factor(scale, normalizer);
+  else
+    call.grad_loss = elements_of(grad_loss, grad_loss.stride(0), grad_loss.stride(1));
+  Tensor grad = new_like(input);
+  call.out = elements_of(grad, grad.stride(0), grad.stride(1));
+  divide(call);
+  run(call.tasks, call.rows * call.classes * 4,
+      [&](int64_t begin, int64_t end) { FASTREG_PICK(sigmoid_backward)(call, begin, end); });
+  return grad;
+}
+
+}  // namespace
+}  // namespace fastreg
+
+STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+  m.impl("sigmoid_focal_forward.cpu", TORCH_BOX(&fastreg::sigmoid_focal_forward));
+  m.impl("sigmoid_focal_backward.cpu", TORCH_BOX(&fastreg::sigmoid_focal_backward));
+}
+
+#else
+#include "cpu/simd.h"
+
+namespace fastreg::FASTREG_ISA {
+#include "losses_terms.h"
+
+// n elements from (row, column) on as A: in place where they lie so, else in the buffer.
+template <class T, class A>
+const A* gathered(const Elements& from, int64_t row, int64_t column, int64_t n, A* buffer) {
+  const int64_t at = from.at(row, column);
+  if constexpr (std::is_same_v<T, A>) {
+    if (from.inner == 1 && from.dtype == torch::headeronly::CppTypeToScalarType<T>::value)
+      return reinterpret_cast<const A*>(from.data) + at;
+  } else if (from.inner == 1 && from.dtype == torch::headeronly::CppTypeToScalarType<T>::value) {
+    const T* x = reinterpret_cast<const T*>(from.data) + at;
+    int64_t j = 0;
+    for (; j + lanes<A> <= n; j += lanes<A>) store(buffer + j, load(x + j));
+    for (; j < n; ++j) buffer[j] = static_cast<A>(x[j]);
+    return buffer;
+  }
+  for (int64_t j = 0; j < n; ++j) buffer[j] = from.get<A>(at + j * from.inner);
+  return buffer;
+}
+
+// The terms of the classes [begin, begin + n) of a row, as vectors, handed to `use` with their place and
+// number.
+template <class T, class A, bool backward>
+double sigmoid_block(const SigmoidFocalCall& call, int64_t row, int64_t begin, int64_t n) {
+  alignas(64) A x_buffer[kSigmoidBlock], t_buffer[kSigmoidBlock], g_buffer[kSigmoidBlock],
+      w_buffer[kSigmoidBlock], out[kSigmoidBlock];
+  const A* x = gathered<T, A>(call.input, row, begin, n, x_buffer);
+  const A* t = call.dense ? gathered<T, A>(call.target, row, begin, n, t_buffer) : nullptr;
+  const A* w = call.weight.data ? gathered<A, A>(call.weight, 0, begin, n, w_buffer) : nullptr;
+  const A* g = backward && !call.reduce ? gathered<T, A>(call.grad_loss, row, begin, n, g_buffer) : nullptr;
+  const int64_t y = call.dense ? -1 : call.target.get<int64_t>(call.target.at(row, 0)) - begin;
+  const A alpha = static_cast<A>(call.alpha), gamma = static_cast<A>(call.gamma);
+  const bool inside = y >= 0 && y < n;
+  Vec<A> sum{};
+  for (int64_t j = 0; j < n; j += lanes<A>) {
+    const int64_t count = std::min(lanes<A>, n - j);
+    const bool whole = count == lanes<A>;
+    Vec<A> target{};
+    if (t != nullptr)
+      target = whole ? load(t + j) : load_first(t + j, count, A(0));
+    else if (inside && y >= j && y < j + count)
+      target = is_first<A>(y - j + 1) & ~is_first<A>(y - j) ? splat(A(1)) : target;
+    const Vec<A> at = whole ? load(x + j) : load_first(x + j, count, A(0));
+    const SigmoidFocal<Vec<A> > term = sigmoid_focal<VectorMath<A> >(at, target, alpha, gamma);
+    Vec<A> value = backward ? term.derivative : term.loss;
+    if (w != nullptr) value *= whole ? load(w + j) : load_first(w + j, count, A(0));
+    if constexpr (backward) {
+      value *= g == nullptr ? splat(static_cast<A>(call.grad_scale))
+                            : (whole ? load(g + j) : load_first(g + j, count, A(0)));
+    } else if (call.reduce) {
+      sum += whole ? value : (is_first<A>(count) ? value : Vec<A>{});
+      continue;
+    }
+    store(out + j, value);  // the buffer ends with a whole vector
+  }
+  if (!backward && call.reduce) return static_cast<double>(horizontal_sum(sum));
+  const int64_t at = call.out.at(row, begin);
+  if (call.out.inner == 1 && call.out.dtype == torch::headeronly::CppTypeToScalarType<T>::value) {
+    T* to = reinterpret_cast<T*>(call.out.data) + at;
+    int64_t j = 0;
+    for (; j + lanes<A> <= n; j += lanes<A>) store(to + j, load(out + j));
+    if (j < n) store_first(to + j, load(out + j), n - j);
+  } else {
+    for (int64_t j = 0; j < n; ++j) call.out.put(at + j * call.out.inner, out[j]);
+  }
+  return 0;
+}
+
+template <class T, class A, bool backward>
+void sigmoid_tasks(SigmoidFocalCall& call, int64_t task_begin, int64_t task_end) {
+  for (int64_t task = task_begin; task < task_end; ++task) {
+    const int64_t first = task / call.parts * call.rows_per_task;
+    const int64_t last = std::min(first + call.rows_per_task, call.rows);
+    const int64_t begin = task % call.parts * call.part_size();
+    const int64_t end = std::min(begin + call.part_size(), call.classes);
+    double sum = 0;
+    for (int64_t r = first; r < last; ++r)
+      for (int64_t c = begin; c < end; c += kSigmoidBlock)
+        sum += sigmoid_block<T, A, backward>(call, r, c, std::min(kSigmoidBlock, end - c));
+    if (!backward) call.sums[task] = sum;
+  }
+}
+
+template <bool backward>
+void sigmoid_by_dtype(SigmoidFocalCall& call, int64_t begin, int64_t end) {
+  switch (call.input.dtype) {
+    case ScalarType::Double:
+      return sigmoid_tasks<double, double, backward>(call, begin, end);
+    case ScalarType::Float:
+      return sigmoid_tasks<float, float, backward>(call, begin, end);
+    case ScalarType::BFloat16:
+      return sigmoid_tasks<BFloat16, float, backward>(call, begin, end);
+    default:
+      return sigmoid_tasks<Half, float, backward>(call, begin, end);
+  }
+}
+
+void sigmoid_forward(SigmoidFocalCall& call, int64_t begin, int64_t end) {
+  sigmoid_by_dtype<false>(call, begin, end);
+}
+
+void sigmoid_backward(SigmoidFocalCall& call, int64_t begin, int64_t end) {
+  sigmoid_by_dtype<true>(call, begin, end);
+}
+
+}  // namespace fastreg::FASTREG_ISA
+#endif

@@ -1,0 +1,50 @@
+// One term of each loss and its derivative, for a number (V = A) or a vector of numbers.
+//
+// Included inside a namespace and without a guard: losses.h does so for numbers, and the CPU kernels once
+// more for each instruction set, because what runs on vectors must be compiled for that set. Math has exp,
+// expm1, log and pow.
+
+// The focal term (1 - p)^gamma * -log p. V is A or a vector of it.
+template <class Math = ScalarMath, class V, class A>
+FASTREG_HD V focal_term(V log_p, A gamma) {
+  if (gamma == 0) return -log_p;
+  return Math::pow(-Math::expm1(log_p), gamma) * -log_p;
+}
+
+// s such that the derivative of the focal term of class y by z_c is s * (p_c - [c = y]). With u = 1 - p it is
+// u^gamma - gamma * p * u^(gamma - 1) * log p; written with -log p / u, which tends to 1 where u vanishes, it
+// is finite for every gamma >= 0.
+template <class Math = ScalarMath, class V, class A>
+FASTREG_HD V focal_slope(V log_p, A gamma) {
+  const V zero{}, one = zero + A(1);
+  if (gamma == 0) return one;
+  const V p = Math::exp(log_p), u = -Math::expm1(log_p);
+  const V inner = p > zero ? p * -log_p / u : zero, limit = log_p == log_p ? one : log_p;
+  const V ratio = u > zero ? inner : limit;
+  return Math::pow(u, gamma) * (one + gamma * ratio);
+}
+
+// One term of the sigmoid focal loss, alpha_t * (1 - p_t)^gamma * (-t * log p - (1 - t) * log(1 - p)) with
+// p = sigmoid(x), and its derivative by x. A negative alpha means alpha_t = 1. 1 - p_t = p * (1 - t) + (1 -
+// p) * t.
+template <class V>
+struct SigmoidFocal {
+  V loss, derivative;
+};
+
+template <class Math = ScalarMath, class V, class A>
+FASTREG_HD SigmoidFocal<V> sigmoid_focal(V x, V t, A alpha, A gamma) {
+  const V zero{}, one = zero + A(1);
+  const V e = Math::exp(x > zero ? -x : x), sum = one + e, near_one = one / sum, near_zero = e * near_one;
+  // log(1 + e), with the digits that rounding takes off 1 + e
+  const V log1p = Math::log(sum) + (e - (sum - one)) * near_one;
+  const V p = x > zero ? near_one : near_zero, not_p = x > zero ? near_zero : near_one;
+  const V entropy = (x > zero ? x * (one - t) : -x * t) + log1p;
+  const V u = p * (one - t) + not_p * t;
+  const V power = gamma == 0 ? one : Math::pow(u, gamma);
+  const V balance = alpha < 0 ? one : t * alpha + (one - t) * (A(1) - alpha);
+  // gamma * u^(gamma - 1) * p * (1 - p) with the quotient p * (1 - p) / u, which is at most 1
+  const V ratio = u > zero ? p * not_p / u : zero;
+  const V derivative = (p - t) - gamma * (t + t - one) * ratio * entropy;
+  return {balance * power * entropy, balance * power * derivative};
+}
