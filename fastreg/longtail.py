@@ -9,7 +9,7 @@ computed in fp64.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _checks
 
@@ -68,6 +68,79 @@ def long_tailed_counts(n_max: int, num_classes: int, imbalance: float) -> Tensor
     return (n_max * imbalance**-place * (1 + 1e-12)).floor().clamp(min=1).to(torch.int64)
 
 
+class ClassStatistics(nn.Module):
+    """Per class: how many rows had it as target, how many of them were predicted right, and the sum of their losses.
+
+    Give it to a loss, `fastreg.cross_entropy(logits, target, statistics=statistics)`, and it grows with every call,
+    on the device, without a sync and bit for bit the same on every run. The losses are those before reduction,
+    weights included. What it holds are buffers, all of them sums: for several processes, add them up.
+
+    Attributes: count and correct, (C,) int64; loss_sum, (C,) fp64.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        _checks.in_range("num_classes", num_classes, 1)
+        self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64, device=device))
+        self.register_buffer("correct", torch.zeros(num_classes, dtype=torch.int64, device=device))
+        self.register_buffer("loss_sum", torch.zeros(num_classes, dtype=torch.float64, device=device))
+
+    def _apply(self, *args, **kwargs) -> "ClassStatistics":
+        loss_sum = self.loss_sum
+        super()._apply(*args, **kwargs)
+        if not loss_sum.is_meta:
+            self.loss_sum = loss_sum.to(self.count.device)  # sums stay fp64, whatever the model becomes
+        return self
+
+    @torch.no_grad()
+    def update(self, target: Tensor, losses: Tensor, correct: Tensor) -> None:
+        """Adds rows; those with a negative target are left out."""
+        target, losses, correct = target.flatten(), losses.flatten(), correct.flatten()
+        kept = target >= 0
+        slot = torch.where(kept, target, 0)
+        self.count.index_add_(0, slot, kept.to(torch.int64))
+        self.correct.index_add_(0, slot, (kept & correct).to(torch.int64))
+        losses = torch.where(kept, losses, 0.0).to(torch.float64)
+        if losses.is_cuda:  # it sorts; index_add_ would add in any order
+            self.loss_sum.index_put_((slot,), losses, accumulate=True)
+        else:
+            self.loss_sum.index_add_(0, slot, losses)
+
+    def reset(self) -> None:
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def accuracy(self) -> Tensor:
+        """(C,) fp64; 0 for a class without rows."""
+        return self.correct.double() / self.count.clamp(min=1)
+
+    def mean_loss(self) -> Tensor:
+        """(C,) fp64; 0 for a class without rows."""
+        return self.loss_sum / self.count.clamp(min=1)
+
+    def split(self, train_counts: Counts, many: int = 100, few: int = 20) -> dict[str, Tensor]:
+        """`split_accuracy` of what has been seen so far."""
+        if not few <= many + 1:
+            raise ValueError(f"few must be at most many + 1, got few {few} and many {many}")
+        counts = check_counts(train_counts).to(self.count.device)
+        if counts.shape != self.count.shape:
+            raise ValueError(f"train_counts must have one number for each of {len(self.count)} classes")
+
+        def mean_over(classes: Tensor) -> Tensor:
+            classes = classes & (self.count > 0)
+            return (self.accuracy() * classes).sum() / classes.sum().clamp(min=1)
+
+        return {
+            "all": self.correct.sum().double() / self.count.sum().clamp(min=1),
+            "many": mean_over(counts > many),
+            "medium": mean_over((counts <= many) & (counts >= few)),
+            "few": mean_over(counts < few),
+        }
+
+    def extra_repr(self) -> str:
+        return f"num_classes={len(self.count)}"
+
+
 def split_accuracy(
     pred: Tensor, target: Tensor, train_counts: Counts, many: int = 100, few: int = 20
 ) -> dict[str, Tensor]:
@@ -95,26 +168,11 @@ def split_accuracy(
             f"pred must have target's shape {tuple(target.shape)}, or be scores {(*target.shape, len(counts))}, "
             f"got {tuple(pred.shape)} of {pred.dtype}"
         )
-    if not few <= many + 1:
-        raise ValueError(f"few must be at most many + 1, got few {few} and many {many}")
-    target, pred = target.flatten().to(torch.int64), pred.flatten()
+    statistics = ClassStatistics(len(counts), target.device)
+    target = target.to(torch.int64)
     known = (target >= 0) & (target < len(counts))
-    slot = torch.where(known, target, len(counts))
-    seen = torch.zeros(len(counts) + 1, dtype=torch.int64, device=target.device)
-    right = seen.index_add(0, slot, (pred == target).to(torch.int64))[:-1].double()
-    seen = seen.index_add(0, slot, torch.ones_like(slot))[:-1].double()
-    accuracy = right / seen.clamp(min=1)
-
-    def mean_over(classes: Tensor) -> Tensor:
-        classes = classes & (seen > 0)
-        return (accuracy * classes).sum() / classes.sum().clamp(min=1)
-
-    return {
-        "all": right.sum() / seen.sum().clamp(min=1),
-        "many": mean_over(counts > many),
-        "medium": mean_over((counts <= many) & (counts >= few)),
-        "few": mean_over(counts < few),
-    }
+    statistics.update(torch.where(known, target, -1), torch.zeros(target.shape, device=target.device), pred == target)
+    return statistics.split(counts, many, few)
 
 
 def check_counts(counts: Counts) -> Tensor:

@@ -13,6 +13,8 @@ The kernels: csrc/cpu/losses.cpp, csrc/cuda/losses.cu, tritonkernels/losses.py. 
 forward, and read and write them once in the backward; between the two only each row's log-sum-exp is kept.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,9 +22,12 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _backends, _checks, _ops
+from .longtail import ClassStatistics
 
 _forward = _ops.kernels("cross_entropy_forward")
+_forward_extra = _ops.kernels("cross_entropy_forward_extra")
 _backward = _ops.kernels("cross_entropy_backward")
+_scale_gradient = _ops.kernels("scale_gradient_")
 _backends.register("cross_entropy", kernels=_ops.KERNEL_BACKENDS)
 
 # A target is class indices, probabilities of the input's shape, or two index tensors and the share of the first.
@@ -44,7 +49,10 @@ def cross_entropy(
     scale: float = 1.0,
     z_loss: float = 0.0,
     all_ignored: str = "nan",
-) -> Tensor:
+    grad_in_forward: bool = False,
+    outputs: bool = False,
+    statistics: ClassStatistics | None = None,
+) -> "Tensor | LossOutputs":
     """Cross-entropy and its long-tail family: every option combines with every other, in one pass.
 
     With the defaults this is `torch.nn.functional.cross_entropy`, argument by argument. The formula is at the top
@@ -76,10 +84,18 @@ def cross_entropy(
         z_loss: weight of logsumexp(z)² per kept row, ≥ 0.
         all_ignored: "nan", or "zero" for a mean of 0 where the mean divides by 0: an empty batch, no kept row, or
             kept rows of weight 0.
+        grad_in_forward: make the gradient together with the loss, so that the logits are read once in all instead
+            of twice; for "mean" and "sum", where it is wanted at all. An incoming gradient other than 1 costs the
+            pass that was saved, and so does a second backward; both are right, and the host never waits to see.
+            fp16 input is treated as without it: a gradient scaler's factor must come before the rounding.
+        outputs: return `LossOutputs`, what else the same pass knows, instead of the loss alone.
+        statistics: a `fastreg.longtail.ClassStatistics`, to which this call's rows are added per target class.
+            Only for class indices.
 
     Returns:
         The loss, 0-d or, for "none", of the rows' shape, in the dtype of input (fp32 under autocast, as in
-        PyTorch), computed in fp32 (fp64 for fp64) and rounded once.
+        PyTorch), computed in fp32 (fp64 for fp64) and rounded once. With `outputs` the loss stands first in a
+        named tuple.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or range, or a gradient asked of weight,
@@ -107,38 +123,44 @@ def cross_entropy(
     if not indices and ignore_index >= 0:
         raise ValueError(f"ignore_index must not be given with probabilities as target, got {ignore_index}")
 
-    smooth_focal = label_smoothing != 0.0 and gamma != 0.0
+    extra = grad_in_forward or outputs or statistics is not None
+    if extra:
+        targets = () if not indices else (target,) if other_target is None else (target, other_target)
+        _check_extra(reduction, grad_in_forward, statistics, indices and other_target is None, input)
+
+    pair, smooth_focal = other_target is not None, label_smoothing != 0.0 and gamma != 0.0
     backend = _backends.choose(
-        "cross_entropy", input.device.type, _refuse, input, target, indices, other_target is not None, smooth_focal
+        "cross_entropy", input.device.type, _refuse, input, target, indices, pair, smooth_focal, extra
     )
     if backend == "reference":
-        return cross_entropy_reference(
-            input,
-            target if other_target is None else (target, other_target, share),
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            gamma=gamma,
-            alpha=alpha,
-            logit_adjustment=logit_adjustment,
-            margin=margin,
-            scale=scale,
-            z_loss=z_loss,
-            all_ignored=all_ignored,
-        )
-    rows = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+        options = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "gamma": gamma,
+            "alpha": alpha,
+            "logit_adjustment": logit_adjustment,
+            "margin": margin,
+            "scale": scale,
+            "z_loss": z_loss,
+            "all_ignored": all_ignored,
+        }
+        both = (target, other_target, share) if pair else target
+        if not extra:
+            return cross_entropy_reference(input, both, weight, **options)
+        found = _reference_with_extra(input, both, weight, **options)
+        return _with_extra(*found, targets, ignore_index, outputs, statistics)
+
+    shape = input.shape
     if vectors:
         compute = _ops.accumulator(input)
         weight, logit_adjustment, margin = (_as_dtype(v, compute) for v in (weight, logit_adjustment, margin))
         alpha = _as_dtype(alpha, compute)
-    if other_target is not None:
+    if pair:
         share = _share_per_row(share, target, _ops.accumulator(input))
     if input.dim() != 2:
         input, target, other_target, share = _as_kernels_know(input, target, other_target, share)
-    # Under autocast PyTorch computes this loss in fp32; the kernels do so anyway and only widen the result.
-    fp32_loss = _autocast(input.device.type)
-    loss = _CrossEntropy.apply(
+    args = (
         input,
         target,
         weight,
@@ -155,48 +177,43 @@ def cross_entropy(
         scale,
         z_loss,
         all_ignored == "zero",
-        fp32_loss,
+        # Under autocast PyTorch computes this loss in fp32; the kernels do so anyway and only widen the result.
+        _autocast(input.device.type),
         backend,
     )
-    return loss.reshape(rows) if reduction == "none" else loss
+    if not extra:
+        loss = _CrossEntropy.apply(*args)
+        return loss.reshape(_rows(shape)) if reduction == "none" else loss
+    want = outputs or statistics is not None
+    loss, *known = _CrossEntropyExtra.apply(*args, want, want, grad_in_forward)
+    loss = loss.reshape(_rows(shape)) if reduction == "none" else loss
+    if not want:
+        return loss
+    known = [t.reshape(_rows(shape)) for t in known]
+    return _with_extra(loss, *known, targets, ignore_index, outputs, statistics)
 
 
-def focal_loss(
-    input: Tensor,
-    target: Target,
-    *,
-    gamma: float = 2.0,
-    alpha: float | Tensor | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    logit_adjustment: Tensor | None = None,
-    margin: Tensor | None = None,
-    scale: float = 1.0,
-    z_loss: float = 0.0,
-    all_ignored: str = "nan",
-) -> Tensor:
+class LossOutputs(NamedTuple):
+    """The loss, and what the pass over the logits knew besides. Only the loss has a gradient (`z_loss` is what
+    penalises the log-sum-exp)."""
+
+    loss: Tensor
+    lse: Tensor
+    """logsumexp(z) of each row, in the dtype of the computation; 0 in ignored rows."""
+    argmax: Tensor
+    """The class of the largest logit of each row, the lowest among equals, int64; −1 in ignored rows. It is taken of
+    input, not of the adjusted z: the adjustment belongs to training, the prediction to the bare logits."""
+    correct: Tensor | None
+    """Whether argmax is the target, False in ignored rows; None unless the target is class indices."""
+
+
+def focal_loss(input: Tensor, target: Target, *, gamma: float = 2.0, **options: Any) -> "Tensor | LossOutputs":
     """Softmax focal loss (Lin et al. 2017), −α_y · (1 − p_y)^γ · log p_y: `cross_entropy` with a gamma.
 
-    p comes from the softmax of the logits alone; neither weight nor alpha enters it. Arguments, shapes, dtypes and
+    p comes from the softmax of the logits alone; neither weight nor alpha enters it. Options, shapes, dtypes and
     errors are those of `cross_entropy`.
     """
-    return cross_entropy(
-        input,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        gamma=gamma,
-        alpha=alpha,
-        logit_adjustment=logit_adjustment,
-        margin=margin,
-        scale=scale,
-        z_loss=z_loss,
-        all_ignored=all_ignored,
-    )
+    return cross_entropy(input, target, gamma=gamma, **options)
 
 
 # ---- checks: attribute reads only, so that the call stays cheap -------------------------------------------
@@ -224,7 +241,7 @@ def _check_shapes(input: Tensor, target: Tensor, other_target: Tensor | None, sh
         if not shape:
             raise ValueError("input must have a dimension of classes, got a 0-d tensor")
         indices = not target.dtype.is_floating_point
-        rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[1:]
+        rows = _rows(shape)
         if indices:
             if target.shape != rows:
                 hint = "; probabilities must have a floating dtype" if target.shape == shape else ""
@@ -292,6 +309,23 @@ def check_options(reduction, label_smoothing, gamma, alpha, scale, z_loss, all_i
     _checks.choice("all_ignored", all_ignored, ("nan", "zero"))
 
 
+def _check_extra(reduction, grad_in_forward, statistics, indices: bool, input: Tensor) -> None:
+    if grad_in_forward and reduction == "none":
+        raise ValueError(
+            "grad_in_forward needs reduction 'mean' or 'sum': with 'none' the gradient of a row is still open"
+        )
+    if statistics is None:
+        return
+    if not isinstance(statistics, ClassStatistics):
+        raise TypeError(f"statistics must be a ClassStatistics, got {type(statistics).__name__}")
+    if not indices:
+        raise ValueError("statistics are per target class: target must be class indices")
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    if len(statistics.count) != classes:
+        raise ValueError(f"statistics must be for the {classes} classes of input, got {len(statistics.count)}")
+    _checks.same_device("statistics", statistics.count, "input", input)
+
+
 def _as_dtype(vector: object, dtype: torch.dtype) -> object:
     return vector.to(dtype) if isinstance(vector, Tensor) and vector.dtype != dtype else vector
 
@@ -299,23 +333,27 @@ def _as_dtype(vector: object, dtype: torch.dtype) -> object:
 # ---- kernels ---------------------------------------------------------------------------------------------
 
 
+_FEATURES = ("probabilities", "two targets", "label_smoothing with gamma", "grad_in_forward, outputs and statistics")
 # What a backend's cross-entropy kernels do not serve.
-_LACKING = {
-    "cpu": ("probabilities", "two targets", "label_smoothing with gamma"),
-    "cuda": ("probabilities", "two targets", "label_smoothing with gamma"),
-    "triton": ("probabilities", "two targets", "label_smoothing with gamma"),
-}
+_LACKING = {"cpu": _FEATURES, "cuda": _FEATURES, "triton": _FEATURES}
 
 
-def _refuse(backend: str, input: Tensor, target: Tensor, indices: bool, pair: bool, smooth_focal: bool) -> str | None:
-    if pair or smooth_focal or not indices:
-        asked = {"two targets": pair, "label_smoothing with gamma": smooth_focal, "probabilities": not indices}
-        for feature in _LACKING[backend]:
-            if asked[feature]:
+def _refuse(
+    backend: str, input: Tensor, target: Tensor, indices: bool, pair: bool, smooth_focal: bool, extra: bool
+) -> str | None:
+    if pair or smooth_focal or extra or not indices:
+        asked = (not indices, pair, smooth_focal, extra)
+        for feature, wanted in zip(_FEATURES, asked, strict=True):
+            if wanted and feature in _LACKING[backend]:
                 return f"it does not serve {feature}"
         if target.requires_grad and torch.is_grad_enabled():
             return "the probabilities want a gradient, which only the reference gives"
     return _not_ordinary(input)
+
+
+def _rows(shape: torch.Size) -> torch.Size:
+    """The shape of the rows of logits of this shape."""
+    return shape[:1] + shape[2:] if len(shape) > 1 else shape[1:]
 
 
 def _share_per_row(share: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
@@ -366,6 +404,72 @@ class _CrossEntropy(torch.autograd.Function):
         return grad, *([None] * 17)
 
 
+class _CrossEntropyExtra(torch.autograd.Function):
+    """Returns the loss and, per row, the log-sum-exp, the loss before reduction and the argmax."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        *args, zero_if_empty, fp32_loss, backend, want_losses, want_argmax, want_grad = args
+        tensors, options = args[:8], args[8:]
+        want_grad = want_grad and ctx.needs_input_grad[0] and args[0].dtype != torch.float16
+        grad = torch.empty_like(args[0]) if want_grad and not torch.compiler.is_compiling() else None
+        loss, lse, denominator, losses, argmax = _forward_extra[backend](
+            *tensors, *options, zero_if_empty, fp32_loss, want_losses, want_argmax, grad
+        )
+        ctx.save_for_backward(*tensors, lse, denominator)
+        ctx.options, ctx.zero_if_empty, ctx.backend, ctx.made = options, zero_if_empty, backend, grad
+        ctx.set_materialize_grads(False)
+        whole = lse[0] + lse[1]
+        ctx.mark_non_differentiable(whole, losses, argmax)
+        return loss, whole, losses, argmax
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * 21
+        made, ctx.made = ctx.made, None  # handed over once; a second backward makes its own
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grad = _differentiable_backward(ctx, grad_loss)
+        elif made is not None:
+            grad = _scaled(made, grad_loss, ctx.backend)
+        else:
+            grad = _backward[ctx.backend](grad_loss, *ctx.saved_tensors, *ctx.options)
+        return grad, *([None] * 20)
+
+
+def _scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
+    if factor.device.type != "cpu":
+        _scale_gradient[backend](grad, factor)
+    elif (number := float(factor)) != 1:
+        grad.mul_(number)
+    return grad
+
+
+def _with_extra(
+    loss: Tensor,
+    lse: Tensor,
+    losses: Tensor,
+    argmax: Tensor,
+    targets: tuple[Tensor, ...],
+    ignore_index: int,
+    outputs: bool,
+    statistics: ClassStatistics | None,
+) -> "Tensor | LossOutputs":
+    """Finishes what a kernel or the reference found per row; until here ignored rows hold anything."""
+    correct = None
+    if targets:
+        targets = [target.to(torch.int64) for target in targets]
+        kept = targets[0] != ignore_index
+        for target in targets[1:]:
+            kept = kept & (target != ignore_index)
+        lse, argmax = torch.where(kept, lse, 0.0), torch.where(kept, argmax, -1)
+    if len(targets) == 1:
+        correct = kept & (argmax == targets[0])
+    if statistics is not None:
+        statistics.update(torch.where(kept, targets[0], -1), losses, correct)
+    return LossOutputs(loss, lse, argmax, correct) if outputs else loss
+
+
 def _differentiable_backward(ctx, grad_loss: Tensor) -> Tensor:
     input, target, weight, alpha, logit_adjustment, margin, other_target, share, _, _ = ctx.saved_tensors
     ignore_index, reduction, label_smoothing, gamma, alpha_scale, scale, z_loss = ctx.options
@@ -396,8 +500,31 @@ def cross_entropy_reference(
     target: Target,
     weight: Tensor | None = None,
     *,
-    ignore_index: int = -100,
     reduction: str = "mean",
+    all_ignored: str = "nan",
+    **options: Any,
+) -> Tensor:
+    """The formula in plain PyTorch, differentiable as often as wanted, on any device and for any subclass."""
+    losses, counts, _ = _row_losses(input, target, weight, **options)
+    return _reduce(losses, counts, reduction, all_ignored, input)
+
+
+def _reference_with_extra(
+    input: Tensor, target: Target, weight: Tensor | None, *, reduction: str, all_ignored: str, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and per row the log-sum-exp, the loss before reduction and the argmax."""
+    losses, counts, z = _row_losses(input, target, weight, **options)
+    dim = 0 if input.dim() == 1 else 1
+    known = torch.logsumexp(z.detach(), dim), losses.detach(), input.detach().argmax(dim)
+    return _reduce(losses, counts, reduction, all_ignored, input), *known
+
+
+def _row_losses(
+    input: Tensor,
+    target: Target,
+    weight: Tensor | None,
+    *,
+    ignore_index: int = -100,
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
     alpha: float | Tensor | None = None,
@@ -405,9 +532,8 @@ def cross_entropy_reference(
     margin: Tensor | None = None,
     scale: float = 1.0,
     z_loss: float = 0.0,
-    all_ignored: str = "nan",
-) -> Tensor:
-    """The formula in plain PyTorch, differentiable as often as wanted, on any device and for any subclass."""
+) -> tuple[Tensor, Tensor | float, Tensor]:
+    """Each row's loss; what each row counts in a mean, or 1 if all count 1; z."""
     dim = 0 if input.dim() == 1 else 1  # of the classes
     classes = input.shape[dim]
     compute = _ops.accumulator(input)
@@ -472,24 +598,27 @@ def cross_entropy_reference(
     losses = _product(alpha_scale, losses)
     if z_loss:
         losses = losses + z_loss * torch.logsumexp(z, dim) ** 2
+    counts = 1.0
+    if weight is not None and probabilities is None:
+        counts = sum(_product(share, weight.to(compute)[y]) for y, share in shares)
     if kept is not None:
         losses = losses.masked_fill(~kept, 0.0)
+        counts = counts.masked_fill(~kept, 0.0) if isinstance(counts, Tensor) else kept.to(compute)
+    return losses, counts, z
 
-    dtype = compute if _autocast(input.device.type) else input.dtype
+
+def _reduce(losses: Tensor, counts: Tensor | float, reduction: str, all_ignored: str, input: Tensor) -> Tensor:
+    dtype = losses.dtype if _autocast(input.device.type) else input.dtype
     if reduction == "none":
         return losses.to(dtype)
     total = losses.sum()
     if reduction == "mean":
-        if probabilities is not None or weight is None:
-            denominator = losses.numel() if kept is None else kept.sum()
-        else:
-            rows = sum(_product(share, weight.to(compute)[y]) for y, share in shares)
-            denominator = (rows if kept is None else rows.masked_fill(~kept, 0.0)).sum()
-        if all_ignored == "zero":
-            if isinstance(denominator, Tensor):
+        if isinstance(counts, Tensor):
+            denominator = counts.sum()
+            if all_ignored == "zero":
                 denominator = denominator.masked_fill(denominator == 0, 1)
-            else:
-                denominator = max(denominator, 1)
+        else:
+            denominator = max(losses.numel(), 1) if all_ignored == "zero" else losses.numel()
         total = total / denominator
     return total.to(dtype)
 

@@ -1,6 +1,7 @@
 """Softmax and sigmoid losses: every backend against an oracle written from the formula, in extended precision."""
 
 import contextlib
+import copy
 import itertools
 import math
 import random
@@ -950,6 +951,160 @@ def test_a_row_does_not_depend_on_its_place(backend):
     for k in range(9):
         alone = serve(backend, lambda: cross_entropy(x[k : k + 1], y[k : k + 1], reduction="none"))  # noqa: B023
         assert torch.equal(alone[0], whole[k])
+
+
+# ---- what else the pass knows ------------------------------------------------------------------------------
+
+
+@ALL_OPTIONS
+@pytest.mark.parametrize("shape", [(6, 9), (2, 9, 3), (9,)])
+def test_outputs(backend, shape, name):
+    x = 3 * torch.randn(shape)
+    y = torch.randint(9, shape[:1] + shape[2:] if len(shape) > 1 else ())
+    if y.dim():
+        y.view(-1)[0] = -100
+    options = options_named(name, 9)
+    dim = min(len(shape) - 1, 1)
+    for reduction in ("mean", "none"):
+        plain = serve(backend, lambda: cross_entropy(x, y, reduction=reduction, **options))  # noqa: B023
+        found = serve(backend, lambda: cross_entropy(x, y, reduction=reduction, outputs=True, **options))  # noqa: B023
+        torch.testing.assert_close(found.loss, plain)
+        kept = y != -100
+        z = x.double().movedim(dim, -1)
+        predicted = torch.where(kept, z.argmax(-1), -1)
+        if name == "family":
+            onehot = F.one_hot(y.clamp(min=0), 9)
+            z = options["scale"] * (z + options["logit_adjustment"] - options["margin"] * onehot)
+        z = z * (options.get("scale", 1.0) if name != "family" else 1.0)
+        torch.testing.assert_close(found.lse.double(), torch.where(kept, z.logsumexp(-1), 0.0), rtol=1e-6, atol=1e-6)
+        assert found.argmax.dtype == torch.int64
+        assert torch.equal(found.argmax, predicted)
+        assert torch.equal(found.correct, kept & (predicted == y))
+        assert found.lse.shape == found.argmax.shape == y.shape
+
+
+def test_only_the_loss_has_a_gradient(backend):
+    x = torch.randn(4, 5, requires_grad=True)
+    found = serve(backend, lambda: cross_entropy(x, torch.tensor([0, 1, 2, 3]), outputs=True))
+    assert [t.requires_grad for t in found] == [True, False, False, False]
+    (grad,) = torch.autograd.grad(found.loss, x)
+    torch.testing.assert_close(grad, torch.autograd.grad(cross_entropy(x, torch.tensor([0, 1, 2, 3])), x)[0])
+
+
+def test_argmax_takes_the_lowest_of_equals(backend):
+    for classes in (9, 33, 1025):
+        x = torch.zeros(3, classes)
+        x[1, [classes - 1, classes // 2]] = 5.0
+        x[2] = -INF
+        x[2, 4:6] = -7.0
+        found = serve(backend, lambda: cross_entropy(x, torch.tensor([0, 0, 4]), outputs=True))  # noqa: B023
+        assert found.argmax.tolist() == [0, classes // 2, 4]
+    channels = torch.zeros(2, 5, 4)
+    channels[:, 3] = 1.0
+    found = serve(backend, lambda: cross_entropy(channels, torch.zeros(2, 4, dtype=torch.int64), outputs=True))
+    assert (found.argmax == 3).all()
+
+
+def test_outputs_without_class_indices(backend):
+    x, a = torch.randn(4, 5), torch.tensor([0, 1, 2, -100])
+    for target in (torch.rand(4, 5), (a, a.flip(0), 0.5)):
+        found = serve(backend, lambda: cross_entropy(x, target, outputs=True))  # noqa: B023
+        assert found.correct is None
+    assert found.argmax.tolist() == [-1, *x.argmax(1)[1:3].tolist(), -1]
+    nothing = serve(backend, lambda: cross_entropy(x, torch.full((4,), -100), outputs=True))
+    assert not nothing.correct.any()  # and a rate over no rows is for the caller to define
+    assert (nothing.lse == 0).all()
+
+
+def test_class_statistics(backend):
+    statistics = fastreg.longtail.ClassStatistics(7)
+    losses, hits, counts = torch.zeros(7, dtype=torch.float64), torch.zeros(7), torch.zeros(7)
+    for reduction in ("mean", "none", "sum"):
+        x, y = 2 * torch.randn(50, 7), torch.randint(5, (50,))
+        y[::9] = -100
+        loss = serve(backend, lambda: cross_entropy(x, y, reduction=reduction, gamma=1.0, statistics=statistics))  # noqa: B023
+        torch.testing.assert_close(loss, cross_entropy(x, y, reduction=reduction, gamma=1.0))
+        for logits, target in zip(x, y):
+            if target >= 0:
+                losses[target] += cross_entropy(logits.double(), target, gamma=1.0)
+                hits[target] += logits.argmax() == target
+                counts[target] += 1
+    assert torch.equal(statistics.count, counts.long())
+    assert torch.equal(statistics.correct, hits.long())
+    torch.testing.assert_close(statistics.loss_sum, losses, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(statistics.accuracy(), (hits / counts.clamp(min=1)).double(), rtol=1e-6, atol=0)
+    assert statistics.mean_loss()[5] == 0  # never seen, and not NaN
+    split = statistics.split([1000, 1000, 50, 50, 5, 5, 5])
+    assert split["many"] == statistics.accuracy()[:2].mean()
+    assert split["few"] == statistics.accuracy()[4]
+    assert copy.deepcopy(statistics).half().loss_sum.dtype == torch.float64
+    statistics.reset()
+    assert statistics.count.sum() == 0
+
+
+def test_class_statistics_have_the_same_bits_every_time(backend):
+    x, y = torch.randn(500, 5), torch.randint(5, (500,))
+    sums = []
+    for _ in range(3):
+        statistics = fastreg.longtail.ClassStatistics(5)
+        serve(backend, lambda: cross_entropy(x, y, statistics=statistics))  # noqa: B023
+        sums.append(statistics.loss_sum)
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
+
+
+@ALL_OPTIONS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_made_in_the_forward(backend, dtype, name):
+    for shape in ((5, 9), (2, 9, 3)):
+        x = (3 * torch.randn(shape)).to(dtype).requires_grad_()
+        y = torch.randint(9, shape[:1] + shape[2:])
+        y.view(-1)[0] = -100
+        before = x.detach().clone()
+        for reduction in ("mean", "sum"):
+            options = {**options_named(name, 9), "reduction": reduction}
+            ours = serve(backend, lambda: cross_entropy(x, y, grad_in_forward=True, **options))  # noqa: B023
+            plain = serve(backend, lambda: cross_entropy(x, y, **options))  # noqa: B023
+            torch.testing.assert_close(ours, plain)
+            assert torch.equal(x, before)
+            for factor in (1.0, 0.5, 1024.0, 1.0):  # each of them after the other: no backward spoils the next
+                factor = torch.tensor(factor, dtype=dtype)
+                got, expected = (torch.autograd.grad(loss, x, factor, retain_graph=True)[0] for loss in (ours, plain))
+                # one rounding more where the factor comes after it, and another order of a few others
+                rounding = 32 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+                rtol = 2 * torch.finfo(dtype).eps + rounding
+                torch.testing.assert_close(got, expected, rtol=rtol, atol=rounding * float(factor))
+            (graph,) = torch.autograd.grad(ours, x, create_graph=True)
+            torch.testing.assert_close(graph.detach(), expected, rtol=rtol, atol=rounding)
+            assert graph.requires_grad
+
+
+def test_gradient_made_in_the_forward_is_handed_over(backend):
+    """The first gradient belongs to its receiver: what he does to it must not show in a second one."""
+    x, y = torch.randn(5, 9, requires_grad=True), torch.randint(9, (5,))
+    loss = serve(backend, lambda: cross_entropy(x, y, grad_in_forward=True))
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(second, kept)
+    with torch.no_grad():
+        assert not serve(backend, lambda: cross_entropy(x, y, grad_in_forward=True)).requires_grad
+
+
+def test_extra_arguments_are_checked():
+    x, y = torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64)
+    statistics = fastreg.longtail.ClassStatistics(5)
+    with pytest.raises(ValueError, match="grad_in_forward needs reduction"):
+        cross_entropy(x, y, reduction="none", grad_in_forward=True)
+    with pytest.raises(ValueError, match="class indices"):
+        cross_entropy(x, x, statistics=statistics)
+    with pytest.raises(ValueError, match="5 classes"):
+        cross_entropy(x, y, statistics=fastreg.longtail.ClassStatistics(4))
+    with pytest.raises(TypeError, match="ClassStatistics"):
+        cross_entropy(x, y, statistics=True)
+    with pytest.raises(ValueError, match="device"):
+        cross_entropy(x, y, statistics=statistics.to("meta"))
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
