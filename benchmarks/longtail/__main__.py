@@ -7,7 +7,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from torch import Tensor
 
+from fastreg import row_norms
 from fastreg.longtail import split_accuracy
 
 from .. import report
@@ -42,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: {missing}\n")
     epochs = options.epochs or EPOCHS[options.data]
     judged_on = "validation" if options.validate else "test"
+    part = getattr(images, judged_on)
     print(
         f"{images.name}: {len(images.train)} training images, {images.counts[0]} to {images.counts[-1]} of a class; "
         f"{len(images.validation)} for validation, {len(images.test)} for the test, both balanced\n"
@@ -63,8 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
                 done[method.name] = trained
                 if method.name in options.methods:
                     mark = {"method": method.name, "seed": str(seed)}
-                    results += judge(trained, images, judged_on, mark)
-                    classes += describe_classes(trained, images, judged_on, mark)
+                    predicted = {name: training.predict(net, part.pixels) for name, net in trained.nets.items()}
+                    results += [mark | row for row in judge(trained, predicted, part, images)]
+                    classes += [mark | row for row in by_class(trained, predicted["last"], part, images)]
                     curves += [
                         mark
                         | {"epoch": str(epoch), "training_loss": f"{loss:.5f}", "validation_accuracy": f"{acc:.4f}"}
@@ -91,32 +95,31 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{time.perf_counter() - started:.0f} s")
 
 
-def judge(trained: training.Trained, images: data.LongTailed, judged_on: str, mark: dict[str, str]) -> list[dict]:
-    part = getattr(images, judged_on)
+def judge(
+    trained: training.Trained, predicted: dict[str, Tensor], part: data.Images, images: data.LongTailed
+) -> list[dict[str, str]]:
+    """Accuracy per group of classes, one row for each kind of weights."""
     many, few = images.groups
     rows = []
-    for weights, net in trained.nets.items():
-        predicted = training.predict(net, part)
-        accuracy = split_accuracy(predicted, part.classes, images.counts, many=many, few=few)
+    for weights, classes in predicted.items():
+        accuracy = split_accuracy(classes, part.classes, images.counts, many=many, few=few)
         shares = {group: f"{float(accuracy[group]):.4f}" for group in GROUPS}
         counted = {"projected_rows": str(trained.projected), "projectable_rows": str(trained.projectable)}
-        rows.append(mark | {"weights": weights} | shares | counted)
+        rows.append({"weights": weights} | shares | counted)
     return rows
 
 
-def describe_classes(
-    trained: training.Trained, images: data.LongTailed, judged_on: str, mark: dict[str, str]
+def by_class(
+    trained: training.Trained, predicted: Tensor, part: data.Images, images: data.LongTailed
 ) -> list[dict[str, str]]:
-    part, net = getattr(images, judged_on), trained.nets["last"]
-    right = training.predict(net, part) == part.classes
-    norms = net.classifier.weight.detach().norm(dim=1)
+    """Weight norm and accuracy of each class, with the last weights."""
+    norms = row_norms(trained.nets["last"].classifier.weight.detach())
     return [
-        mark
-        | {
+        {
             "class": str(index),
             "train_count": str(int(count)),
             "weight_norm": f"{norms[index].item():.5f}",
-            "accuracy": f"{right[part.classes == index].double().mean().item():.4f}",
+            "accuracy": f"{(predicted[part.classes == index] == index).double().mean().item():.4f}",
         }
         for index, count in enumerate(images.counts)
     ]

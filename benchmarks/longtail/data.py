@@ -50,6 +50,7 @@ class LongTailed:
     counts: Tensor  # training images per class, falling
     groups: tuple[int, int]  # a class has many images above the first number, few below the second
     flip: bool  # whether a mirrored image is still of its class
+    batch: int
 
     @property
     def num_classes(self) -> int:
@@ -57,7 +58,7 @@ class LongTailed:
 
     def to(self, device: torch.device) -> "LongTailed":
         parts = (part.to(device) for part in (self.train, self.validation, self.test))
-        return LongTailed(self.name, *parts, self.counts, self.groups, self.flip)
+        return LongTailed(self.name, *parts, self.counts, self.groups, self.flip, self.batch)
 
 
 def load(name: str, root: Path | None = None, imbalance: float = 100.0) -> LongTailed:
@@ -84,7 +85,7 @@ def load(name: str, root: Path | None = None, imbalance: float = 100.0) -> LongT
         return Images(torch.from_numpy(scaled), torch.from_numpy(part[1].astype(np.int64)))
 
     parts = ((train[0][chosen], train[1][chosen]) for chosen in (kept, held_out[1]))
-    return LongTailed(name, *map(images, parts), images(test), counts, source.groups, source.flip)
+    return LongTailed(name, *map(images, parts), images(test), counts, source.groups, source.flip, source.batch)
 
 
 def read_mnist5k(root: Path | None) -> tuple[Labelled, None]:
@@ -187,12 +188,13 @@ class Source:
     validation_per_class: int
     groups: tuple[int, int]
     flip: bool = False
+    batch: int = 64
 
 
 # The groups are the paper's (more than 100 images, fewer than 20) where a class has at most some hundred, and ten
 # times that where it has thousands.
 SOURCES = {
-    "mnist5k": Source(read_mnist5k, 100, 50, (100, 20)),
+    "mnist5k": Source(read_mnist5k, 100, 50, (100, 20), batch=32),
     "fashion-mnist": Source(read_fashion_mnist, 0, 200, (1000, 200), flip=True),
     "cifar10": Source(read_cifar(10), 0, 200, (1000, 200), flip=True),
     "cifar100": Source(read_cifar(100), 0, 20, (100, 20), flip=True),

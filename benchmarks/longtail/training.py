@@ -11,10 +11,9 @@ from torch.nn import functional as F
 import fastreg
 from fastreg.nn import GroupNorm
 
-from .data import Images, LongTailed
+from .data import LongTailed
 from .methods import Cap, Method
 
-BATCH = 32
 LEARNING_RATE = 0.1
 STAGE_TWO_LEARNING_RATE = 0.01
 AVERAGES = {
@@ -118,7 +117,7 @@ def train(
             step()
         if cap is not None and method.cap.every == "epoch":
             cap.project()
-        accuracy = (predict(net, data.validation) == data.validation.classes).double().mean().item()
+        accuracy = (predict(net, data.validation.pixels) == data.validation.classes).double().mean().item()
         curve.append((epoch + 1, total.item() / len(data.train), accuracy))
 
     trained = Trained({}, curve=curve)
@@ -137,7 +136,7 @@ def max_norm(classifier: nn.Linear, cap: Cap | None) -> fastreg.MaxNorm | None:
 
 
 def steps_per_epoch(data: LongTailed) -> int:
-    return -(-len(data.train) // BATCH)
+    return -(-len(data.train) // data.batch)
 
 
 def stage_two_epochs(epochs: int) -> int:
@@ -158,7 +157,7 @@ def batches(data: LongTailed):
     size = images.pixels.shape[-1]
     padded = F.pad(images.pixels, (2, 2, 2, 2), value=float(images.pixels.min()))
     across = torch.arange(size, device=device)
-    for chosen in torch.randperm(len(images)).to(device).split(BATCH):
+    for chosen in torch.randperm(len(images)).to(device).split(data.batch):
         down, right = torch.randint(5, (2, len(chosen), 1), device=device)
         columns = right + across
         if data.flip:
@@ -170,6 +169,6 @@ def batches(data: LongTailed):
 
 
 @torch.no_grad()
-def predict(net: Net, images: Images) -> Tensor:
+def predict(net: Net, pixels: Tensor) -> Tensor:
     net.eval()
-    return torch.cat([net(part).argmax(1) for part in images.pixels.split(1000)])
+    return torch.cat([net(part).argmax(1) for part in pixels.split(500)])
