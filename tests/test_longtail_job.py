@@ -146,7 +146,7 @@ def test_batches_shift_whole_images_and_cover_the_epoch(fashion):
 
 def test_one_run_from_end_to_end(fashion, tmp_path, capsys):
     out = tmp_path / "out"
-    names = ["wd+cb/step", "wd+cb", "max-norm", "ldam", "wd+tau"]
+    names = ["two-stage/step", "two-stage", "max-norm", "ldam", "wd+tau"]
     arguments = ["--data", "fashion-mnist", "--root", str(fashion), "--imbalance", "10", "--device", "cpu"]
     main([*arguments, "--seeds", "2", "--epochs", "2", "--out", str(out), "--methods", *names])
     with (out / "results.csv").open(newline="") as file:
@@ -156,11 +156,11 @@ def test_one_run_from_end_to_end(fashion, tmp_path, capsys):
     assert keys == {(name, weights, seed) for name in names for weights in training.WEIGHTS for seed in "01"}
     assert all(row["evaluated_on"] == "test" and 0 <= float(row["all"]) <= 1 for row in rows)
     seen = {row["method"]: int(row["projectable_rows"]) for row in rows}
-    assert seen["wd+cb"] == 10 * training.stage_two_epochs(2), "once per epoch"
-    assert seen["max-norm"] == 2 * seen["wd+cb/step"] > 20, "after every step, over twice the epochs"
+    assert seen["two-stage"] == 10 * training.stage_two_epochs(2), "once per epoch"
+    assert seen["max-norm"] == 2 * seen["two-stage/step"] > 20, "after every step, over twice the epochs"
     assert seen["wd+tau"] == 0
     projected = {row["method"]: int(row["projected_rows"]) for row in rows}
-    assert 0 < projected["wd+cb/step"] <= seen["wd+cb/step"]
+    assert 0 < projected["two-stage/step"] <= seen["two-stage/step"]
     with (out / "classes.csv").open(newline="") as file:
         classes = list(csv.DictReader(file))
     assert len(classes) == 10 * 2 * len(names)
@@ -175,9 +175,9 @@ def test_one_run_from_end_to_end(fashion, tmp_path, capsys):
 def test_the_second_stage_leaves_the_features_alone(fashion):
     images = data.load("fashion-mnist", fashion, imbalance=10)
     done: dict[str, training.Trained] = {}
-    for method in methods.with_starts(["wd+cb", "wd+l2"]):
+    for method in methods.with_starts(["two-stage", "wd+l2"]):
         done[method.name] = training.run(method, done, images, seed=0, epochs=1, step=lambda: None)
-    before, after = (done[name].nets["last"] for name in ("wd", "wd+cb"))
+    before, after = (done[name].nets["last"] for name in ("wd", "two-stage"))
     for (name, old), new in zip(before.named_parameters(), after.parameters()):
         assert torch.equal(old, new) == (not name.startswith("classifier")), name
     norms = done["wd+l2"].nets["ema"].classifier.weight.norm(dim=1)
@@ -190,4 +190,4 @@ def test_every_method_starts_from_an_earlier_one():
         assert method.start is None or method.start in names[:index]
         assert method.finish is None or method.start
     assert set(methods.PANELS) <= set(names)
-    assert [method.name for method in methods.with_starts(["wd+cb"])] == ["wd", "wd+cb"]
+    assert [method.name for method in methods.with_starts(["two-stage"])] == ["wd", "two-stage"]

@@ -15,7 +15,7 @@ from .data import LongTailed
 from .methods import Cap, Method
 
 LEARNING_RATE = 0.1
-STAGE_TWO_LEARNING_RATE = 0.01
+STAGE_TWO_LEARNING_RATE = 0.05
 AVERAGES = {
     "ema": fastreg.EMA(0.99, warmup="linear"),
     "swa": fastreg.SWA(),
