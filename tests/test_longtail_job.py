@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.longtail import data, methods, training
+from benchmarks.longtail import data, experiment, methods, training
 from benchmarks.longtail.__main__ import COLUMNS, main
 
 RNG = np.random.default_rng(0)
@@ -147,7 +147,18 @@ def test_batches_shift_whole_images_and_cover_the_epoch(fashion):
 def test_one_run_from_end_to_end(fashion, tmp_path, capsys):
     out = tmp_path / "out"
     names = ["two-stage/step", "two-stage", "max-norm", "ldam", "wd+tau"]
-    arguments = ["--data", "fashion-mnist", "--root", str(fashion), "--imbalance", "10", "--device", "cpu"]
+    arguments = [
+        "--data",
+        "fashion-mnist",
+        "--root",
+        str(fashion),
+        "--imbalance",
+        "10",
+        "--device",
+        "cpu",
+        "--jobs",
+        "1",
+    ]
     main([*arguments, "--seeds", "2", "--epochs", "2", "--out", str(out), "--methods", *names])
     with (out / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -175,7 +186,8 @@ def test_one_run_from_end_to_end(fashion, tmp_path, capsys):
 def test_the_second_stage_leaves_the_features_alone(fashion):
     images = data.load("fashion-mnist", fashion, imbalance=10)
     done: dict[str, training.Trained] = {}
-    for method in methods.with_starts(["two-stage", "wd+l2"]):
+    (family,) = experiment.families(("two-stage", "wd+l2"))
+    for method in family:
         done[method.name] = training.run(method, done, images, seed=0, epochs=1, step=lambda: None)
     before, after = (done[name].nets["last"] for name in ("wd", "two-stage"))
     for (name, old), new in zip(before.named_parameters(), after.parameters()):
@@ -190,4 +202,34 @@ def test_every_method_starts_from_an_earlier_one():
         assert method.start is None or method.start in names[:index]
         assert method.finish is None or method.start
     assert set(methods.PANELS) <= set(names)
-    assert [method.name for method in methods.with_starts(["two-stage"])] == ["wd", "two-stage"]
+    (family,) = experiment.families(("two-stage",))
+    assert [method.name for method in family] == ["wd", "two-stage"]
+    everything = [method for family in experiment.families(tuple(names)) for method in family]
+    assert sorted(method.name for method in everything) == sorted(names), "a start must not have a start itself"
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_results(tmp_path):
+    pytest.importorskip("mlxtend")
+    arguments = [
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--imbalance",
+        "100",
+        "--device",
+        "cpu",
+        "--methods",
+        "l2-norm",
+        "ldam",
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for jobs in ("1", "2"):
+            main([*arguments, "--jobs", jobs, "--out", str(tmp_path / jobs)])
+    finally:
+        torch.set_num_threads(threads)
+    for name in ("classes", "curves"):
+        assert (tmp_path / "1" / f"{name}.csv").read_text() == (tmp_path / "2" / f"{name}.csv").read_text()

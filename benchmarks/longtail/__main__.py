@@ -7,17 +7,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from torch import Tensor
-
-from fastreg import row_norms
-from fastreg.longtail import split_accuracy
 
 from .. import report
 from . import data, plots, training
-from .methods import BY_NAME, METHODS, with_starts
-from .progress import progress
+from .experiment import GROUPS, Setting, run_all
+from .methods import BY_NAME, METHODS
 
-GROUPS = ("all", "many", "medium", "few")
 EPOCHS = {"mnist5k": 20, "fashion-mnist": 5, "cifar10": 40, "cifar100": 40}
 COLUMNS = (
     "data", "imbalance", "method", "weights", "seed", "evaluated_on", *GROUPS,
@@ -35,94 +30,53 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--epochs", type=int, help="of training from scratch; a second stage takes half")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, help="processes at a time; by default one per CPU core, and one on a GPU")
     parser.add_argument("--validate", action="store_true", help="judge on the validation set: to choose settings")
     parser.add_argument("--out", type=Path, default=Path("out/longtail"), help="folder for CSV files and plots")
     options = parser.parse_args(arguments)
+    started = time.perf_counter()
+    setting = Setting(
+        data=options.data,
+        root=options.root,
+        imbalance=options.imbalance,
+        epochs=options.epochs or EPOCHS[options.data],
+        device=options.device,
+        judged_on="validation" if options.validate else "test",
+        methods=tuple(options.methods),
+    )
+    device = report.device_name(torch.device(options.device).type)
+    if options.jobs is None:
+        options.jobs = torch.get_num_threads() if options.device == "cpu" else 1
     try:
-        images = data.load(options.data, options.root, options.imbalance).to(torch.device(options.device))
+        images = setting.load()
     except data.MissingData as missing:
         parser.exit(2, f"{parser.prog}: {missing}\n")
-    epochs = options.epochs or EPOCHS[options.data]
-    judged_on = "validation" if options.validate else "test"
-    part = getattr(images, judged_on)
     print(
         f"{images.name}: {len(images.train)} training images, {images.counts[0]} to {images.counts[-1]} of a class; "
         f"{len(images.validation)} for validation, {len(images.test)} for the test, both balanced\n"
-        f"{options.seeds} seed(s), {epochs} epochs, {report.device_name(images.train.pixels.device.type)}"
+        f"{options.seeds} seed(s), {setting.epochs} epochs, {device}, {options.jobs} at a time"
     )
-
-    started = time.perf_counter()
-    methods = with_starts(options.methods)
-    results, classes, curves = [], [], []
-    steps = options.seeds * sum(training.steps_of(method, images, epochs) for method in methods)
-    with progress(steps) as advance:
-        for seed in range(options.seeds):
-            done: dict[str, training.Trained] = {}
-            for method in methods:
-                label = f"seed {seed}: {method.title}"
-                trained = training.run(
-                    method, done, images, seed=seed, epochs=epochs, step=lambda label=label: advance(label)
-                )
-                done[method.name] = trained
-                if method.name in options.methods:
-                    mark = {"method": method.name, "seed": str(seed)}
-                    predicted = {name: training.predict(net, part.pixels) for name, net in trained.nets.items()}
-                    results += [mark | row for row in judge(trained, predicted, part, images)]
-                    classes += [mark | row for row in by_class(trained, predicted["last"], part, images)]
-                    curves += [
-                        mark
-                        | {"epoch": str(epoch), "training_loss": f"{loss:.5f}", "validation_accuracy": f"{acc:.4f}"}
-                        for epoch, loss, acc in trained.curve
-                    ]
+    rows = run_all(setting, images, options.seeds, options.jobs)
 
     common = {
         "data": images.name,
         "imbalance": f"{options.imbalance:g}",
-        "evaluated_on": judged_on,
-        "epochs": str(epochs),
-        "device": report.device_name(images.train.pixels.device.type),
+        "evaluated_on": setting.judged_on,
+        "epochs": str(setting.epochs),
+        "device": device,
         "versions": report.versions(),
         "commit": report.commit(),
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    results = [common | row for row in results]
-    report.save(options.out / "results.csv", results, COLUMNS)
-    report.save(options.out / "classes.csv", classes, tuple(classes[0]))
-    if curves:
-        report.save(options.out / "curves.csv", curves, tuple(curves[0]))
-    show(results, judged_on)
-    print(f"\n{options.out}: results.csv, classes.csv, curves.csv; {plots.draw(options.out, classes, curves)}")
+    rows.results = [common | row for row in rows.results]
+    report.save(options.out / "results.csv", rows.results, COLUMNS)
+    for name, kind in (("classes", rows.classes), ("curves", rows.curves)):
+        if kind:
+            report.save(options.out / f"{name}.csv", kind, tuple(kind[0]))
+    show(rows.results, setting.judged_on)
+    drawn = plots.draw(options.out, rows.classes, rows.curves)
+    print(f"\n{options.out}: results.csv, classes.csv, curves.csv; {drawn}")
     print(f"{time.perf_counter() - started:.0f} s")
-
-
-def judge(
-    trained: training.Trained, predicted: dict[str, Tensor], part: data.Images, images: data.LongTailed
-) -> list[dict[str, str]]:
-    """Accuracy per group of classes, one row for each kind of weights."""
-    many, few = images.groups
-    rows = []
-    for weights, classes in predicted.items():
-        accuracy = split_accuracy(classes, part.classes, images.counts, many=many, few=few)
-        shares = {group: f"{float(accuracy[group]):.4f}" for group in GROUPS}
-        counted = {"projected_rows": str(trained.projected), "projectable_rows": str(trained.projectable)}
-        rows.append({"weights": weights} | shares | counted)
-    return rows
-
-
-def by_class(
-    trained: training.Trained, predicted: Tensor, part: data.Images, images: data.LongTailed
-) -> list[dict[str, str]]:
-    """Weight norm and accuracy of each class, with the last weights."""
-    norms = row_norms(trained.nets["last"].classifier.weight.detach())
-    return [
-        {
-            "class": str(index),
-            "train_count": str(int(count)),
-            "weight_norm": f"{norms[index].item():.5f}",
-            "accuracy": f"{(predicted[part.classes == index] == index).double().mean().item():.4f}",
-        }
-        for index, count in enumerate(images.counts)
-    ]
 
 
 def show(results: list[dict[str, str]], judged_on: str) -> None:

@@ -73,9 +73,3 @@ BY_NAME = {method.name: method for method in METHODS}
 
 # Which five the article draws, in its order.
 PANELS = ("ce", "l2-norm", "wd", "max-norm", "two-stage")
-
-
-def with_starts(names: list[str]) -> list[Method]:
-    """The methods of those names and whatever they start from, in the order of the table."""
-    wanted = set(names) | {BY_NAME[name].start for name in names}
-    return [method for method in METHODS if method.name in wanted]
