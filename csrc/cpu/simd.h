@@ -197,7 +197,7 @@ struct Larger {
     return a > b ? a : b;
   }
 };
-struct Sum {
+struct Added {
   template <class V>
   FASTREG_INLINE V of(V a, V b) {
     return a + b;
@@ -210,7 +210,7 @@ FASTREG_INLINE auto horizontal_max(V v) {
 }
 template <class V>
 FASTREG_INLINE auto horizontal_sum(V v) {
-  return fold<Sum>(v);
+  return fold<Added>(v);
 }
 
 // ---- exp --------------------------------------------------------------------------------------------------
