@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _native
 
@@ -56,6 +58,18 @@ def _wrong_device(backend: str, device: str) -> str | None:
         return None
     hint = " (set TRITON_INTERPRET=1 to run it in Triton's interpreter)" if backend == "triton" else ""
     return f"it serves {' and '.join(_DEVICES[backend])} tensors, not {device}{hint}"
+
+
+def unusual(*tensors: Tensor | None) -> str | None:
+    """Why no kernel can take these: one is no ordinary tensor, or a transform is under way."""
+    for tensor in tensors:
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"an argument is a tensor subclass, {type(tensor).__name__}"
+    if torch._C._functorch.maybe_current_level() is not None:  # this one torch.compile can answer
+        return "the call is inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "the call is inside forward-mode differentiation"
+    return None
 
 
 def choose(op: str, device: str, refuse: Callable[..., str | None], *args: object) -> str:

@@ -139,6 +139,43 @@ _define(
     "max_norm",
 )
 
+# ---- GroupNorm ---------------------------------------------------------------------------------------------
+# activation is an index into ACTIVATIONS. stats holds mean and rstd, (2, N, G), in fp32 (fp64 for fp64), and is
+# empty unless asked for. wanted is a sum of 1 (input), 2 (weight), 4 (bias), 8 (residual); a gradient that is not
+# wanted is an empty tensor. Without an activation the gradient of the residual is grad_output: never wanted.
+
+ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh")
+
+
+def _group_norm_forward(input, num_groups, weight, bias, eps, activation, residual, save_stats):
+    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+    stats = input.new_empty((2, input.shape[0], num_groups) if save_stats else (0,), dtype=accumulate)
+    return torch.empty_like(input), stats
+
+
+def _group_norm_backward(grad_output, input, num_groups, weight, bias, activation, residual, stats, wanted):
+    return tuple(
+        torch.empty_like(like) if wanted & bit else input.new_empty((0,))
+        for bit, like in ((1, input), (2, weight), (4, bias), (8, input))
+    )
+
+
+_define(
+    "group_norm_forward",
+    "(Tensor input, int num_groups, Tensor? weight, Tensor? bias, float eps, int activation, Tensor? residual, "
+    "bool save_stats) -> (Tensor output, Tensor stats)",
+    _group_norm_forward,
+    "group_norm",
+)
+_define(
+    "group_norm_backward",
+    "(Tensor grad_output, Tensor input, int num_groups, Tensor? weight, Tensor? bias, int activation, "
+    "Tensor? residual, Tensor stats, int wanted) -> "
+    "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+    _group_norm_backward,
+    "group_norm",
+)
+
 # ---- what was built --------------------------------------------------------------------------------------
 CAPABILITIES = ("baseline", "AVX2", "AVX-512")
 torch.library.define("fastreg::cpu_capability", "() -> int")

@@ -4,6 +4,10 @@ The C channels of a sample are cut into G groups of C/G; with the mean m and the
 taken over its channels and all positions:
 
     y = act((x − m) / sqrt(v + eps) · weight_c + bias_c + residual)
+
+The kernels: csrc/cpu/group_norm.cpp, csrc/cuda/group_norm.cu, tritonkernels/group_norm.py, with the formulas of the
+gradients in csrc/group_norm.h. Between forward and backward only m and 1/sqrt(v + eps) of each group are kept; the
+backward computes the activation's derivative again from the input.
 """
 
 import math
@@ -11,11 +15,12 @@ import math
 import torch
 from torch import Tensor
 
-from . import _backends, _checks
+from . import _backends, _checks, _ops
+from ._ops import ACTIVATIONS
 
-ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh")
-
-_backends.register("group_norm")
+_forward = _ops.kernels("group_norm_forward")
+_backward = _ops.kernels("group_norm_backward")
+_backends.register("group_norm", kernels=("cpu",))
 
 
 def group_norm(
@@ -54,11 +59,63 @@ def group_norm(
     Source: Wu & He, Group Normalization, ECCV 2018.
     """
     _check(input, num_groups, weight, bias, eps, activation, residual)
-    if torch.is_autocast_enabled(input.device.type):
+    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
         input, residual = _autocast(input, residual)
     if residual is not None and residual.dtype != input.dtype:
         raise TypeError(f"residual must have the dtype of input, {input.dtype}, got {residual.dtype}")
-    return group_norm_reference(input, num_groups, weight, bias, eps, activation=activation, residual=residual)
+    tensors = (input, weight, bias, residual)
+    backend = _backends.choose("group_norm", input.device.type, _refuse, tensors)
+    if backend == "reference":
+        return group_norm_reference(input, num_groups, weight, bias, eps, activation=activation, residual=residual)
+    index = ACTIVATIONS.index(activation)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _GroupNorm.apply(input, weight, bias, residual, num_groups, eps, index, backend)
+    return _forward[backend](input, num_groups, weight, bias, eps, index, residual, False)[0]
+
+
+def _refuse(backend: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    return _backends.unusual(*tensors)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, residual, num_groups, eps, activation, backend):
+        output, stats = _forward[backend](input, num_groups, weight, bias, eps, activation, residual, True)
+        ctx.save_for_backward(input, weight, bias, residual if activation else None, stats)
+        ctx.options = (num_groups, eps, activation, backend)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight, bias, residual, stats = ctx.saved_tensors
+        num_groups, eps, activation, backend = ctx.options
+        needed = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph: a second derivative may be asked for
+            if not activation and needed[3]:
+                residual = torch.zeros_like(input, requires_grad=True)
+            grads = _differentiable_backward(
+                grad_output, needed, (input, weight, bias, residual), num_groups, eps, activation
+            )
+            return *grads, None, None, None, None
+        # Without an activation the residual's gradient is the output's.
+        wanted = sum(1 << i for i in range(3 if not activation else 4) if needed[i])
+        grads = _backward[backend](grad_output, input, num_groups, weight, bias, activation, residual, stats, wanted)
+        grads = [grad if wanted >> i & 1 else None for i, grad in enumerate(grads)]
+        if not activation and needed[3]:
+            grads[3] = grad_output
+        return *grads, None, None, None, None
+
+
+def _differentiable_backward(grad_output, needed, tensors, num_groups, eps, activation) -> list[Tensor | None]:
+    """The gradients by differentiating the reference, with a graph of their own."""
+    input, weight, bias, residual = tensors
+    output = group_norm_reference(
+        input, num_groups, weight, bias, eps, activation=ACTIVATIONS[activation], residual=residual
+    )
+    asked = [tensor for tensor, need in zip(tensors, needed) if need]
+    grads = iter(torch.autograd.grad(output, asked, grad_output, create_graph=True))
+    return [next(grads) if need else None for need in needed]
 
 
 def _check(input, num_groups, weight, bias, eps, activation, residual) -> None:
