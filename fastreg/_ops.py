@@ -176,6 +176,33 @@ _define(
     "group_norm",
 )
 
+# ---- penalties -------------------------------------------------------------------------------------------
+# Plans with a row (elements, codes, addresses…) per tensor, see csrc/penalties.h. norms is fp64 (tensors, 2): scale
+# and s, the norm being scale · s. `outs` are the addresses of the gradients, 0 for none; `add` adds to what is there.
+_define(
+    "lp_norms",
+    "(Tensor table, Tensor chunks, int chunk, float p, bool squared, bool wide) -> (Tensor penalty, Tensor norms)",
+    lambda table, chunks, chunk, p, squared, wide: (
+        table.new_empty((), dtype=torch.float64 if wide else torch.float32),
+        table.new_empty((table.shape[0], 2), dtype=torch.float64),
+    ),
+    "penalties",
+)
+_define(
+    "lp_penalty_backward",
+    "(Tensor table, Tensor chunks, int chunk, Tensor outs, Tensor norms, Tensor grad, float p, bool squared, bool add)"
+    " -> ()",
+    lambda *args: None,
+    "penalties",
+)
+_define(
+    "fgm_attack",
+    "(Tensor table, Tensor chunks, int chunk, Tensor norms, float epsilon) -> ()",
+    lambda *args: None,
+    "penalties",
+)
+_define("fgm_restore", "(Tensor table, Tensor chunks, int chunk) -> ()", lambda *args: None, "penalties")
+
 # ---- what was built --------------------------------------------------------------------------------------
 CAPABILITIES = ("baseline", "AVX2", "AVX-512")
 torch.library.define("fastreg::cpu_capability", "() -> int")

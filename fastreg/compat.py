@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import averaging
 from .max_norm import _threshold, max_norm_
 from .noise import drop_path_reference
-from .penalties import _attack, _restore, lp_penalty
+from .penalties import Perturbation, lp_penalty
 
 
 # ---- weight averaging ------------------------------------------------------------------------------------
@@ -189,16 +189,16 @@ class FGM:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.backup: dict[str, Tensor] = {}
+        self._perturbation = Perturbation()
 
     @torch.no_grad()
     def attack(self, epsilon: float = 1.0, emb_name: str = "emb.") -> None:
         chosen = {name: param for name, param in self.model.named_parameters() if emb_name in name}
-        _attack(chosen, epsilon, self.backup)
+        self._perturbation.attack(chosen, epsilon)
 
     @torch.no_grad()
     def restore(self, emb_name: str = "emb.") -> None:
-        _restore(dict(self.model.named_parameters()), self.backup)
+        self._perturbation.restore()
 
 
 def drop_connect(inputs: Tensor, p: float, training: bool) -> Tensor:

@@ -6,20 +6,29 @@
 The gradients are sign(w)·(|w| / ‖w‖_p)^(p-1), zero for a tensor of zeros, and p·sign(w)·|w|^(p-1).
 Source of FGM: Miyato et al., "Adversarial Training Methods for Semi-Supervised Text Classification", ICLR 2017.
 
-Sums run in fp64 over values scaled by the tensor's largest one; nothing overflows or vanishes on the way.
+Sums run in fp64 over values scaled, where need be, by the tensor's largest one; nothing overflows or vanishes on the
+way. The kernels (csrc/penalties.h, csrc/cpu/penalties.cpp) read the weights once forward, and read and write them once
+backward, all tensors in one launch.
 """
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _backends, _checks
+from . import _backends, _checks, _ops, _plan
 from .max_norm import _scaled_norms
 
-for _name in ("lp_penalty", "fgm"):
-    _backends.register(_name)
+_norms = _ops.kernels("lp_norms")
+_backward = _ops.kernels("lp_penalty_backward")
+_attack_kernels = _ops.kernels("fgm_attack")
+_restore_kernels = _ops.kernels("fgm_restore")
+for _name in ("lp_penalty", "lp_penalty_backward_", "FGM"):
+    _backends.register(_name, kernels=("cpu",))
 
 
 def lp_penalty(tensors: Tensor | Iterable[Tensor], p: float = 2.0, *, squared: bool = False) -> Tensor:
@@ -35,7 +44,14 @@ def lp_penalty(tensors: Tensor | Iterable[Tensor], p: float = 2.0, *, squared: b
     """
     tensors = _check_tensors(tensors)
     _check_order(p, squared)
-    return lp_penalty_reference(tensors, p, squared=squared)
+    if not tensors:
+        return torch.zeros(())
+    backend = _backends.choose("lp_penalty", tensors[0].device.type, _refuse, tensors, p)
+    if backend == "reference":
+        return lp_penalty_reference(tensors, p, squared=squared)
+    # The kernels walk through memory; a tensor with gaps is packed first, differentiably.
+    tensors = [tensor if _plan.is_dense(tensor) else tensor.contiguous() for tensor in tensors]
+    return _LpPenalty.apply(backend, float(p), squared, *tensors)
 
 
 def lp_penalty_backward_(
@@ -52,6 +68,10 @@ def lp_penalty_backward_(
     for tensor in leaves:
         if not tensor.is_leaf:
             raise ValueError("tensors must be leaves of the graph: only those have a .grad to add to")
+    device = tensors[0].device.type if tensors else "cpu"
+    backend = _backends.choose("lp_penalty_backward_", device, _refuse_in_place, tensors, p)
+    if backend != "reference" and tensors:
+        return _backward_in_place(backend, tensors, leaves, float(p), weight, squared)
     with torch.enable_grad():
         penalty = lp_penalty_reference(tensors, p, squared=squared)
     if leaves:
@@ -63,6 +83,96 @@ def lp_penalty_backward_(
                 else:
                     tensor.grad.add_(grad * weight)
     return penalty.detach()
+
+
+def _refuse(backend: str, tensors: list[Tensor], p: float) -> str | None:
+    if p == math.inf:
+        return "it has no kernel for p = inf"
+    if torch.compiler.is_compiling():
+        return "it works on addresses, which torch.compile does not see"
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"one of the tensors is of a subclass, {type(tensor).__name__}"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "the call is inside a torch.func transform"
+    return None
+
+
+def _refuse_in_place(backend: str, tensors: list[Tensor], p: float) -> str | None:
+    if len(set(map(id, tensors))) < len(tensors):
+        return "a tensor is listed twice"
+    for tensor in tensors:
+        grad = tensor.grad if tensor.is_leaf else None
+        if not _plan.is_dense(tensor) or (grad is not None and not _alike(tensor, grad)):
+            return "a tensor or its gradient has gaps in memory, or their strides differ"
+    return _refuse(backend, tensors, p)
+
+
+def _alike(tensor: Tensor, grad: Tensor) -> bool:
+    """Whether equal places in memory hold an element and its gradient."""
+    return grad.layout is torch.strided and grad.dtype == tensor.dtype and grad.stride() == tensor.stride()
+
+
+def _penalty_plan(tensors: list[Tensor]) -> _plan.Plan:
+    def build() -> _plan.Plan:
+        rows = [(t.numel(), _plan.DTYPE_CODES[t.dtype], t.data_ptr()) for t in tensors]
+        columns = np.array(rows, np.int64).reshape(-1, 3)
+        return _plan.Plan.make(columns, columns[:, 0], tensors[0].device)
+
+    return _plan.plan_for("lp_penalty", tensors, build)
+
+
+def _forward(backend: str, p: float, squared: bool, tensors: list[Tensor]) -> tuple[_plan.Plan, Tensor, Tensor]:
+    plan = _penalty_plan(tensors)
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return plan, *_norms[backend](plan.table, plan.chunks, plan.chunk, p, squared, wide)
+
+
+def _addresses(tensors: list[Tensor | None], device: torch.device) -> Tensor:
+    return _plan._to_device(np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64), device)
+
+
+class _LpPenalty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, p, squared, *tensors):
+        ctx.plan, penalty, norms = _forward(backend, p, squared, list(tensors))
+        ctx.save_for_backward(norms, *tensors)
+        ctx.backend, ctx.p, ctx.squared = backend, p, squared
+        return penalty
+
+    @staticmethod
+    def backward(ctx, grad_penalty):
+        norms, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():  # create_graph: a second derivative may be asked for
+            penalty = lp_penalty_reference(tensors, ctx.p, squared=ctx.squared)
+            needed = [tensor for tensor, needs in zip(tensors, wanted) if needs]
+            made = iter(torch.autograd.grad(penalty, needed, grad_penalty, create_graph=True))
+            grads = [next(made) if needs else None for needs in wanted]
+        else:
+            grads = [torch.empty_like(tensor) if needs else None for tensor, needs in zip(tensors, wanted)]
+            plan, outs = ctx.plan, _addresses(grads, norms.device)
+            grad = grad_penalty.double()
+            _backward[ctx.backend](plan.table, plan.chunks, plan.chunk, outs, norms, grad, ctx.p, ctx.squared, False)
+        return None, None, None, *grads
+
+
+def _backward_in_place(
+    backend: str, tensors: list[Tensor], leaves: list[Tensor], p: float, weight: float | Tensor, squared: bool
+) -> Tensor:
+    plan, penalty, norms = _forward(backend, p, squared, tensors)
+    for tensor in leaves:
+        if tensor.grad is None:
+            tensor.grad = torch.zeros_like(tensor)
+    grads = [tensor.grad if tensor.requires_grad else None for tensor in tensors]
+    if isinstance(weight, Tensor):
+        weight = weight.to(torch.float64)
+    else:
+        weight = torch.full((), weight, dtype=torch.float64, device=norms.device)
+    outs = _addresses(grads, norms.device)
+    _backward[backend](plan.table, plan.chunks, plan.chunk, outs, norms, weight, p, squared, True)
+    torch.autograd.graph.increment_version([grad for grad in grads if grad is not None])
+    return penalty
 
 
 class Penalty:
@@ -129,35 +239,107 @@ class FGM:
         include: str | Iterable[str] | Callable[[str, Tensor], bool] = "emb",
     ):
         self.module, self.epsilon, self.include = module, epsilon, include
-        self.backup: dict[str, Tensor] = {}
+        self._perturbation = Perturbation()
         _select(module, include)
 
     @torch.no_grad()
     def attack(self, epsilon: float | None = None) -> None:
         epsilon = self.epsilon if epsilon is None else epsilon
-        _attack(_select(self.module, self.include), epsilon, self.backup)
+        self._perturbation.attack(_select(self.module, self.include), epsilon)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Undoes the attacks since the last restore; without one it does nothing."""
-        _restore(dict(self.module.named_parameters()), self.backup)
+        self._perturbation.restore()
 
 
-def _attack(params: dict[str, Tensor], epsilon: float, backup: dict[str, Tensor]) -> None:
-    """FGM's step for the parameters with a gradient; their old values go to `backup`, unless there are some."""
-    if not math.isfinite(epsilon):
-        raise ValueError(f"epsilon must be finite, got {epsilon}")
-    for name, param in params.items():
-        if param.requires_grad and param.grad is not None:
-            if name not in backup:
-                backup[name] = param.clone()
-            fgm_reference_(param, param.grad, epsilon)
+_BLOCK = 64  # elements: what is backed up and put back at a time; csrc/penalties.h has the same
 
 
-def _restore(params: dict[str, Tensor], backup: dict[str, Tensor]) -> None:
-    for name, old in backup.items():
-        params[name].copy_(old)
-    backup.clear()
+@dataclass
+class _Backup:
+    """What stood in a parameter before it was perturbed: all of it, or the blocks that are marked."""
+
+    param: Tensor
+    old: Tensor
+    marks: Tensor | None = None
+
+
+class Perturbation:
+    """FGM's steps on given parameters, and the way back. The memory of the backups is kept for the next time."""
+
+    def __init__(self) -> None:
+        self.backups: dict[str, _Backup] = {}
+        self._spare: dict[str, _Backup] = {}
+
+    def attack(self, params: dict[str, Tensor], epsilon: float) -> None:
+        if not math.isfinite(epsilon):
+            raise ValueError(f"epsilon must be finite, got {epsilon}")
+        chosen = {name: p for name, p in params.items() if p.requires_grad and p.grad is not None and p.numel()}
+        if not chosen:
+            return
+        device = next(iter(chosen.values())).device
+        backend = _backends.choose("FGM", device.type, _refuse_fgm, list(chosen.values()))
+        if backend == "reference":
+            for name, param in chosen.items():
+                if name not in self.backups:
+                    self.backups[name] = _Backup(param, param.clone())
+                elif self.backups[name].marks is not None:
+                    raise RuntimeError("attack: the attacks before one restore must run on one backend")
+                fgm_reference_(param, param.grad, epsilon)
+            return
+        for name, param in chosen.items():
+            backup = self.backups.get(name) or self._spare.pop(name, None)
+            if backup is None or backup.marks is None or not _alike(param, backup.old) or backup.param is not param:
+                marks = torch.zeros(-(-param.numel() // _BLOCK), dtype=torch.uint8, device=device)
+                backup = _Backup(param, torch.empty_like(param), marks)
+            self.backups[name] = backup
+        plan = self._plan([self.backups[name] for name in chosen], True)
+        grads = [param.grad for param in chosen.values()]
+        _, _, norms = _forward(backend, 2.0, False, grads)
+        _attack_kernels[backend](plan.table, plan.chunks, plan.chunk, norms, epsilon)
+        torch.autograd.graph.increment_version(list(chosen.values()))
+
+    def restore(self) -> None:
+        for name, backup in self.backups.items():
+            if backup.marks is None:
+                backup.param.copy_(backup.old)
+            else:
+                self._spare[name] = backup
+        marked = [backup for backup in self.backups.values() if backup.marks is not None]
+        self.backups = {}
+        if marked:
+            device = marked[0].param.device
+            plan = self._plan(marked, False)
+            backend = _backends.choose("FGM", device.type, lambda *_: None)
+            _restore_kernels[backend](plan.table, plan.chunks, plan.chunk)
+            torch.autograd.graph.increment_version([backup.param for backup in marked])
+
+    def _plan(self, backups: list[_Backup], with_grads: bool) -> _plan.Plan:
+        places = [[b.param, *([b.param.grad] if with_grads else []), b.old, b.marks] for b in backups]
+
+        def build() -> _plan.Plan:
+            rows = []
+            for row in places:
+                addresses = [place.data_ptr() for place in row]
+                if not with_grads:
+                    addresses.insert(1, 0)
+                rows.append([row[0].numel(), _plan.DTYPE_CODES[row[0].dtype], *addresses])
+            columns = np.array(rows, np.int64)
+            return _plan.Plan.make(columns, columns[:, 0], places[0][0].device)
+
+        return _plan.plan_for(("FGM", with_grads), list(chain.from_iterable(places)), build)
+
+
+def _refuse_fgm(backend: str, params: list[Tensor]) -> str | None:
+    for param in params:
+        if param.device != params[0].device:
+            return "the parameters are on several devices"
+        if param.grad.layout is not torch.strided:
+            return "a gradient is sparse"
+        if param.dtype not in _checks.FLOATS or not _plan.is_dense(param) or not _alike(param, param.grad):
+            return "a parameter has gaps in memory, or its gradient other strides or another dtype"
+    return _refuse(backend, params, 2.0)
 
 
 def _select(module: nn.Module, include: str | Iterable[str] | Callable[[str, Tensor], bool]) -> dict[str, Tensor]:

@@ -245,7 +245,7 @@ Tensor max_norm_rows(const Tensor& table, const Tensor& chunks, int64_t /*chunk*
   const auto* places = static_cast<const int64_t*>(chunks.const_data_ptr());
   const Launch launch{
       rows, static_cast<const double*>(caps.const_data_ptr()), p, tau, decay, static_cast<Kind>(kind)};
-  const Passes passes = FASTREG_PICK(passes)();
+  const Passes passes = FASTREG_PICK(max_norm_passes)();
   std::atomic<int64_t> count{0};
   const auto run = [&](int64_t begin, int64_t end, bool is_long) {
     int64_t over = 0;
@@ -411,7 +411,7 @@ static double gaps(int64_t code, const void* x, int64_t n, double top, double th
 static void decay(int64_t code, void* x, int64_t n,
                   double keep){FASTREG_BY_CODE(code, decay_typed(static_cast<T*>(x), n, keep))}
 
-max_norm::Passes passes() {
+max_norm::Passes max_norm_passes() {
   return {reduce, change, gaps, decay};
 }
 }  // namespace fastreg::FASTREG_ISA

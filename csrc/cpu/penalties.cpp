@@ -1,0 +1,308 @@
+// Lp penalties and FGM on the CPU: one pass over the tensors of a plan. See fastreg/penalties.py.
+#ifndef FASTREG_ISA
+#include "penalties.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/capability.h"
+#include "cpu/tensors.h"
+
+namespace fastreg::penalties {
+struct Passes {
+  double (*reduce)(int64_t code, const void* x, int64_t n, double p, double inverse);
+  void (*gradient)(int64_t code, const void* x, void* out, int64_t n, double p, Slope slope, bool add);
+  void (*attack)(int64_t code, void* x, const void* g, void* backup, uint8_t* marks, int64_t n,
+                 double inverse, double step);
+  void (*restore)(int64_t code, void* x, const void* backup, uint8_t* marks, int64_t n);
+};
+}  // namespace fastreg::penalties
+
+#define FASTREG_FILE "cpu/penalties.cpp"
+#include "cpu/foreach_isa.h"
+
+namespace fastreg {
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+using namespace penalties;
+
+int64_t size_of_code(int64_t code) {
+  return code == max_norm::kDouble ? 8 : code == max_norm::kFloat ? 4 : 2;
+}
+
+// The chunks of a plan: body(chunk, its tensor's row of the table, first element, elements).
+struct Chunks {
+  const int64_t *table, *places;
+  int64_t columns, count, chunk;
+
+  Chunks(const Tensor& t, const Tensor& c, int64_t chunk)
+      : table(static_cast<const int64_t*>(t.const_data_ptr())),
+        places(static_cast<const int64_t*>(c.const_data_ptr())),
+        columns(t.size(1)),
+        count(c.size(0)),
+        chunk(chunk) {}
+
+  const int64_t* row(int64_t i) const { return table + places[2 * i] * columns; }
+
+  template <class Body>
+  void each(const Body& body) const {
+    const int64_t grain = std::max<int64_t>(1, 32768 / chunk);
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = places[2 * i + 1];
+        body(i, row(i), first, std::min(chunk, row(i)[kElements] - first));
+      }
+    });
+  }
+};
+
+char* element(int64_t address, int64_t index, int64_t code) {
+  return reinterpret_cast<char*>(address) + index * size_of_code(code);
+}
+}  // namespace
+
+// Per tensor (scale, s), the norm being scale * s, and the penalty. Chunks are summed in their order.
+std::tuple<Tensor, Tensor> lp_norms(const Tensor& table, const Tensor& chunks, int64_t chunk, double p,
+                                    bool squared, bool wide) {
+  const Chunks all(table, chunks, chunk);
+  const auto passes = FASTREG_PICK(penalty_passes)();
+  const max_norm::Order order = max_norm::order_of(p);
+  const int64_t tensors = table.size(0);
+  Tensor norms = new_tensor({tensors, 2}, ScalarType::Double);
+  auto* out = static_cast<double*>(norms.mutable_data_ptr());
+  std::vector<double> parts(all.count), sums(tensors), scales(tensors, 1.0);
+
+  const auto collect = [&](double with_p, const auto& scale, const auto& wanted, std::vector<double>& into,
+                           bool largest) {
+    all.each([&](int64_t i, const int64_t* row, int64_t first, int64_t n) {
+      const int64_t t = all.places[2 * i];
+      if (wanted(t))
+        parts[i] = passes.reduce(row[kCode], element(row[kWeight], first, row[kCode]), n, with_p, scale(t));
+    });
+    for (int64_t t = 0; t < tensors; ++t)
+      if (wanted(t)) into[t] = 0;
+    for (int64_t i = 0; i < all.count; ++i) {
+      const int64_t t = all.places[2 * i];
+      if (!wanted(t)) continue;
+      if (largest)
+        into[t] = parts[i] > into[t] || parts[i] != parts[i] ? parts[i] : into[t];
+      else
+        into[t] += parts[i];
+    }
+  };
+  std::fill(sums.begin(), sums.end(), 0.0);
+  const bool max_order = order == max_norm::Order::largest;
+  collect(p, [](int64_t) { return 1.0; }, [](int64_t) { return true; }, sums, max_order);
+  std::vector<char> unsafe(tensors);
+  bool any = false;
+  for (int64_t t = 0; t < tensors; ++t) any |= unsafe[t] = !max_norm::is_safe(sums[t], order);
+  if (any) {
+    std::vector<double> tops(tensors);
+    collect(HUGE_VAL, [](int64_t) { return 1.0; }, [&](int64_t t) { return unsafe[t]; }, tops, true);
+    for (int64_t t = 0; t < tensors; ++t) {
+      if (!unsafe[t]) continue;
+      unsafe[t] = tops[t] > 0 && tops[t] < HUGE_VAL && !max_order;
+      if (unsafe[t]) scales[t] = order == max_norm::Order::any ? tops[t] : max_norm::power_of_two(tops[t]);
+    }
+    collect(p, [&](int64_t t) { return 1 / scales[t]; }, [&](int64_t t) { return unsafe[t]; }, sums, false);
+  }
+  double total = 0;
+  for (int64_t t = 0; t < tensors; ++t) {
+    out[2 * t] = scales[t];
+    out[2 * t + 1] = max_norm::root(sums[t], p);
+    total += term(out[2 * t], out[2 * t + 1], p, squared);
+  }
+  Tensor penalty = new_tensor({}, wide ? ScalarType::Double : ScalarType::Float);
+  if (wide)
+    *static_cast<double*>(penalty.mutable_data_ptr()) = total;
+  else
+    *static_cast<float*>(penalty.mutable_data_ptr()) = static_cast<float>(total);
+  return {penalty, norms};
+}
+
+// Writes the gradients to the addresses in `outs`, or adds them to what is there.
+void lp_penalty_backward(const Tensor& table, const Tensor& chunks, int64_t chunk, const Tensor& outs,
+                         const Tensor& norms, const Tensor& grad, double p, bool squared, bool add) {
+  const Chunks all(table, chunks, chunk);
+  const auto passes = FASTREG_PICK(penalty_passes)();
+  const auto* addresses = static_cast<const int64_t*>(outs.const_data_ptr());
+  const auto* norm = static_cast<const double*>(norms.const_data_ptr());
+  const double g = *static_cast<const double*>(grad.const_data_ptr());
+  all.each([&](int64_t i, const int64_t* row, int64_t first, int64_t n) {
+    const int64_t t = all.places[2 * i], code = row[kCode];
+    if (addresses[t] == 0) return;
+    const Slope slope = slope_of(norm[2 * t], norm[2 * t + 1], g, p, squared);
+    passes.gradient(code, element(row[kWeight], first, code), element(addresses[t], first, code), n, p, slope,
+                    add);
+  });
+}
+
+// w += epsilon * g / |g| in the blocks where g is not zero, which are backed up first unless they already
+// are.
+void fgm_attack(const Tensor& table, const Tensor& chunks, int64_t chunk, const Tensor& norms,
+                double epsilon) {
+  const Chunks all(table, chunks, chunk);
+  const auto passes = FASTREG_PICK(penalty_passes)();
+  const auto* norm = static_cast<const double*>(norms.const_data_ptr());
+  all.each([&](int64_t i, const int64_t* row, int64_t first, int64_t n) {
+    const int64_t t = all.places[2 * i], code = row[kCode];
+    const double scale = norm[2 * t], s = norm[2 * t + 1];
+    if (!(s > 0 && s < HUGE_VAL)) return;
+    passes.attack(code, element(row[kWeight], first, code), element(row[kGrad], first, code),
+                  element(row[kBackup], first, code),
+                  reinterpret_cast<uint8_t*>(row[kMarks]) + first / kBlock, n, 1 / scale, epsilon / s);
+  });
+}
+
+void fgm_restore(const Tensor& table, const Tensor& chunks, int64_t chunk) {
+  const Chunks all(table, chunks, chunk);
+  const auto passes = FASTREG_PICK(penalty_passes)();
+  all.each([&](int64_t, const int64_t* row, int64_t first, int64_t n) {
+    const int64_t code = row[kCode];
+    passes.restore(code, element(row[kWeight], first, code), element(row[kBackup], first, code),
+                   reinterpret_cast<uint8_t*>(row[kMarks]) + first / kBlock, n);
+  });
+}
+}  // namespace fastreg
+
+STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+  m.impl("lp_norms.cpu", TORCH_BOX(&fastreg::lp_norms));
+  m.impl("lp_penalty_backward.cpu", TORCH_BOX(&fastreg::lp_penalty_backward));
+  m.impl("fgm_attack.cpu", TORCH_BOX(&fastreg::fgm_attack));
+  m.impl("fgm_restore.cpu", TORCH_BOX(&fastreg::fgm_restore));
+}
+
+#else
+#include "cpu/simd.h"
+// and over it
+#include "cpu/rows.h"
+
+namespace fastreg::FASTREG_ISA {
+using penalties::Slope;
+
+enum class Form { linear, sign, power };
+
+template <Form form>
+FASTREG_INLINE Doubles slope_at(Doubles w, Slope slope, double p) {
+  if constexpr (form == Form::linear) {
+    return w * slope.inverse * slope.factor;
+  } else if constexpr (form == Form::sign) {
+    return w > 0 ? splat(slope.factor) : w < 0 ? splat(-slope.factor) : w * 0.0;
+  } else {
+    Doubles out;
+    for (int64_t i = 0; i < lanes<double>; ++i) {
+      const double size = __builtin_pow(__builtin_fabs(w[i]) * slope.inverse, p - 1) * slope.factor;
+      out[i] = w[i] < 0 ? -size : w[i] == 0 ? 0.0 : size;
+    }
+    return out;
+  }
+}
+
+template <class T, Form form, bool add>
+void gradient_run(const T* x, T* out, int64_t n, double p, Slope slope) {
+  for_pairs(x, n, [&](Pair w, int, int64_t at, int64_t count) __attribute__((always_inline)) {
+    w.low = slope_at<form>(w.low, slope, p);
+    w.high = slope_at<form>(w.high, slope, p);
+    T block[kPair];
+    T* to = count == kPair ? out + at : block;
+    if constexpr (add) {
+      const Pair old = count == kPair ? pair_of(out + at) : first_of(out + at, count);
+      w.low += old.low;
+      w.high += old.high;
+    }
+    put(to, w);
+    if (to == block)
+      for (int64_t i = 0; i < count; ++i) out[at + i] = block[i];
+  });
+}
+
+template <class T, bool add>
+void gradient_typed(const T* x, T* out, int64_t n, double p, Slope slope) {
+  if (slope.factor == 0 || p == 1)
+    gradient_run<T, Form::sign, add>(x, out, n, p, slope);
+  else if (p == 2)
+    gradient_run<T, Form::linear, add>(x, out, n, p, slope);
+  else
+    gradient_run<T, Form::power, add>(x, out, n, p, slope);
+}
+
+template <class T>
+void gradient_either(const T* x, T* out, int64_t n, double p, Slope slope, bool add) {
+  if (add)
+    gradient_typed<T, true>(x, out, n, p, slope);
+  else
+    gradient_typed<T, false>(x, out, n, p, slope);
+}
+
+template <class T>
+bool is_zero(const T* g, int64_t n) {
+  using Bits =
+      std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t> >;
+  Bits any = 0;
+  for (int64_t i = 0; i < n; ++i) any |= static_cast<Bits>(bits<Bits>(g[i]) << 1);  // -0 is zero too
+  return any == 0;
+}
+
+template <class T>
+void attack_typed(T* x, const T* g, T* backup, uint8_t* marks, int64_t n, double inverse, double step) {
+  constexpr int64_t size = penalties::kBlock;
+  for (int64_t at = 0; at < n; at += size) {
+    const int64_t count = n - at < size ? n - at : size;
+    if (is_zero(g + at, count)) continue;
+    if (!marks[at / size]) {
+      marks[at / size] = 1;
+      __builtin_memcpy(backup + at, x + at, count * sizeof(T));
+    }
+    for_pairs(g + at, count, [&](Pair d, int, int64_t i, int64_t m) __attribute__((always_inline)) {
+      T block[kPair];
+      T* to = m == kPair ? x + at + i : block;
+      Pair w = m == kPair ? pair_of(x + at + i) : first_of(x + at + i, m);
+      // Adding a zero would turn -0 into 0.
+      w.low = d.low != 0 ? w.low + d.low * inverse * step : w.low;
+      w.high = d.high != 0 ? w.high + d.high * inverse * step : w.high;
+      put(to, w);
+      if (to == block)
+        for (int64_t j = 0; j < m; ++j) x[at + i + j] = block[j];
+    });
+  }
+}
+
+template <class T>
+void restore_typed(T* x, const T* backup, uint8_t* marks, int64_t n) {
+  constexpr int64_t size = penalties::kBlock;
+  for (int64_t at = 0; at < n; at += size) {
+    if (!marks[at / size]) continue;
+    __builtin_memcpy(x + at, backup + at, (n - at < size ? n - at : size) * sizeof(T));
+    marks[at / size] = 0;
+  }
+}
+
+static void gradient(int64_t code, const void* x, void* out, int64_t n, double p, Slope slope, bool add) {
+  FASTREG_BY_CODE(code, gradient_either(static_cast<const T*>(x), static_cast<T*>(out), n, p, slope, add))
+}
+static void attack(int64_t code, void* x, const void* g, void* backup, uint8_t* marks, int64_t n,
+                   double inverse, double step) {
+  FASTREG_BY_CODE(code, attack_typed(static_cast<T*>(x), static_cast<const T*>(g), static_cast<T*>(backup),
+                                     marks, n, inverse, step))
+}
+static void restore(int64_t code, void* x, const void* backup, uint8_t* marks, int64_t n){
+    FASTREG_BY_CODE(code, restore_typed(static_cast<T*>(x), static_cast<const T*>(backup), marks, n))}
+
+penalties::Passes penalty_passes() {
+  return {reduce, gradient, attack, restore};
+}
+}  // namespace fastreg::FASTREG_ISA
+#endif
