@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import pickle
 import struct
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -178,7 +179,8 @@ def test_one_run_from_end_to_end(fashion, tmp_path, capsys):
     capped = [float(row["weight_norm"]) for row in classes if row["method"] == "max-norm"]
     assert max(capped) <= methods.BY_NAME["max-norm"].cap.max_norm + 1e-5
     for picture in ("weight_norms", "class_accuracy", "training_curves"):
-        assert (out / f"{picture}.png").stat().st_size > 10_000
+        if find_spec("matplotlib"):
+            assert (out / f"{picture}.png").stat().st_size > 10_000
     said = capsys.readouterr().out
     assert "rows projected" in said and "t-adema" in said
 
