@@ -47,3 +47,13 @@ def seed() -> int:
 def device(request) -> str:
     """Each device of this machine."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def sanitizers() -> None:
+    """Skips where CUDA kernels cannot run on the host under ASan and TSan."""
+    from tests.machine import cudahost_missing
+    from tests.proving.cudahost import sanitizers_missing
+
+    if (reason := cudahost_missing() or sanitizers_missing()) is not None:
+        pytest.skip(reason)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.proving import cubin, cudahost
+from tests.proving import cubin
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICES = ["cpu", "cuda"] if HAS_CUDA else ["cpu"]
@@ -30,7 +30,7 @@ def _interpreter_missing() -> str | None:
     return None
 
 
-def _cudahost_missing() -> str | None:
+def cudahost_missing() -> str | None:
     if shutil.which("g++") is None:
         return "g++ is not on the PATH"
     if find_spec("pybind11") is None:
@@ -42,10 +42,6 @@ def _cudahost_missing() -> str | None:
     return None
 
 
-def _sanitizers_missing() -> str | None:
-    return _cudahost_missing() or cudahost.sanitizers_missing()
-
-
 def _skip(reason: str | None) -> pytest.MarkDecorator:
     return pytest.mark.skipif(reason is not None, reason=reason or "")
 
@@ -54,8 +50,8 @@ needs_cuda = pytest.mark.gpu
 needs_interpreter = _skip(_interpreter_missing())
 needs_ptxas = _skip(cubin.triton_missing())
 needs_nvcc = _skip(cubin.nvcc_missing())
-needs_cudahost = _skip(_cudahost_missing())
-needs_sanitizers = _skip(_sanitizers_missing())
+needs_cudahost = _skip(cudahost_missing())
+needs_sanitizers = pytest.mark.usefixtures("sanitizers")
 
 
 def backends(op: str) -> list:

@@ -317,12 +317,8 @@ def test_traffic_counts_what_cuda_kernels_load_and_store(dtype):
     with traffic() as log:
         cuda_cases.kernels().rowsum(0, x, out, 7, 1000, dtype == torch.bfloat16, 256)
     (launch,) = log
-    assert (launch.kernel, launch.loaded, launch.stored, launch.atomic) == (
-        f"in_{str(dtype)[6:].replace('float', 'fp').replace('bfp', 'bf')}",
-        x.nbytes,
-        out.nbytes,
-        0,
-    )
+    assert launch.kernel == f"rowsum_kernel<0, {'float' if dtype == torch.float32 else '__nv_bfloat16'}>"
+    assert (launch.loaded, launch.stored, launch.atomic) == (x.nbytes, out.nbytes, 0)
     assert (launch.reads(x) == 1).all() and (launch.writes(out) == 1).all() and not launch.writes(x).any()
     torch.testing.assert_close(out, x.float().sum(1), rtol=1e-5, atol=1e-4)
 
@@ -349,7 +345,7 @@ def test_traffic_finds_races_between_blocks_of_cuda_kernels():
     with traffic():
         sum_last_block(rows, partial, ticket, total, 8, True)
         torch.testing.assert_close(total[0], rows.sum())
-        with pytest.raises(RuntimeError, match=r"race: .* block number 7 loads element 0 of argument 1, which block"):
+        with pytest.raises(RuntimeError, match=r"race: block number 7 loads element 0 of argument 1, which block"):
             sum_last_block(rows, partial, ticket, total, 8, False)
     sum_last_block(rows, partial, ticket, total, 8, False)  # unmetered, the order of the blocks hides it
 
@@ -395,3 +391,30 @@ def test_move_keeps_the_layout(make, device):
     assert (moved.shape, moved.stride(), moved.storage_offset()) == (x.shape, x.stride(), x.storage_offset())
     if device != "meta":
         assert torch.equal(moved.cpu(), x)
+
+
+# ---- the table -------------------------------------------------------------------------------------------
+
+
+@needs_ptxas
+@needs_cudahost
+def test_table_shows_what_was_compiled_and_what_it_moves(capsys):
+    from tests.proving.__main__ import main
+
+    assert main(["--arch", "90", "--only", "cross_entropy backward 8192×1000 bfloat16"]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    of = {line[0]: [text.strip() for text in line if text.strip()] for line in lines}
+    backward = of["_backward"]
+    assert backward[1:4:2] == ["cross_entropy backward 8192×1000 bfloat16", backward[3]] and backward[2] == "90"
+    assert backward[4] == "0" and "128" in backward[6] and "128" in backward[7]
+    loaded, stored = map(float, backward[8].split(" + "))
+    assert 2 <= loaded < 2.1 and stored == 2
+
+
+@pytest.mark.slow
+@needs_ptxas
+@needs_nvcc
+def test_no_kernel_spills():
+    from tests.proving.__main__ import main
+
+    assert main([]) == 0

@@ -1,7 +1,8 @@
 """Prints what the compilers made of every kernel: `python -m tests.proving [--arch 90] [--only cross_entropy]`.
 
 One line per kernel and architecture: registers, spill instructions, shared memory in bytes, instructions that load
-and store global memory by width in bits, and for Triton kernels the bytes that one element costs.
+and store global memory by width in bits, and the bytes that one element costs (loaded + stored) in the call named.
+Which calls stand for which kernels is listed in catalog.py. The exit status is 1 if anything spills.
 """
 
 import argparse
@@ -11,7 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import cubin
+from .catalog import CASES, Case
 from .cubin import ARCHITECTURES, ROOT, Facts
+from .traffic import traffic
 
 HEADER = ("kernel", "call", "sm", "registers", "spills", "shared", "loads", "stores", "bytes/element")
 
@@ -26,12 +29,10 @@ def row(facts: Facts, call: str, bytes_per_element: str) -> tuple[str, ...]:
     return (facts.kernel, call, *map(str, numbers), widths(facts.loads), widths(facts.stores), bytes_per_element)
 
 
-def bytes_per_element(case) -> dict[str, str]:
-    """Per kernel: what one element of the case's tensor costs, as "loaded + stored", from the interpreter."""
-    from .traffic import traffic
-
+def bytes_per_element(case: Case, backend: str) -> dict[str, str]:
+    """Per kernel: what one element of the case's tensor costs, as "loaded + stored"."""
     with traffic() as log:
-        elements = case.call(*case.small).numel()
+        elements = case.call(backend, *case.small).numel()
     out = {}
     for kernel in dict.fromkeys(log.kernels):
         launches = [launch for launch in log if launch.kernel == kernel]
@@ -41,21 +42,25 @@ def bytes_per_element(case) -> dict[str, str]:
     return out
 
 
-def triton_rows(cases: Iterable, architectures: Iterable[int]) -> list[tuple[str, ...]]:
+def triton_rows(cases: Iterable[Case], architectures: Iterable[int]) -> list[tuple[str, ...]]:
     references = {f"tests.proving.catalog:run:{case.name}": case for case in cases}
     found = cubin.launch_facts(*references, architectures=architectures) if references else {}
     rows = []
     for reference, case in references.items():
-        cost = bytes_per_element(case)
+        cost = bytes_per_element(case, "triton")
         rows += [row(facts, case.name, cost.get(facts.kernel, "–")) for facts in found[reference]]
     return rows
 
 
-def cuda_rows(sources: Iterable[Path], architectures: Iterable[int]) -> list[tuple[str, ...]]:
+def cuda_rows(cases: Iterable[Case], sources: Iterable[Path], architectures: Iterable[int]) -> list[tuple[str, ...]]:
+    cost: dict[str, tuple[str, str]] = {}  # kernel -> the first call that launches it, and what it costs there
+    for case in cases:
+        for kernel, price in bytes_per_element(case, "cuda").items():
+            cost.setdefault(kernel, (case.name, price))
     rows = []
     for source in sources:
         facts = sorted(cubin.nvcc_facts(source, architectures), key=lambda f: (f.kernel, f.arch))
-        rows += [row(f, source.name, "") for f in facts]
+        rows += [row(f, *cost.get(f.kernel, (source.name, "–"))) for f in facts]
     return rows
 
 
@@ -73,18 +78,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only calls (see catalog.py) and .cu files with this in their name")
     options = parser.parse_args(arguments)
 
-    os.environ["TRITON_INTERPRET"] = "1"
+    cases = [case for case in CASES if options.only in case.name]
     rows = []
     if (reason := cubin.triton_missing()) is None:
-        from . import catalog, interpreter
+        os.environ["TRITON_INTERPRET"] = "1"
+        from . import interpreter
 
         interpreter.mend()
-        rows += triton_rows([case for case in catalog.CASES if options.only in case.name], options.arch)
+        rows += triton_rows([case for case in cases if "triton" in case.backends], options.arch)
     else:
         print(f"Triton kernels left out: {reason}")
     if (reason := cubin.nvcc_missing()) is None:
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        rows += cuda_rows([source for source in sources if options.only in source.name], options.arch)
+        on_host = [case for case in cases if "cuda" in case.backends]
+        sources = [source for source in sources if options.only in source.name or on_host]
+        rows += cuda_rows(on_host, sources, options.arch)
     else:
         print(f"CUDA kernels left out: {reason}")
     show(rows)

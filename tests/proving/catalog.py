@@ -1,33 +1,89 @@
-"""The Triton kernels of the project and the calls that stand for them: what the table and the spill test look at.
+"""The project's GPU kernels and the calls that stand for them: what the table (`python -m tests.proving`) shows.
 
-To add a kernel: write a function that allocates its tensors and calls the project's own launcher, and list it in
-`CASES` with the arguments of a representative call, and those of a call small enough for the interpreter that goes
-through the same kernels. The function returns the tensor whose elements are the unit of "bytes per element".
+To add an op: write a function that allocates its tensors and calls the launcher, of Triton or of CUDA on the host,
+and list it in `CASES` with the arguments of a representative call, and those of a small one that goes through the same
+kernels. It returns the tensor whose elements are the unit of "bytes per element".
 
-The function must not compute on its tensors (they can be large; `torch.empty` costs nothing), except for integer
-inputs that a kernel uses as indices. CUDA kernels need no entry: every kernel in csrc/cuda/*.cu is in the table.
+The function must not compute on its tensors: the representative ones are large, and `torch.empty` costs nothing.
+Integers that a kernel uses as indices are the exception. Triton kernels are compiled as the representative call
+launches them, and metered in the small one; CUDA kernels are all compiled, whatever is listed here, and metered if a
+small call launches them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Case:
-    """One representative call; `call(*full)` is compiled, `call(*small)` is run under the interpreter."""
+    """`call(backend, *full)` is the representative call, `call(backend, *small)` the small one."""
 
     name: str
     call: Callable[..., Tensor]
     full: tuple
     small: tuple
+    backends: tuple[str, ...] = ("triton", "cuda")
 
 
 CASES: list[Case] = []
 
 
 def run(name: str) -> None:
-    """Makes the representative call; cubin.launch_facts calls this by name."""
+    """Makes the representative call of Triton's launcher; cubin.launch_facts calls this by name."""
     (case,) = (case for case in CASES if case.name == name)
-    case.call(*case.full)
+    case.call("triton", *case.full)
+
+
+# ---- losses ----------------------------------------------------------------------------------------------
+
+
+def _losses(backend: str) -> ModuleType:
+    return import_module({"triton": "tritonkernels.losses", "cuda": "tests.losses_cudahost"}[backend])
+
+
+def _cross_entropy_forward(backend: str, rows: int, classes: int, dtype: torch.dtype, smoothing: float = 0.0) -> Tensor:
+    x, target = torch.empty(rows, classes, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    numbers = (-100, 1, smoothing, 0.0, 1.0, 1.0, 0.0)
+    _losses(backend).cross_entropy_forward(x, target, *[None] * 6, *numbers, False, False)
+    return x
+
+
+def _cross_entropy_backward(
+    backend: str, rows: int, classes: int, dtype: torch.dtype, smoothing: float = 0.0
+) -> Tensor:
+    x, target = torch.empty(rows, classes, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    grad_loss, lse, one = (
+        torch.empty((), dtype=dtype),
+        torch.empty(2, rows, dtype=accumulate),
+        torch.ones((), dtype=accumulate),
+    )
+    numbers = (-100, 1, smoothing, 0.0, 1.0, 1.0, 0.0)
+    _losses(backend).cross_entropy_backward(grad_loss, x, target, *[None] * 6, lse, one, *numbers)
+    return x
+
+
+CASES += [
+    Case(
+        f"cross_entropy {name} {rows}×{classes} {str(dtype).removeprefix('torch.')}{' smoothed' if smoothing else ''}",
+        call,
+        full=(rows, classes, dtype, smoothing),
+        small=(few, classes, dtype, smoothing),
+    )
+    for name, call in (("forward", _cross_entropy_forward), ("backward", _cross_entropy_backward))
+    for rows, classes, dtype, smoothing, few in (
+        (65536, 10, torch.float32, 0.0, 4096),
+        (8192, 1000, torch.bfloat16, 0.0, 64),
+        (8192, 1000, torch.bfloat16, 0.1, 64),
+        (8192, 1001, torch.bfloat16, 0.0, 64),
+        (8192, 1000, torch.float64, 0.0, 64),
+        (1024, 8142, torch.float32, 0.0, 16),
+        (4096, 32000, torch.bfloat16, 0.0, 16),
+        (4096, 50257, torch.bfloat16, 0.0, 16),
+    )
+]

@@ -72,7 +72,7 @@ def _tool(name: str) -> str:
     return found
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed: {done.stderr.strip() or done.stdout.strip()}")
@@ -89,9 +89,9 @@ def _memory(sass: str) -> dict[str, Counter]:
 
 def cubin_facts(path: Path | str, arch: int) -> list[Facts]:
     """The facts of every kernel in a cubin file."""
-    usage = _output(_tool("cuobjdump"), "-res-usage", str(path))
+    usage = output(_tool("cuobjdump"), "-res-usage", str(path))
     sections = {}
-    for part in _output(_tool("nvdisasm"), "-c", str(path)).split(".section\t.text.")[1:]:
+    for part in output(_tool("nvdisasm"), "-c", str(path)).split(".section\t.text.")[1:]:
         sections[re.match(r"[\w$.]+", part)[0]] = part
     out = []
     for name, text in re.findall(r"Function ([^\s:]+):\s*\n\s*(REG:.*)", usage):
@@ -274,7 +274,7 @@ def nvcc_facts(
     def compile_for(arch: int) -> list[Facts]:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / f"{arch}.cubin"
-            _output(str(nvcc), "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++20", "--expt-relaxed-constexpr",
+            output(str(nvcc), "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++20", "--expt-relaxed-constexpr",
                     f"-I{ROOT / 'csrc'}", *flags, "-o", str(cubin), str(source))  # fmt: skip
             return cubin_facts(cubin, arch)
 
@@ -282,13 +282,13 @@ def nvcc_facts(
         per_arch = list(pool.map(compile_for, architectures))
     everything = [facts for found in per_arch for facts in found]
     if shutil.which("c++filt"):
-        names = _output("c++filt", *(facts.kernel for facts in everything)).splitlines() if everything else []
+        names = output("c++filt", *(facts.kernel for facts in everything)).splitlines() if everything else []
         for facts, name in zip(everything, names):
-            facts.kernel = _short(name)
+            facts.kernel = short(name)
     return everything
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A demangled kernel's name without return type, namespaces and parameters."""
     name = re.sub(r"^void ", "", name).replace("(anonymous namespace)::", "")
     depth, end = 0, len(name)

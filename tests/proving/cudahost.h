@@ -66,7 +66,7 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 
 #if defined(CUDAHOST_METER)
 extern "C" {
-void cudahost_meter_launch(const char* kernel);
+void cudahost_meter_launch(const void* kernel);
 void cudahost_meter_block(int number);
 const char* cudahost_meter_race();
 }
@@ -303,8 +303,14 @@ inline void run_one_block(uint3 index, size_t shared_bytes) {
                 if (error.empty()) for (auto& thread : threads) __tsan_destroy_fiber(thread->tsan_fiber);)
 }
 
-inline void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
-  (void)name;
+template <class F>
+const void* address_of(F* function) {
+  return reinterpret_cast<const void*>(function);
+}
+
+inline void launch(const void* function, dim3 grid, dim3 block, size_t shared_bytes,
+                   std::function<void()> body) {
+  (void)function;
   grid_size = grid, block_size = block, kernel = std::move(body);
   error.clear();
   size_t count = size_t(block.x) * block.y * block.z;
@@ -312,7 +318,7 @@ inline void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) throw Error("a grid has at least one block");
   if (grid.y > 65535 || grid.z > 65535) throw Error("gridDim.y and gridDim.z are at most 65535");
   if (shared_bytes > (227 << 10)) throw Error("a block has at most 227 KB of shared memory");
-  CUDAHOST_METERED(cudahost_meter_launch(name);)
+  CUDAHOST_METERED(cudahost_meter_launch(function);)
   threads.resize(count);
   std::vector<int> order(size_t(grid.x) * grid.y * grid.z);
   for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
@@ -397,7 +403,7 @@ V atomically(V* target, F&& change) {
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  cudahost::launch(#kernel, grid, block, shared_bytes, [=] { (kernel)(__VA_ARGS__); })
+  cudahost::launch(cudahost::address_of(kernel), grid, block, shared_bytes, [=] { (kernel)(__VA_ARGS__); })
 #define DYN_SMEM(T, name) T* name = reinterpret_cast<T*>(cudahost::shared_memory.get())
 
 #define threadIdx (cudahost::current->index)

@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from .cubin import ROOT, cuda_home
+from .cubin import ROOT, cuda_home, output, short
 
 HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "cudahost"
@@ -56,14 +56,9 @@ class Kernels:
     """The launchers of one .cu file; each takes tensors or numpy arrays for pointers."""
 
     def __init__(self, build: Callable[[str], Path]) -> None:
-        self._build = build
-        self._opened: dict[str, dict[str, Callable]] = {}
+        self._build = functools.cache(build)
+        self._open = functools.cache(lambda variant: _bridge().open(str(self._build(variant))))
         self._open(os.environ.get(SANITIZE, ""))  # errors of the compiler come now
-
-    def _open(self, variant: str) -> dict[str, Callable]:
-        if variant not in self._opened:
-            self._opened[variant] = _bridge().open(str(self._build(variant)))
-        return self._opened[variant]
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         variant = "meter" if _on_launch else os.environ.get(SANITIZE, "")
@@ -73,11 +68,18 @@ class Kernels:
 
         def launch(*args: object) -> None:
             counted = launchers[name](*map(_as_array, args))
-            for launched in counted or ():
+            for offset, *counts in counted or ():
                 for on_launch in _on_launch:
-                    on_launch(*launched)
+                    on_launch(_kernel_names(self._build(variant))[offset], *counts)
 
         return launch
+
+
+@functools.cache
+def _kernel_names(library: Path) -> dict[int, str]:
+    """Offset in the library -> the function's name, as cubin.nvcc_facts has it."""
+    symbols = output("nm", "-C", "--defined-only", str(library)).splitlines()
+    return {int(address, 16): short(name) for address, _, name in (line.split(" ", 2) for line in symbols)}
 
 
 def _as_array(value: object) -> object:

@@ -33,7 +33,8 @@ py::array copied(const std::vector<T>& values) {
   return py::array_t<T>(py::ssize_t(values.size()), values.data());
 }
 
-// What the meter counted: per launch (kernel, loaded, stored, atomic, load widths, store widths,
+// What the meter counted: per launch (the kernel's offset in its library, loaded, stored, atomic, load
+// widths, store widths,
 // [(address, bytes per element, loads, stores) per array]).
 py::list metered(const Meter& meter) {
   std::vector<Buffer> buffers;
@@ -45,7 +46,10 @@ py::list metered(const Meter& meter) {
     for (size_t i = 0; i < buffers.size(); ++i)
       counts.append(py::make_tuple(buffers[i].start, buffers[i].unit, copied(launch.loads[i]),
                                    copied(launch.stores[i])));
-    out.append(py::make_tuple(launch.kernel, launch.loaded, launch.stored, launch.atomic, launch.load_widths,
+    Dl_info info{};
+    dladdr(launch.kernel, &info);
+    auto offset = static_cast<const char*>(launch.kernel) - static_cast<const char*>(info.dli_fbase);
+    out.append(py::make_tuple(offset, launch.loaded, launch.stored, launch.atomic, launch.load_widths,
                               launch.store_widths, counts));
   }
   return out;

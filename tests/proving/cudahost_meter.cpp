@@ -42,9 +42,8 @@ bool conflicts(int owner) {
 void complain(const Buffer& buffer, size_t unit, int other, const char* did, const char* other_did) {
   if (!race.empty()) return;
   std::string who = other == several ? "several blocks" : "block number " + std::to_string(other);
-  race = "race: " + launches.back().kernel + ", block number " + std::to_string(block) + " " + did +
-         " element " + std::to_string(unit) + " of argument " + std::to_string(buffer.argument) + ", which " +
-         who + " " + other_did;
+  race = "race: block number " + std::to_string(block) + " " + did + " element " + std::to_string(unit) +
+         " of argument " + std::to_string(buffer.argument) + ", which " + who + " " + other_did;
 }
 
 enum Kind { load, store, update };
@@ -106,7 +105,7 @@ void end(std::vector<Buffer>& out_buffers, std::vector<Metered>& out) {
 extern "C" {
 __attribute__((visibility("default"))) cudahost::Meter cudahost_meter = {begin, end};
 
-void cudahost_meter_launch(const char* kernel) {
+void cudahost_meter_launch(const void* kernel) {
   Metered launch;
   launch.kernel = kernel;
   states.clear();

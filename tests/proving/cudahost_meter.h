@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <string>
 #include <vector>
 
 namespace cudahost {
@@ -15,7 +14,7 @@ struct Buffer {  // an array that was passed to a launcher
 };
 
 struct Metered {  // one kernel launch
-  std::string kernel;
+  const void* kernel;
   long long loaded = 0, stored = 0, atomic = 0;        // bytes
   std::map<int, long long> load_widths, store_widths;  // bits -> accesses
   std::vector<std::vector<int>> loads, stores;         // per buffer and element
