@@ -1,5 +1,6 @@
-// The Python module of an extension. Importing it runs the static registrations of the operators; there is
-// nothing else inside. The name is the extension's own.
+// The Python module of an extension. Importing it runs the static registrations of the operators; the
+// functions inside, if the extension has any, are those of the plan (csrc/cpu/plan.cpp). The name is the
+// extension's own.
 #include <Python.h>
 
 #ifndef FASTREG_MODULE
@@ -10,7 +11,9 @@
 #define STRING_(a) #a
 #define STRING(a) STRING_(a)
 
+extern PyMethodDef fastreg_methods[] __attribute__((weak));
+
 extern "C" __attribute__((visibility("default"))) PyObject* CONCAT(PyInit_, FASTREG_MODULE)(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, STRING(FASTREG_MODULE), nullptr, -1, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, STRING(FASTREG_MODULE), nullptr, -1, fastreg_methods};
   return PyModule_Create(&module);
 }

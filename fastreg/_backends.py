@@ -72,6 +72,11 @@ def unusual(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def forced() -> str | None:
+    """The backend that `use_backend` or FASTREG_BACKEND forces."""
+    return _forced
+
+
 def choose(op: str, device: str, refuse: Callable[..., str | None], *args: object) -> str:
     """The backend that serves this call of `op` on tensors of device type `device`.
 

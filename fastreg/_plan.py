@@ -10,6 +10,7 @@ them with the present, before every use. `.data =`, `.to()`, `load_state_dict(as
 there. `plan_for` keeps the plans of recent calls by that description.
 """
 
+import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -21,18 +22,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._native import missing
+
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
-def describe(tensors: Sequence[Tensor]) -> np.ndarray:
+# The table of C functions by which the native reader sees a tensor; older builds and other makers go without.
+_exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+_native = None if _exchange is None or missing["cpu"] else importlib.import_module("fastreg._C_cpu")
+
+
+def describe(tensors: list[Tensor]) -> np.ndarray:
     """(len(tensors), 2) int64: address, and a hash of dtype, device, shape and strides."""
-    rows = [(t.data_ptr(), hash((t.dtype, t.device, t.shape, t.stride()))) for t in tensors]
-    return np.array(rows, np.int64).reshape(-1, 2)
+    if _native is None:
+        rows = [(t.data_ptr(), hash((t.dtype, t.device, t.shape, t.stride()))) for t in tensors]
+        return np.array(rows, np.int64).reshape(-1, 2)
+    described = np.empty((len(tensors), 2), np.int64)
+    _native.describe(_exchange, tensors, described.ctypes.data)
+    return described
 
 
-def unchanged(tensors: Sequence[Tensor], rows: np.ndarray) -> bool:
+def unchanged(tensors: list[Tensor], rows: np.ndarray) -> bool:
     """Whether `describe(tensors)` still gives `rows`."""
-    return np.array_equal(describe(tensors), rows)
+    if len(tensors) != len(rows):
+        return False
+    if _native is None:
+        return np.array_equal(describe(tensors), rows)
+    return _native.unchanged(_exchange, tensors, rows.ctypes.data)
 
 
 class Watch:
@@ -44,6 +60,8 @@ class Watch:
         self._values = list(chain.from_iterable(d.values() for d in self._dicts))
 
     def unchanged(self) -> bool:
+        if _native is not None:
+            return _native.same_values(self._dicts, self._values)
         now = list(chain.from_iterable(map(dict.values, self._dicts)))
         return len(now) == len(self._values) and all(map(is_, now, self._values))
 
@@ -62,14 +80,13 @@ class Plan:
         row = np.repeat(np.arange(len(sizes), dtype=np.int64), counts)
         first = np.arange(len(row), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
         return cls(
-            _to_device(np.ascontiguousarray(columns, np.int64), device),
-            _to_device(np.stack([row, first * chunk], 1), device),
+            to_device(torch.from_numpy(np.ascontiguousarray(columns, np.int64)), device),
+            to_device(torch.from_numpy(np.stack([row, first * chunk], 1)), device),
             chunk,
         )
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    host = torch.from_numpy(array)
+def to_device(host: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return host
     # From pinned memory the copy is queued and the host goes on; torch keeps the block until it is done.
@@ -90,6 +107,11 @@ def chunk_size(total: int, device: torch.device) -> int:
     return 1 << min(max(wanted, 2048).bit_length() - 1, 16)
 
 
+def same_layout(one: Tensor, other: Tensor) -> bool:
+    """Whether two dense tensors of one shape hold their elements in the same order."""
+    return all(n == 1 or a == b for n, a, b in zip(one.shape, one.stride(), other.stride()))
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one run of memory, each place once, in whatever order of dimensions."""
     if tensor.layout is not torch.strided:
@@ -104,14 +126,18 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-_plans: OrderedDict[tuple, Plan] = OrderedDict()
+_plans: OrderedDict[tuple, Plan | str] = OrderedDict()
 _KEPT = 64
 
 
-def plan_for(op: Hashable, tensors: Sequence[Tensor], build: Callable[[], Plan]) -> Plan:
-    """The plan of an earlier call on tensors in the same places, or else what `build` makes now. No tensor is kept
-    alive. `op` names what the table means, and whatever else `build` depends on."""
-    key = (op, describe(tensors).tobytes())
+def plan_for(op: Hashable, tensors: Sequence[Tensor], build: Callable[[], Plan | str]) -> Plan | str:
+    """The plan of an earlier call on tensors in the same places, or else what `build` makes now: a plan, or a
+    sentence why there can be none. No tensor is kept alive. `op` names what the table means, and whatever else `build`
+    depends on."""
+    try:
+        key = (op, describe(list(tensors)).tobytes())
+    except (RuntimeError, BufferError):  # a tensor without memory of its own, such as a DTensor
+        return build()
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = build()

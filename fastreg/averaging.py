@@ -8,6 +8,10 @@ in fp32 at least, rounded once. The weight w_n = 1 − decay comes from the rule
 `PowerEMA`; w_0 is 1. A weight of 1 copies the parameter bit for bit and a weight of 0 leaves the average as it is,
 by selection, whatever either of them holds. n is counted in a tensor beside the averages and never read back from
 a device.
+
+The kernels, one launch for all tensors and all averages: csrc/averaging.h (the formulas), csrc/cpu/averaging.cpp,
+csrc/cuda/averaging.cu, tritonkernels/averaging.py. What they cannot take, a pair of tensors with elements in
+different order for one, goes through plain PyTorch beside them.
 """
 
 import weakref
@@ -22,9 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _backends, _checks, _plan
+from . import _backends, _checks, _ops, _plan
 
-_backends.register("averaging")
+_backends.register("averaging", kernels=("cpu",))
+_update_op = _ops.kernels("average_update")
+_lerp_op = _ops.kernels("average_lerp")
+_swap_op = _ops.kernels("average_swap")
 
 
 # ---- rules -----------------------------------------------------------------------------------------------
@@ -34,6 +41,10 @@ class Rule:
     def weight(self, n: Tensor) -> Tensor:
         """w_n = 1 − decay for a 0-d fp64 tensor n."""
         raise NotImplementedError
+
+    def _row(self) -> tuple[float, ...] | None:
+        """The rule for the kernels: which of `weight_of` in csrc/averaging.h, and its constants."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,10 @@ class EMA(Rule):
             return torch.maximum(weight, (1 + n / self.warmup_gamma) ** -self.warmup_power)
         return weight
 
+    def _row(self) -> tuple[float, ...]:
+        kind = (None, "linear", "power").index(self.warmup)
+        return kind, 1 - self.decay, self.warmup_gamma, self.warmup_power
+
 
 @dataclass(frozen=True)
 class SWA(Rule):
@@ -72,6 +87,9 @@ class SWA(Rule):
 
     def weight(self, n: Tensor) -> Tensor:
         return 1 / (n + 1)
+
+    def _row(self) -> tuple[float, ...]:
+        return 3, 0, 0, 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,9 @@ class TanhEMA(Rule):
 
     def weight(self, n: Tensor) -> Tensor:
         return (1 - self.alpha) + 2 * self.alpha / (torch.exp(2 * n) + 1)  # 1 − tanh n, without cancellation
+
+    def _row(self) -> tuple[float, ...]:
+        return 4, 1 - self.alpha, self.alpha, 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +129,9 @@ class PowerEMA(Rule):
     def weight(self, n: Tensor) -> Tensor:
         return -torch.expm1(-(self.gamma + 1) * torch.log1p(1 / n))
 
+    def _row(self) -> tuple[float, ...]:
+        return 5, self.gamma + 1, 0, 0
+
 
 # ---- the functional form ---------------------------------------------------------------------------------
 def average_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float | Tensor) -> None:
@@ -130,19 +154,39 @@ def average_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float
     else:
         weight = float(weight)
         _checks.in_range("weight", weight, 0.0, 1.0)
+    if not averages:
+        return
     with torch.no_grad():
-        averages, params = [_local(t) for t in averages], [_local(t) for t in params]
-        for i, (average, param) in enumerate(zip(averages, params)):
-            _check_pair(f"averages[{i}]", average, f"params[{i}]", param)
-            _checks.same_device(f"averages[{i}]", average, f"params[{i}]", param)
-        _refuse_overlap(averages)
-        average_reference_(averages, params, weight)
+        device = averages[0].device
+        if isinstance(weight, Tensor) and weight.device != device and weight.device.type != "cpu":
+            raise ValueError(f"weight must be on the device of averages, {device}, got {weight.device}")
+        backend = _backends.choose("averaging", device.type, _refuse, ())
+        plan = _plan.plan_for("average", averages + params, lambda: _pair_plan(*_checked(averages, params)))
+        if backend == "reference" or isinstance(plan, str):
+            _must_not_fall_back(plan)
+            return average_reference_(*_checked(averages, params), weight)
+        if isinstance(weight, Tensor) and weight.device.type == "cpu":
+            weight = float(weight)
+        value, tensor = (0.0, weight.double()) if isinstance(weight, Tensor) else (weight, None)
+        _lerp_op[backend](plan.table, plan.chunks, plan.chunk, value, tensor)
+        _increment_versions(averages)
+
+
+def _checked(averages: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors to work on, once everything about them is right."""
+    averages, params = [_local(t) for t in averages], [_local(t) for t in params]
+    for i, (average, param) in enumerate(zip(averages, params)):
+        _check_pair(f"averages[{i}]", average, f"params[{i}]", param)
+        _checks.same_device(f"averages[{i}]", average, f"params[{i}]", param)
+    _refuse_overlap(averages)
+    return averages, params
 
 
 def _tensor_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    for i, tensor in enumerate(tensors):
-        _checks.is_tensor(f"{name}[{i}]", tensor)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        for i, tensor in enumerate(tensors):
+            _checks.is_tensor(f"{name}[{i}]", tensor)
     return tensors
 
 
@@ -185,16 +229,73 @@ def _refuse_overlap(tensors: Iterable[Tensor]) -> None:
             end, solid = start + size, dense
 
 
+def _refuse(backend: str, rules: Iterable[Rule]) -> str | None:
+    for rule in rules:
+        if rule._row() is None:
+            return f"it has no kernel for the rule {rule}"
+    return None
+
+
+def _must_not_fall_back(plan: "_plan.Plan | str | None") -> None:
+    if isinstance(plan, str) and _backends.forced() not in (None, "reference"):
+        raise RuntimeError(f"fastreg.averaging: backend {_backends.forced()!r} is forced but cannot serve: {plan}")
+
+
+_COPIED, _ALIGNED, _RAW = 1 << 8, 1 << 9, 4  # as in csrc/averaging.h
+
+
+def _row_of(param: Tensor, averages: Sequence[Tensor], copied: bool) -> tuple[int, ...] | str:
+    """A row of the plan, see csrc/averaging.h, or why there is none."""
+    for average in averages:
+        if average.device != param.device:
+            return f"an average on {average.device} of a parameter on {param.device}"
+        if not (_plan.is_dense(param) and _plan.is_dense(average) and _plan.same_layout(param, average)):
+            return f"strides {param.stride()} and {average.stride()}: parameter and average differ in memory layout"
+    addresses = [param.data_ptr(), *(average.data_ptr() for average in averages)]
+    dtypes = {average.dtype for average in averages}
+    if len(dtypes) != 1:
+        return f"averages of one parameter in {dtypes}"
+    (dtype,) = dtypes
+    elements = param.numel()
+    if dtype == param.dtype and (copied or dtype not in _plan.DTYPE_CODES):
+        codes, elements = _RAW, elements * param.element_size()
+    elif dtype in _plan.DTYPE_CODES and param.dtype in _plan.DTYPE_CODES:
+        codes = _plan.DTYPE_CODES[param.dtype] | _plan.DTYPE_CODES[dtype] << 4 | (_COPIED if copied else 0)
+    else:
+        return f"{param.dtype} copied to {dtype}"
+    if all(address % 16 == 0 for address in addresses):
+        codes |= _ALIGNED
+    return elements, codes, *addresses
+
+
+def _make_plan(rows: Sequence[tuple[int, ...]], columns: int, device: torch.device) -> _plan.Plan:
+    table = np.array(rows, np.int64).reshape(-1, columns)
+    return _plan.Plan.make(table, table[:, 0], device)
+
+
+def _pair_plan(averages: Sequence[Tensor], params: Sequence[Tensor]) -> _plan.Plan | str:
+    rows = [_row_of(param, [average], not average.is_floating_point()) for average, param in zip(averages, params)]
+    devices = {average.device for average in averages}
+    if len(devices) > 1:
+        return f"tensors on several devices, {sorted(map(str, devices))}"
+    return next((row for row in rows if isinstance(row, str)), None) or _make_plan(rows, 4, averages[0].device)
+
+
+def _increment_versions(tensors: list[Tensor]) -> None:
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # inference tensors have no version
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
 def average_reference_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float | Tensor) -> None:
     """The formula in plain PyTorch, on any device."""
     if isinstance(weight, Tensor) and weight.device.type == "cpu":
         weight = float(weight)
     if isinstance(weight, Tensor):
         for average, param in zip(averages, params):
-            new = param.to(average.dtype)
-            if average.is_floating_point():
-                new = torch.where(weight == 1, new, _lerp(average, param, weight))
-            average.copy_(torch.where(weight == 0, average, new))
+            new = _lerp(average, param, weight) if average.is_floating_point() else param.to(average.dtype)
+            _select(average, param, new, weight)
     elif weight:
         alike: list[tuple[Tensor, Tensor]] = []
         for average, param in zip(averages, params):
@@ -208,11 +309,52 @@ def average_reference_(averages: Sequence[Tensor], params: Sequence[Tensor], wei
             torch._foreach_lerp_([a for a, _ in alike], [p for _, p in alike], weight)
 
 
-def _lerp(average: Tensor, param: Tensor, weight: float | Tensor) -> Tensor:
+def _lerp(average: Tensor, param: Tensor, weight: float | Tensor, dtype: torch.dtype | None = None) -> Tensor:
     compute = torch.float64 if torch.float64 in (average.dtype, param.dtype) else torch.float32
     if isinstance(weight, Tensor):
         weight = weight.to(compute)
-    return torch.lerp(average.to(compute), param.to(compute), weight).to(average.dtype)
+    return torch.lerp(average.to(compute), param.to(compute), weight).to(dtype or average.dtype)
+
+
+def _select(average: Tensor, param: Tensor, new: Tensor, weight: Tensor) -> None:
+    """average ← new, but the parameter itself at weight 1 and nothing at weight 0."""
+    new = torch.where(weight == 1, param.to(average.dtype), new)
+    average.copy_(torch.where(weight == 0, average, new))
+
+
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if all(target.device == source.device for target, source in zip(targets, sources)):
+        return average_(targets, sources, 1.0)
+    for target, source in zip(targets, sources):
+        target.copy_(source)
+
+
+def _swap_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Both tensors of each pair get the other's values, in one launch per device and without a copy."""
+    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for pair in pairs:
+        for side, tensor in zip(by_device.setdefault(pair[0].device, ([], [])), pair):
+            side.append(tensor)
+    for device, (ones, others) in by_device.items():
+        backend = _backends.choose("averaging", device.type, _refuse, ())
+        if backend == "reference":
+            _swap_reference(ones, others)
+            continue
+        rows = [_row_of(one, [other], copied=True) for one, other in zip(ones, others)]
+        for one, other, row in zip(ones, others, rows):
+            if isinstance(row, str):
+                _must_not_fall_back(row)
+                _swap_reference([one], [other])
+        plan = _make_plan([row for row in rows if not isinstance(row, str)], 4, device)
+        _swap_op[backend](plan.table, plan.chunks, plan.chunk)
+        _increment_versions(ones + others)
+
+
+def _swap_reference(ones: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for one, other in zip(ones, others):
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
 
 
 # ---- names and tensors of a model ------------------------------------------------------------------------
@@ -260,12 +402,18 @@ def _check_averageable(params: Mapping[str, Tensor]) -> None:
 class _Link:
     """The tensors of a model beside the averages of them, matched by name: what an update reads and writes.
 
-    `averages` holds per average a mapping of names to tensors; `averaged` the names that follow the rules, all
-    others are copied. `fresh` says whether model and averages still are what they were.
+    `averages` holds per average a mapping of names to tensors, which are those of the module `owner` if there is
+    one; `averaged` the names that follow the rules, all others are copied. `fresh` says whether model and averages
+    still are what they were. `written` are the tensors whose versions to increment, the averages unless given.
     """
 
     def __init__(
-        self, model: nn.Module, averages: Sequence[Mapping[str, Tensor]], averaged: set[str], owner: nn.Module | None
+        self,
+        model: nn.Module,
+        averages: Sequence[Mapping[str, Tensor]],
+        averaged: set[str],
+        owner: nn.Module | None = None,
+        written: Sequence[Tensor] = (),
     ) -> None:
         params, buffers = _tensors_of(model)
         present, known = params | buffers, averages[0]
@@ -294,10 +442,14 @@ class _Link:
                 column.append(target := _local(named[name]))
                 _check_pair(f"the average of {name!r}", target, f"{name!r} of the model", source)
         _refuse_overlap([target for column in self.averages for target in column])
-        everything = {id(t): t for t in (*present.values(), *(t for named in averages for t in named.values()))}
-        self._plain = [t for t in everything.values() if not hasattr(t, "to_local")]
-        self._sharded = [t for t in everything.values() if hasattr(t, "to_local")]
+        # A caller can move what is in a module; what belongs to a WeightAverager stays where it is.
+        within_reach = [*present.values(), *([] if owner is None else known.values())]
+        everything = list({id(t): t for t in within_reach}.values())
+        self._plain = [t for t in everything if not hasattr(t, "to_local")]
+        self._sharded = [t for t in everything if hasattr(t, "to_local")]
         self._rows = _plan.describe(self._watched())
+        self._written = written or [target for column in self.averages for target in column]
+        self._parts: list[_Part] | None = None
 
     def _watched(self) -> list[Tensor]:
         return self._plain + [_local(t) for t in self._sharded] if self._sharded else self._plain
@@ -305,21 +457,129 @@ class _Link:
     def fresh(self) -> bool:
         return self._watch.unchanged() and _plan.unchanged(self._watched(), self._rows)
 
-    def update(self, rules: Sequence[Rule], clock: "_Clock", found_inf: Tensor | None) -> None:
-        by_device: dict[torch.device, list[int]] = {}
-        for i, target in enumerate(self.averages[0]):
-            by_device.setdefault(target.device, []).append(i)
-        due, n = clock.due(found_inf), clock.n_averaged.double()
-        update, call = due.long(), 1 if found_inf is None else (found_inf.reshape(()) == 0).long()
-        weights = [torch.where(due, torch.where(n == 0, 1.0, rule.weight(n)), 0.0) for rule in rules]
-        for device, here in by_device.items():
-            for weight, column in zip(weights, self.averages):
-                for copied, value in ((False, weight), (True, due.double())):
-                    chosen = [i for i in here if self.copied[i] == copied]
-                    sources = [self.sources[i].to(device) for i in chosen]
-                    average_reference_([column[i] for i in chosen], sources, value.to(device, non_blocking=True))
-        clock.n_averaged += update
-        clock.calls += call
+    def update(
+        self, rules: Sequence[Rule], clock: "_Clock", found_inf: Tensor | None, rounding_seed: int | None
+    ) -> None:
+        home = clock.n_averaged.device
+        backend = _backends.choose("averaging", home.type, _refuse, rules)
+        if backend == "reference":
+            _update_reference(self, range(len(self.names)), rules, clock, found_inf, rounding_seed)
+            return clock.advance(found_inf)
+        if self._parts is None:
+            self._parts = self._split(rules, home)
+        for part in self._parts:
+            if part.reason is not None:
+                _must_not_fall_back(part.reason)
+                _update_reference(self, part.entries, rules, clock, found_inf, rounding_seed)
+                continue
+            # The launch on the counters' own device, the last one, advances them.
+            counters = (clock.n_averaged, clock.calls) if part.device == home else clock.copies(part.device)
+            _update_op[backend](
+                part.plan.table,
+                part.plan.chunks,
+                part.plan.chunk,
+                part.rules,
+                *counters,
+                part.ticket,
+                None if found_inf is None else found_inf.reshape(()).float().to(part.device, non_blocking=True),
+                clock.update_every,
+                clock.start_step,
+                rounding_seed,
+            )
+        _increment_versions([clock.n_averaged, clock.calls, *self._written])
+
+    def _split(self, rules: Sequence[Rule], home: torch.device) -> list["_Part"]:
+        """First what goes through plain PyTorch, then a launch for every device, that of the counters last."""
+        rows: dict[torch.device, list[tuple[int, ...]]] = {home: []}
+        apart, reason = [], None
+        for i, (source, copied) in enumerate(zip(self.sources, self.copied)):
+            row = _row_of(source, [column[i] for column in self.averages], copied)
+            if isinstance(row, str):
+                apart.append(i)
+                reason = f"{self.names[i]!r}: {row}"
+            else:
+                rows.setdefault(source.device, []).append(row)
+        rows[home] = rows.pop(home)
+        parts = [] if reason is None else [_Part(home, reason=reason, entries=apart)]
+        constants = torch.tensor([rule._row() for rule in rules], dtype=torch.float64)
+        for device, here in rows.items():
+            plan = _make_plan(here, 3 + len(rules), device)
+            ticket = torch.zeros((), dtype=torch.int32, device=device)
+            parts.append(_Part(device, plan, _plan.to_device(constants, device), ticket))
+        return parts
+
+
+@dataclass
+class _Part:
+    """What one launch of an update does, or, with a reason, what plain PyTorch does beside it."""
+
+    device: torch.device
+    plan: _plan.Plan | None = None
+    rules: Tensor | None = None
+    ticket: Tensor | None = None
+    reason: str | None = None
+    entries: Sequence[int] = ()
+
+
+def _update_reference(
+    link: _Link,
+    entries: Iterable[int],
+    rules: Sequence[Rule],
+    clock: "_Clock",
+    found_inf: Tensor | None,
+    rounding_seed: int | None,
+) -> None:
+    """The update of some entries in plain PyTorch, on any device; the counters stay."""
+    due, n = clock.due(found_inf), clock.n_averaged
+    for j, (rule, column) in enumerate(zip(rules, link.averages)):
+        weight = torch.where(due, torch.where(n == 0, 1.0, rule.weight(n.double())), 0.0)
+        kinds: dict[tuple[torch.device, bool], list[int]] = {}
+        for i in entries:
+            average, value = column[i], due.double() if link.copied[i] else weight
+            if rounding_seed is not None and average.dtype in _DROPPED_BITS and not link.copied[i]:
+                seed = _rounding_key(rounding_seed, n, j, i).to(average.device)
+                source, value = link.sources[i].to(average.device), value.to(average.device)
+                exact = _lerp(average, source, value, torch.float32)
+                _select(average, source, _round_stochastically(exact, average.dtype, seed), value)
+            else:
+                kinds.setdefault((average.device, link.copied[i]), []).append(i)
+        for (device, copied), chosen in kinds.items():
+            value = (due.double() if copied else weight).to(device, non_blocking=True)
+            average_reference_([column[i] for i in chosen], [link.sources[i].to(device) for i in chosen], value)
+
+
+# ---- stochastic rounding: the same bits as the kernels give, csrc/averaging.h --------------------------------
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+
+
+def _rounding_key(seed: int, n: Tensor, j: int, row: int) -> Tensor:
+    """splitmix64 over (seed, update, average, row), in int64 arithmetic that wraps; its low 32 bits."""
+
+    def mixed(h: Tensor, shift: int, factor: int) -> Tensor:
+        return (h ^ (h >> shift & (1 << 64 - shift) - 1)) * (factor - (1 << 64))
+
+    h = torch.full_like(n, seed)
+    for part in (n, j, row, 0):
+        h = (h ^ part) + (0x9E3779B97F4A7C15 - (1 << 64))
+        h = mixed(mixed(h, 30, 0xBF58476D1CE4E5B9), 27, 0x94D049BB133111EB)
+        h = h ^ (h >> 31 & (1 << 33) - 1)
+    return h & 0xFFFFFFFF
+
+
+def _round_stochastically(exact: Tensor, dtype: torch.dtype, key: Tensor) -> Tensor:
+    """`exact` (fp32) to one of its two neighbours in `dtype`, the nearer one more often."""
+    index = torch.empty_like(exact, dtype=torch.int64)
+    index.as_strided([exact.numel()], [1]).copy_(torch.arange(exact.numel(), device=exact.device))
+    h = index * 0x9E3779B1 & 0xFFFFFFFF ^ key
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = (h ^ h >> shift) * factor & 0xFFFFFFFF
+    random = (h ^ h >> 16).int()
+    mask = (1 << _DROPPED_BITS[dtype]) - 1
+    rounded = (exact.view(torch.int32) + (random & mask) & ~mask).view(torch.float32)
+    if dtype == torch.float16:  # below 2^-14 halves are multiples of 2^-24
+        steps = (exact.abs() * 2**24 + (random >> 8 & 0xFFFFFF).float() * 2**-24).floor()
+        rounded = torch.where(exact.abs() < 2**-14, torch.copysign(steps * 2**-24, exact), rounded)
+    return torch.where(exact.isfinite(), rounded, exact).to(dtype)
 
 
 @dataclass
@@ -335,6 +595,14 @@ class _Clock:
         since = self.calls - self.start_step
         due = (since >= 0) & (since % self.update_every == 0)
         return due if found_inf is None else due & (found_inf.reshape(()) == 0)
+
+    def advance(self, found_inf: Tensor | None) -> None:
+        update = self.due(found_inf)
+        self.calls += 1 if found_inf is None else found_inf.reshape(()) == 0
+        self.n_averaged += update
+
+    def copies(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return self.n_averaged.to(device, non_blocking=True), self.calls.to(device, non_blocking=True)
 
 
 def _check_clock(update_every: int, start_step: int) -> None:
@@ -368,6 +636,8 @@ class AveragedModel(nn.Module):
         update_every, start_step: call number c = 0, 1, … is an update if c ≥ start_step and
             (c − start_step) % update_every == 0; other calls change nothing. Counting calls that are not updates
             adds an entry `calls` to the state dict.
+        rounding_seed: an integer rounds averages in fp16 and bf16 stochastically, the same way for the same seed,
+            so that they follow small changes in the mean where rounding to nearest would stop.
 
     Parameters are matched by name, wrappers' `module.` and `_orig_mod.` left out. `update_parameters` raises
     ValueError, before anything is written, if one is missing, new or resized.
@@ -385,6 +655,7 @@ class AveragedModel(nn.Module):
         use_buffers: bool = False,
         update_every: int = 1,
         start_step: int = 0,
+        rounding_seed: int | None = None,
     ) -> None:
         super().__init__()
         self.rule = _check_rule("rule", SWA() if rule is None else rule)
@@ -395,7 +666,7 @@ class AveragedModel(nn.Module):
         for tensor in (*self.module.parameters(), *self.module.buffers()):
             if any(stride == 0 and n > 1 for n, stride in zip(tensor.shape, tensor.stride())):
                 tensor.data = tensor.data.contiguous()  # an expanded tensor has one place for many elements
-        self.use_buffers = use_buffers
+        self.use_buffers, self.rounding_seed = use_buffers, rounding_seed
         self.update_every, self.start_step = update_every, start_step
         home = next((p.device for p in (*self.module.parameters(), *self.module.buffers())), device)
         self.register_buffer("n_averaged", torch.tensor(0, device=home))
@@ -419,7 +690,7 @@ class AveragedModel(nn.Module):
         link = self._links.get(model)
         if link is None or not link.fresh():
             link = self._links[model] = self._make_link(model)
-        link.update([self.rule], clock, found_inf)
+        link.update([self.rule], clock, found_inf, self.rounding_seed)
 
     def _make_link(self, model: nn.Module) -> _Link:
         params, buffers = _tensors_of(self.module)
@@ -485,7 +756,7 @@ class WeightAverager:
         dtype: of the averages of floating-point tensors; the model's dtypes if None.
         buffers: "copy" keeps floating-point buffers equal to the model's at the last update, "average" averages
             them; integer buffers are always copied.
-        update_every, start_step: as in `AveragedModel`.
+        update_every, start_step, rounding_seed: as in `AveragedModel`.
 
     The averages start as copies of the model. DTensor parameters (FSDP2) are averaged shard by shard.
     """
@@ -499,6 +770,7 @@ class WeightAverager:
         buffers: str = "copy",
         update_every: int = 1,
         start_step: int = 0,
+        rounding_seed: int | None = None,
     ) -> None:
         if not isinstance(rules, Mapping) or not rules:
             raise ValueError(f"rules must map at least one name to a rule, got {rules!r}")
@@ -509,11 +781,12 @@ class WeightAverager:
         params, other = _tensors_of(model)
         _check_averageable(params)
         self._follows = _follows_rule(params, other if buffers == "average" else {})
+        self._versions: dict[torch.device, Tensor] = {}  # whose version counters the averages share
         self._averages = {name: self._copy(params | other, dtype) for name in rules}
         home = next((t.device for t in self._averages[next(iter(rules))].values()), None)
         zero = torch.zeros((), dtype=torch.int64, device=home)
         self._clock = _Clock(zero, zero.clone(), update_every, start_step)
-        self._model = model
+        self._model, self.rounding_seed = model, rounding_seed
         self._link: _Link | None = None
         self._swapped: str | None = None
 
@@ -527,7 +800,10 @@ class WeightAverager:
             key = (local.data_ptr(), local.shape, local.stride(), local.dtype) if local.numel() else (name,)
             if key not in made:
                 wanted = dtype if dtype is not None and name in self._follows and not local.is_complex() else None
-                made[key] = torch.empty_like(local, dtype=wanted).copy_(local)
+                # All averages of a device share one version counter: a single increment serves them all.
+                version = self._versions.setdefault(local.device, torch.empty(0, device=local.device))
+                made[key] = version.detach()
+                made[key].data = torch.empty_like(local, dtype=wanted).copy_(local)
             copies[name] = made[key]
         return copies
 
@@ -541,15 +817,14 @@ class WeightAverager:
         """Takes the model's present parameters into every average. `found_inf` as in `AveragedModel`."""
         self._refuse_inside("update")
         _check_found_inf(found_inf, self._clock)
-        self._current_link().update(list(self.rules.values()), self._clock, found_inf)
+        self._current_link().update(list(self.rules.values()), self._clock, found_inf, self.rounding_seed)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module, name: str) -> None:
         """Writes the average `name` into `model`: this model, or another with the same names and shapes."""
         self._refuse_inside("copy_to")
-        link = _Link(model, [self._named(name)], self._follows, None)
-        for source, average in zip(link.sources, link.averages[0]):
-            source.copy_(average)
+        link = _Link(model, [self._named(name)], self._follows)
+        _copy_all(link.sources, link.averages[0])
 
     @contextmanager
     def swapped(self, name: str) -> Iterator[nn.Module]:
@@ -571,25 +846,26 @@ class WeightAverager:
     def _swap_in(self, name: str) -> dict[str, Tensor]:
         link = self._current_link()
         aside = {}
+        alike, sources, averages = [], [], []
         for key, source, average in zip(link.names, link.sources, self._column(link, name)):
-            kept = source.clone()
-            source.copy_(average)
             if source.dtype == average.dtype:
-                average.copy_(kept)
+                alike.append((source, average))
             else:
-                aside[key] = kept
+                aside[key] = source.clone()
+                sources.append(source)
+                averages.append(average)
+        _copy_all(sources, averages)
+        _swap_all(alike)
         return aside
 
     @torch.no_grad()
     def _swap_out(self, name: str, aside: Mapping[str, Tensor]) -> None:
         link = self._current_link()
-        for key, source, average in zip(link.names, link.sources, self._column(link, name)):
-            if key in aside:
-                source.copy_(aside[key])
-            else:
-                kept = source.clone()
-                source.copy_(average)
-                average.copy_(kept)
+        pairs = list(zip(link.names, link.sources, self._column(link, name)))
+        _copy_all(
+            [source for key, source, _ in pairs if key in aside], [aside[key] for key in link.names if key in aside]
+        )
+        _swap_all([(source, average) for key, source, average in pairs if key not in aside])
 
     def _column(self, link: _Link, name: str) -> list[Tensor]:
         return link.averages[list(self._averages).index(name)]
@@ -605,7 +881,9 @@ class WeightAverager:
 
     def _current_link(self) -> _Link:
         if self._link is None or not self._link.fresh():
-            self._link = _Link(self._model, list(self._averages.values()), self._follows, None)
+            self._link = _Link(
+                self._model, list(self._averages.values()), self._follows, None, list(self._versions.values())
+            )
         return self._link
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,15 @@ from torch.optim import swa_utils
 
 import fastreg
 from fastreg import EMA, SWA, AveragedModel, PowerEMA, TanhEMA, WeightAverager, average_
+from tests.machine import backends
+
+@pytest.fixture(params=[pytest.param(p.values, id=p.id, marks=p.marks) for p in backends("averaging")])
+def device(request):
+    """Everything inside is served by one backend, on tensors of its device."""
+    backend, device = request.param
+    with fastreg.use_backend(backend), torch.device(device):
+        yield device
+
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONV_DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -25,13 +34,13 @@ def model(dtype=torch.float32, seed=0):
 
 
 def train_step(net, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu"))
         for b in net.buffers():
             if b.is_floating_point():
-                b.copy_(torch.rand(b.shape, generator=generator, dtype=torch.float64))
+                b.copy_(torch.rand(b.shape, generator=generator, dtype=torch.float64, device="cpu"))
             else:
                 b += 1
 
@@ -80,18 +89,18 @@ def test_weight_of_each_rule(name):
 
 @pytest.mark.parametrize("name", RULES)
 @CONV_DTYPES
-def test_a_thousand_updates_equal_fp64(name, dtype):
+def test_a_thousand_updates_equal_fp64(name, dtype, device):
     """fp64 average beside: the error stays under that of one rounding per update, damped by the decay."""
     rule, decay = RULES[name]
     updates = 1000
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     net = nn.Linear(7, 3).to(dtype)
     averager = WeightAverager(net, {name: rule}, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     exact = None
     for n in range(updates):
         with torch.no_grad():
             for p in net.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator))
+                p.copy_(torch.randn(p.shape, generator=generator, device="cpu"))
         averager.update()
         now = torch.cat([p.detach().double().flatten() for p in net.parameters()])
         d = decay(n)
@@ -131,7 +140,7 @@ def test_power_rule_at_its_bound_is_the_equal_mean():
 @pytest.mark.parametrize("param_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("weight", [0.001, 0.3, 0.5, 0.9, 0.999])
-def test_average_equals_fp64_rounded_once(dtype, param_dtype, weight):
+def test_average_equals_fp64_rounded_once(dtype, param_dtype, weight, device):
     torch.manual_seed(0)
     average, param = torch.randn(1003, dtype=dtype), torch.randn(1003).to(param_dtype)
     exact = average.double() + weight * (param.double() - average.double())
@@ -156,7 +165,7 @@ def test_bit_equal_to_torch_lerp(dtype, weight):
 
 
 @CONV_DTYPES
-def test_weight_one_copies_and_weight_zero_keeps(dtype):
+def test_weight_one_copies_and_weight_zero_keeps(dtype, device):
     inf, nan = float("inf"), float("nan")
     average = torch.tensor([1.0, nan, inf, -inf, 2.0, nan], dtype=dtype)
     param = torch.tensor([nan, 1.0, -inf, 3.0, inf, nan], dtype=dtype)
@@ -170,7 +179,7 @@ def test_weight_one_copies_and_weight_zero_keeps(dtype):
         assert torch.equal(copied.view(torch.uint8), param.view(torch.uint8))
 
 
-def test_tensor_weight_equals_float_weight():
+def test_tensor_weight_equals_float_weight(device):
     torch.manual_seed(0)
     average, param = torch.randn(100), torch.randn(100)
     by_float, by_tensor = average.clone(), average.clone()
@@ -179,13 +188,13 @@ def test_tensor_weight_equals_float_weight():
     assert torch.equal(by_float, by_tensor)
 
 
-def test_integer_and_bool_tensors_are_copied():
+def test_integer_and_bool_tensors_are_copied(device):
     averages = [torch.tensor([1, 2]), torch.tensor([True, False]), torch.tensor([1.0, 2.0])]
     average_(averages, [torch.tensor([7, 8]), torch.tensor([False, True]), torch.tensor([3.0, 4.0])], 0.5)
     assert [a.tolist() for a in averages] == [[7, 8], [False, True], [2.0, 3.0]]
 
 
-def test_complex_tensors_average_by_component():
+def test_complex_tensors_average_by_component(device):
     average, param = torch.tensor([1 + 2j, 0j]), torch.tensor([3 - 2j, 8 + 8j])
     average_([average], [param], 0.25)
     assert average.tolist() == [1.5 + 1j, 2 + 2j]
@@ -210,7 +219,7 @@ def test_layouts_may_differ_between_average_and_parameter():
             assert torch.equal(average, expected)
 
 
-def test_empty_and_zero_dim_tensors_anywhere_in_the_list():
+def test_empty_and_zero_dim_tensors_anywhere_in_the_list(device):
     shapes = [(0,), (3,), (), (0, 5), (2, 2), (0,)]
     for order in (shapes, shapes[1:], shapes[:-1], [(0,)], []):
         averages, params = [torch.zeros(s) for s in order], [torch.ones(s) for s in order]
@@ -287,7 +296,7 @@ def test_averaged_model_equals_torchs(use_buffers):
         torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_state_dict_goes_to_torch_and_back():
+def test_state_dict_goes_to_torch_and_back(device):
     net = model()
     ours, theirs = AveragedModel(net, EMA(0.9)), swa_utils.AveragedModel(net)
     for step in range(3):
@@ -309,7 +318,7 @@ def test_state_dict_goes_to_torch_and_back():
     assert_same(again.state_dict(), ours.state_dict())
 
 
-def test_update_every_and_start_step():
+def test_update_every_and_start_step(device):
     net = nn.Linear(2, 2)
     for every, start in ((1, 0), (3, 0), (1, 4), (3, 2)):
         averaged = AveragedModel(net, SWA(), update_every=every, start_step=start)
@@ -342,7 +351,7 @@ def test_resuming_keeps_the_cadence():
     assert (resumed.n_averaged.item(), resumed.calls.item()) == (2, 7)
 
 
-def test_found_inf_skips_and_does_not_count():
+def test_found_inf_skips_and_does_not_count(device):
     net = nn.Linear(2, 2)
     averaged = AveragedModel(net, EMA(0.5), update_every=2)
     train_step(net, 0)
@@ -359,7 +368,7 @@ def test_found_inf_skips_and_does_not_count():
 
 
 @CONV_DTYPES
-def test_first_update_copies_whatever_the_average_holds(dtype):
+def test_first_update_copies_whatever_the_average_holds(dtype, device):
     net = nn.Linear(3, 3).to(dtype)
     for rule in (EMA(0.999), SWA(), TanhEMA(), PowerEMA(0.05), EMA(0.9, warmup="linear"), EMA(1.0)):
         averaged = AveragedModel(net, rule)
@@ -370,7 +379,7 @@ def test_first_update_copies_whatever_the_average_holds(dtype):
         assert torch.equal(averaged.module.weight, net.weight) and torch.equal(averaged.module.bias, net.bias)
 
 
-def test_decay_one_keeps_the_average_beside_nan():
+def test_decay_one_keeps_the_average_beside_nan(device):
     net = nn.Linear(3, 3)
     averaged = AveragedModel(net, EMA(1.0))
     averaged.update_parameters(net)
@@ -381,7 +390,7 @@ def test_decay_one_keeps_the_average_beside_nan():
     assert_same(tensors(averaged.module), before)
 
 
-def test_integer_buffers_are_copied():
+def test_integer_buffers_are_copied(device):
     net = model()
     averaged = AveragedModel(net, EMA(0.9), use_buffers=True)
     for step in range(10):
@@ -398,7 +407,7 @@ class Tied(nn.Module):
         self.head.weight = self.embed.weight
 
 
-def test_tied_weights_are_averaged_once():
+def test_tied_weights_are_averaged_once(device):
     net = Tied()
     averaged = AveragedModel(net, EMA(0.9))
     averager = WeightAverager(net, {"ema": EMA(0.9)})
@@ -412,7 +421,7 @@ def test_tied_weights_are_averaged_once():
     torch.testing.assert_close(averager.state_dict()["averages"]["ema"]["head.weight"], torch.full((5, 4), 0.1))
 
 
-def test_parameters_tied_by_storage_alone_are_averaged_once():
+def test_parameters_tied_by_storage_alone_are_averaged_once(device):
     net = Tied()
     net.head.weight = nn.Parameter(net.embed.weight.detach())
     assert net.head.weight is not net.embed.weight
@@ -428,7 +437,7 @@ def test_parameters_tied_by_storage_alone_are_averaged_once():
 
 
 @pytest.mark.parametrize("kind", ["AveragedModel", "WeightAverager"])
-def test_changed_models_are_refused_before_writing(kind):
+def test_changed_models_are_refused_before_writing(kind, device):
     def add(net):
         net.extra = nn.Parameter(torch.ones(2))
 
@@ -462,7 +471,7 @@ def test_changed_models_are_refused_before_writing(kind):
 
 
 @pytest.mark.parametrize("kind", ["AveragedModel", "WeightAverager"])
-def test_replaced_and_moved_parameters_are_noticed(kind):
+def test_replaced_and_moved_parameters_are_noticed(kind, device):
     net = nn.Linear(2, 2, bias=False)
     average = AveragedModel(net, EMA(0.5)) if kind == "AveragedModel" else WeightAverager(net, {"x": EMA(0.5)})
     update = (lambda: average.update_parameters(net)) if kind == "AveragedModel" else average.update
@@ -520,7 +529,7 @@ def test_a_model_whose_own_names_look_like_a_wrapper():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_fp32_average_of_a_low_precision_model_does_not_stall(dtype):
+def test_fp32_average_of_a_low_precision_model_does_not_stall(dtype, device):
     net = nn.Linear(4, 4, bias=False).to(dtype)
     averaged = AveragedModel(net, EMA(0.999), dtype=torch.float32)
     with torch.no_grad():
@@ -559,7 +568,7 @@ def test_models_that_cannot_be_averaged_are_refused():
         WeightAverager(nn.Linear(2, 2), {"a": EMA()}, buffers="skip")
 
 
-def test_a_model_without_parameters_only_counts():
+def test_a_model_without_parameters_only_counts(device):
     averaged = AveragedModel(nn.ReLU())
     averaged.update_parameters(nn.ReLU())
     averaged.update_parameters(nn.ReLU())
@@ -597,7 +606,7 @@ def test_the_model_is_not_kept_alive():
     assert [reference() for reference in references] == [None, None]
 
 
-def test_versions_are_bumped():
+def test_versions_are_bumped(device):
     net = model()
     averaged, averager = AveragedModel(net, EMA(0.9), use_buffers=True), WeightAverager(net, {"a": EMA(0.9)})
     for _ in range(2):
@@ -614,7 +623,7 @@ def test_versions_are_bumped():
     assert before < inside < weight._version
 
 
-def test_averages_under_no_grad_and_inference_mode():
+def test_averages_under_no_grad_and_inference_mode(device):
     net = nn.Linear(2, 2)
     averaged = AveragedModel(net, EMA(0.5))
     assert torch.is_grad_enabled()
@@ -646,7 +655,7 @@ def test_many_averages_equal_one_each():
 
 @pytest.mark.parametrize("average_dtype", [None, torch.float32, torch.bfloat16], ids=str)
 @CONV_DTYPES
-def test_swapped_restores_every_bit(dtype, average_dtype):
+def test_swapped_restores_every_bit(dtype, average_dtype, device):
     net = model(dtype)
     averager = WeightAverager(net, {"a": EMA(0.5), "b": SWA()}, dtype=average_dtype)
     for step in range(3):
@@ -710,7 +719,7 @@ def test_swapping_leaves_the_optimizer_alone():
     assert_same(*runs)
 
 
-def test_update_bn_inside_swapped_stays_in_the_average():
+def test_update_bn_inside_swapped_stays_in_the_average(device):
     net = model()
     averager = WeightAverager(net, {"a": EMA(0.5)})
     averager.update()
@@ -722,7 +731,7 @@ def test_update_bn_inside_swapped_stays_in_the_average():
     assert torch.equal(averager.state_dict()["averages"]["a"]["1.running_mean"], trained)
 
 
-def test_averager_state_dict_round_trip():
+def test_averager_state_dict_round_trip(device):
     net = model()
     make = lambda: WeightAverager(net, {"a": EMA(0.5), "b": SWA()}, update_every=2)  # noqa: E731
     whole, resumed = make(), make()
@@ -779,7 +788,7 @@ def test_article_classes_do_what_the_articles_say():
     assert averages["ema"][0].eval()(x).shape == (2, 4)
 
 
-def test_article_ema_with_shadow_and_backup():
+def test_article_ema_with_shadow_and_backup(device):
     from fastreg import compat
 
     net = nn.Linear(3, 2)

@@ -1,0 +1,291 @@
+// Weight averaging on the CPU: one pass over the parameters for any number of averages. See
+// fastreg/averaging.py.
+#ifndef FASTREG_ISA
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "averaging.h"
+#include "cpu/capability.h"
+
+namespace fastreg::averaging {
+// What one launch does, for every chunk of it.
+struct Launch {
+  const int64_t* table;
+  int64_t columns;
+  const int64_t* chunks;
+  int64_t chunk;
+  const double* weights;  // one per average
+  const int64_t* seed;    // of stochastic rounding; null rounds to nearest
+  int64_t n;
+};
+}  // namespace fastreg::averaging
+
+#define FASTREG_FILE "cpu/averaging.cpp"
+#include "cpu/foreach_isa.h"
+
+// Memory sets the pace here, and vectors of 64 bytes were measured to be slower than those of 32 (Zen 4, by 5
+// to 15 %): there is no AVX-512 level.
+#if defined(__x86_64__)
+#define AVERAGING_PICK(name) \
+  (fastreg::capability() == fastreg::Capability::baseline ? baseline::name : avx2::name)
+#else
+#define AVERAGING_PICK(name) baseline::name
+#endif
+
+namespace fastreg {
+using torch::stable::Tensor;
+
+namespace {
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// body(chunk) for every chunk, in parallel where there is enough to do.
+template <class Body>
+void for_each_chunk(const Tensor& table, const Tensor& chunks, int64_t chunk, const Body& body) {
+  const int64_t count = chunks.size(0), columns = table.size(1);
+  const int64_t* rows = data_of<int64_t>(table);
+  int64_t total = 1;
+  for (int64_t row = 0; row < table.size(0); ++row) total += rows[row * columns];
+  const int64_t grain = std::max<int64_t>(1, count * 32768 / total);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
+void average(const Tensor& table, const Tensor& chunks, int64_t chunk, const double* weights,
+             const int64_t* seed, int64_t n) {
+  const averaging::Launch launch{
+      data_of<int64_t>(table), table.size(1), data_of<int64_t>(chunks), chunk, weights, seed, n};
+  const auto run = AVERAGING_PICK(average_chunk);
+  for_each_chunk(table, chunks, chunk, [&](int64_t i) { run(launch, i); });
+}
+}  // namespace
+
+void average_update(const Tensor& table, const Tensor& chunks, int64_t chunk, const Tensor& rules,
+                    const Tensor& n_averaged, const Tensor& calls, const Tensor& /*ticket*/,
+                    std::optional<Tensor> found_inf, int64_t update_every, int64_t start_step,
+                    std::optional<int64_t> seed) {
+  if (found_inf.has_value() && *data_of<float>(*found_inf) != 0) return;
+  int64_t &n = *data_of<int64_t>(n_averaged), &call = *data_of<int64_t>(calls);
+  if (averaging::is_due(call, update_every, start_step)) {
+    std::vector<double> weights(rules.size(0));
+    for (size_t j = 0; j < weights.size(); ++j)
+      weights[j] = averaging::weight_of(data_of<double>(rules) + j * averaging::kRuleSize, n);
+    average(table, chunks, chunk, weights.data(), seed.has_value() ? &*seed : nullptr, n);
+    ++n;
+  }
+  ++call;
+}
+
+void average_lerp(const Tensor& table, const Tensor& chunks, int64_t chunk, double weight,
+                  std::optional<Tensor> weight_tensor) {
+  if (weight_tensor.has_value()) weight = *data_of<double>(*weight_tensor);
+  if (weight == 0) return;  // raw rows too stay as they are
+  average(table, chunks, chunk, &weight, nullptr, 0);
+}
+
+void average_swap(const Tensor& table, const Tensor& chunks, int64_t chunk) {
+  const int64_t *rows = data_of<int64_t>(table), *places = data_of<int64_t>(chunks), columns = table.size(1);
+  for_each_chunk(table, chunks, chunk, [&](int64_t i) {
+    const int64_t* row = rows + places[2 * i] * columns;
+    int64_t at = places[2 * i + 1];
+    const int64_t end = std::min(row[averaging::kElements], at + chunk);
+    char *one = reinterpret_cast<char*>(row[averaging::kParam]),
+         *other = reinterpret_cast<char*>(row[averaging::kAverages]);
+    while (at < end) {
+      char aside[2048];
+      const size_t bytes = std::min<int64_t>(sizeof(aside), end - at);
+      std::memcpy(aside, one + at, bytes);
+      std::memcpy(one + at, other + at, bytes);
+      std::memcpy(other + at, aside, bytes);
+      at += bytes;
+    }
+  });
+}
+}  // namespace fastreg
+
+STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+  m.impl("average_update.cpu", TORCH_BOX(&fastreg::average_update));
+  m.impl("average_lerp.cpu", TORCH_BOX(&fastreg::average_lerp));
+  m.impl("average_swap.cpu", TORCH_BOX(&fastreg::average_swap));
+}
+
+#elif FASTREG_VECTOR_BYTES < 64
+#include "cpu/simd.h"
+
+namespace fastreg::FASTREG_ISA {
+namespace av = fastreg::averaging;
+
+// Elements of a block: as fp32 or fp64 it stays in the first-level cache while every average passes by.
+constexpr int64_t kBlock = 1024;
+
+FASTREG_INLINE double as_double(float x) { return x; }
+FASTREG_INLINE double as_double(double x) { return x; }
+FASTREG_INLINE double as_double(Half x) { return static_cast<float>(x); }
+FASTREG_INLINE double as_double(BFloat16 x) { return static_cast<float>(x); }
+
+// The parameters in the computing dtype A: as they are, or widened into the buffer.
+template <class A, class P>
+FASTREG_INLINE const A* widened(const P* param, int64_t n, A* buffer) {
+  if constexpr (std::is_same_v<A, P>) {
+    return param;
+  } else if constexpr (std::is_same_v<A, float>) {
+    int64_t i = 0;
+    for (; i + lanes<A> <= n; i += lanes<A>) store(buffer + i, load(param + i));
+    if (i < n) store_first(buffer + i, load_first(param + i, n - i, A(0)), n - i);
+  } else {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = as_double(param[i]);
+  }
+  return buffer;
+}
+
+// The weight's form of the interpolation: from the average below 1/2, from the parameter above.
+template <bool from_param, class V, class A>
+FASTREG_INLINE V lerp(V average, V param, A weight) {
+  const V difference = param - average;
+  return from_param ? param + difference * (weight - 1) : average + difference * weight;
+}
+
+template <bool from_param, class A, class S>
+FASTREG_INLINE void lerp_block(S* average, const A* param, int64_t n, A weight) {
+  if constexpr (std::is_same_v<A, float> || std::is_same_v<S, double>) {
+    int64_t i = 0;
+    for (; i + 4 * lanes<A> <= n; i += 4 * lanes<A>) {
+      Vec<A> v[4];
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        const int64_t at = i + u * lanes<A>;
+        v[u] = lerp<from_param>(load(average + at), load(param + at), weight);
+      }
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) store(average + i + u * lanes<A>, v[u]);
+    }
+    for (; i + lanes<A> <= n; i += lanes<A>)
+      store(average + i, lerp<from_param>(load(average + i), load(param + i), weight));
+    if (i < n) {
+      const int64_t left = n - i;
+      const Vec<A> s = load_first(average + i, left, A(0)), p = load_first(param + i, left, A(0));
+      store_first(average + i, lerp<from_param>(s, p, weight), left);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      average[i] = static_cast<S>(lerp<from_param>(as_double(average[i]), param[i], weight));
+  }
+}
+
+// The parameter in the average's dtype.
+template <class A, class S>
+FASTREG_INLINE void copy_block(S* average, const A* param, int64_t n) {
+  if constexpr (std::is_same_v<A, S>) {
+    std::memcpy(average, param, n * sizeof(S));
+  } else if constexpr (std::is_same_v<A, float>) {
+    int64_t i = 0;
+    for (; i + lanes<A> <= n; i += lanes<A>) store(average + i, load(param + i));
+    if (i < n) store_first(average + i, load_first(param + i, n - i, A(0)), n - i);
+  } else {
+    for (int64_t i = 0; i < n; ++i) average[i] = static_cast<S>(static_cast<float>(param[i]));
+  }
+}
+
+// lerp_block with stochastic rounding; `index` is that of the first element.
+template <class A, class S>
+FASTREG_INLINE void stochastic_block(S* average, const A* param, int64_t n, A weight, uint32_t key,
+                                     uint32_t index) {
+  float value[kBlock];
+  widened<float>(average, n, value);
+  for (int64_t i = 0; i < n; ++i) {
+    const A s = value[i], p = param[i];
+    const float x =
+        static_cast<float>(weight < A(0.5) ? lerp<false>(s, p, weight) : lerp<true>(s, p, weight));
+    const uint32_t random = av::random_bits(key, index + static_cast<uint32_t>(i));
+    value[i] = std::is_same_v<S, Half> ? av::stochastic_half(x, random) : av::stochastic_bfloat16(x, random);
+  }
+  copy_block(average, value, n);
+}
+
+// Elements [begin, end) of one row.
+template <class P, class S>
+void average_run(const av::Launch& launch, const int64_t* row, int64_t begin, int64_t end) {
+  using A = std::conditional_t<std::is_same_v<P, double> || std::is_same_v<S, double>, double, float>;
+  const P* param = reinterpret_cast<const P*>(row[av::kParam]);
+  const bool copied = row[av::kCodes] & av::kCopied;
+  alignas(64) A buffer[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t n = std::min(kBlock, end - at);
+    const A* p = widened<A>(param + at, n, buffer);
+    for (int64_t j = 0; j < launch.columns - av::kAverages; ++j) {
+      S* s = reinterpret_cast<S*>(row[av::kAverages + j]) + at;
+      const double weight = copied ? 1 : launch.weights[j];
+      const A w = static_cast<A>(weight);
+      if (weight == 0) continue;
+      if (weight == 1) {
+        if constexpr (std::is_same_v<P, S>)
+          std::memcpy(s, param + at, n * sizeof(S));
+        else
+          copy_block(s, p, n);
+        continue;
+      }
+      if constexpr (sizeof(S) == 2) {
+        if (launch.seed != nullptr) {
+          const int64_t number = (row - launch.table) / launch.columns;
+          const uint32_t key = av::rounding_key(*launch.seed, launch.n, j, number, at >> 32);
+          stochastic_block(s, p, n, w, key, static_cast<uint32_t>(at));
+          continue;
+        }
+      }
+      if (w < A(0.5))
+        lerp_block<false>(s, p, n, w);
+      else
+        lerp_block<true>(s, p, n, w);
+    }
+  }
+}
+
+template <class P>
+void average_param(const av::Launch& launch, const int64_t* row, int64_t begin, int64_t end) {
+  switch (av::average_code(row[av::kCodes])) {
+    case av::kFloat:
+      return average_run<P, float>(launch, row, begin, end);
+    case av::kHalf:
+      return average_run<P, Half>(launch, row, begin, end);
+    case av::kBFloat16:
+      return average_run<P, BFloat16>(launch, row, begin, end);
+    case av::kDouble:
+      return average_run<P, double>(launch, row, begin, end);
+  }
+}
+
+void average_chunk(const av::Launch& launch, int64_t i) {
+  const int64_t* row = launch.table + launch.chunks[2 * i] * launch.columns;
+  const int64_t begin = launch.chunks[2 * i + 1];
+  const int64_t end = std::min(row[av::kElements], begin + launch.chunk);
+  switch (av::param_code(row[av::kCodes])) {
+    case av::kFloat:
+      return average_param<float>(launch, row, begin, end);
+    case av::kHalf:
+      return average_param<Half>(launch, row, begin, end);
+    case av::kBFloat16:
+      return average_param<BFloat16>(launch, row, begin, end);
+    case av::kDouble:
+      return average_param<double>(launch, row, begin, end);
+  }
+  for (int64_t j = 0; j < launch.columns - av::kAverages; ++j)  // raw: always copied
+    std::memcpy(reinterpret_cast<char*>(row[av::kAverages + j]) + begin,
+                reinterpret_cast<const char*>(row[av::kParam]) + begin, end - begin);
+}
+}  // namespace fastreg::FASTREG_ISA
+#endif
