@@ -80,13 +80,14 @@ class Plan:
         row = np.repeat(np.arange(len(sizes), dtype=np.int64), counts)
         first = np.arange(len(row), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
         return cls(
-            to_device(torch.from_numpy(np.ascontiguousarray(columns, np.int64)), device),
-            to_device(torch.from_numpy(np.stack([row, first * chunk], 1)), device),
+            _to_device(np.ascontiguousarray(columns, np.int64), device),
+            _to_device(np.stack([row, first * chunk], 1), device),
             chunk,
         )
 
 
-def to_device(host: Tensor, device: torch.device) -> Tensor:
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    host = torch.from_numpy(array)
     if device.type == "cpu":
         return host
     # From pinned memory the copy is queued and the host goes on; torch keeps the block until it is done.

@@ -501,11 +501,11 @@ class _Link:
                 rows.setdefault(source.device, []).append(row)
         rows[home] = rows.pop(home)
         parts = [] if reason is None else [_Part(home, reason=reason, entries=apart)]
-        constants = torch.tensor([rule._row() for rule in rules], dtype=torch.float64)
+        constants = np.array([rule._row() for rule in rules], np.float64)
         for device, here in rows.items():
             plan = _make_plan(here, 3 + len(rules), device)
             ticket = torch.zeros((), dtype=torch.int32, device=device)
-            parts.append(_Part(device, plan, _plan.to_device(constants, device), ticket))
+            parts.append(_Part(device, plan, _plan._to_device(constants, device), ticket))
         return parts
 
 

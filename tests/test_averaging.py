@@ -14,6 +14,7 @@ import fastreg
 from fastreg import EMA, SWA, AveragedModel, PowerEMA, TanhEMA, WeightAverager, average_
 from tests.machine import backends
 
+
 @pytest.fixture(params=[pytest.param(p.values, id=p.id, marks=p.marks) for p in backends("averaging")])
 def device(request):
     """Everything inside is served by one backend, on tensors of its device."""
