@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.longtail import data, experiment, methods, training
+from benchmarks.longtail import data, experiment, methods, progress, training
 from benchmarks.longtail.__main__ import COLUMNS, main
 
 RNG = np.random.default_rng(0)
@@ -235,3 +235,12 @@ def test_processes_give_the_same_results(tmp_path):
         torch.set_num_threads(threads)
     for name in ("classes", "curves"):
         assert (tmp_path / "1" / f"{name}.csv").read_text() == (tmp_path / "2" / f"{name}.csv").read_text()
+
+
+def test_progress_in_a_log_says_each_tenth_once(capsys):
+    with progress.progress(200) as advance:
+        for step in range(200):
+            advance(f"step {step}")
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert len(lines) == 11
+    assert lines[5].startswith("step 99 ") and "[###############               ] 100/200 steps" in lines[5]

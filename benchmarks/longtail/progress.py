@@ -1,4 +1,4 @@
-"""Progress bars: rich's where it is installed, else a line of text."""
+"""Progress bars: rich's on a terminal where it is installed, else lines of text."""
 
 import sys
 import time
@@ -9,13 +9,16 @@ from contextlib import contextmanager
 def progress(total: int):
     """Yields `advance(label)`, to be called `total` times."""
     try:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as Remaining
     except ImportError:
+        Progress = None
+    if Progress is None or not sys.stderr.isatty():
         yield plain(total)
         return
     columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Remaining())
-    with Progress(*columns, refresh_per_second=4) as bar:
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
         task = bar.add_task("", total=total)
         yield lambda label: bar.update(task, advance=1, description=label)
 
