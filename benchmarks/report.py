@@ -134,6 +134,11 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]])
             print("  ".join("-" * width for width in widths))
 
 
+def markdown(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def micro(text: str) -> str:
     value = float(text)
     return f"{value:.1f} µs" if value < 1e3 else f"{value / 1e3:.2f} ms"

@@ -181,6 +181,8 @@ def test_one_run_from_end_to_end(fashion, tmp_path, capsys):
     for picture in ("weight_norms", "class_accuracy", "training_curves"):
         if find_spec("matplotlib"):
             assert (out / f"{picture}.png").stat().st_size > 10_000
+    table = (out / "table.md").read_text()
+    assert table.count("| two stages, cap per step |") == 2 and "| method | last | ema | swa | t-adema |" in table
     said = capsys.readouterr().out
     assert "rows projected" in said and "t-adema" in said
 

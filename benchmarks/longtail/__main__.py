@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,7 +14,7 @@ from . import data, plots, training
 from .experiment import GROUPS, Setting, run_all
 from .methods import BY_NAME, METHODS
 
-EPOCHS = {"mnist5k": 20, "fashion-mnist": 5, "cifar10": 40, "cifar100": 40}
+EPOCHS = {"mnist5k": 30, "fashion-mnist": 4, "cifar10": 40, "cifar100": 40}
 COLUMNS = (
     "data", "imbalance", "method", "weights", "seed", "evaluated_on", *GROUPS,
     "projected_rows", "projectable_rows", "epochs", "device", "versions", "commit", "timestamp",
@@ -73,13 +74,17 @@ def main(arguments: list[str] | None = None) -> None:
     for name, kind in (("classes", rows.classes), ("curves", rows.curves)):
         if kind:
             report.save(options.out / f"{name}.csv", kind, tuple(kind[0]))
-    show(rows.results, setting.judged_on)
+    tables = summaries(rows.results, setting.judged_on)
+    for table in tables:
+        report.show_table(*table)
+    (options.out / "table.md").write_text("\n".join(report.markdown(*table) for table in tables))
     drawn = plots.draw(options.out, rows.classes, rows.curves)
-    print(f"\n{options.out}: results.csv, classes.csv, curves.csv; {drawn}")
+    print(f"\n{options.out}: table.md, results.csv, classes.csv, curves.csv; {drawn}")
     print(f"{time.perf_counter() - started:.0f} s")
 
 
-def show(results: list[dict[str, str]], judged_on: str) -> None:
+def summaries(results: list[dict[str, str]], judged_on: str) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
+    """Title, header and rows of the two tables."""
     methods = list(dict.fromkeys(row["method"] for row in results))
 
     def cell(method: str, weights: str, group: str) -> str:
@@ -91,16 +96,17 @@ def show(results: list[dict[str, str]], judged_on: str) -> None:
         done, seen = (sum(int(row[name]) for row in rows) for name in ("projected_rows", "projectable_rows"))
         return f"{done} of {seen}" if seen else "-"
 
-    report.show_table(
+    groups = (
         f"Accuracy in % on the balanced {judged_on} set, last weights, mean ± standard deviation over the seeds",
         ("method", *GROUPS, "rows projected"),
-        ([BY_NAME[m].title, *(cell(m, "last", group) for group in GROUPS), projected(m)] for m in methods),
+        [[BY_NAME[m].title, *(cell(m, "last", group) for group in GROUPS), projected(m)] for m in methods],
     )
-    report.show_table(
+    averages = (
         "Accuracy over all classes with averaged weights of the same run",
         ("method", *training.WEIGHTS),
-        ([BY_NAME[m].title, *(cell(m, weights, "all") for weights in training.WEIGHTS)] for m in methods),
+        [[BY_NAME[m].title, *(cell(m, weights, "all") for weights in training.WEIGHTS)] for m in methods],
     )
+    return [groups, averages]
 
 
 if __name__ == "__main__":
