@@ -39,7 +39,7 @@ NONE, MEAN = tl.constexpr(0), tl.constexpr(1)  # reductions; the third is the su
 # smaller batch of an epoch compiles nothing: what the compiler must know comes through UNIT.
 _kernel = triton.jit(
     debug=True,
-    do_not_specialize=["inner", "outer", "classes", "phase", "splits", "blocks_per_split", "ignore_index"]
+    do_not_specialize=["n", "inner", "outer", "classes", "phase", "splits", "blocks_per_split", "ignore_index"]
     + [f"{tensor}_{axis}" for tensor in "xgtrl" for axis in ("outer", "inner", "class")],
 )
 
@@ -499,6 +499,105 @@ def _backward(
         tl.store((grad + to)[:, None] + ce, dx, mask=live[:, None] & edge)
 
 
+# ---- sigmoid focal loss --------------------------------------------------------------------------------------
+# Elementwise: one read of the logits (and of dense targets) forward, one more and one write backward. Class indices
+# are compared with each element's class: the one-hot target is never in memory. The mathematics is that of any t
+# between 0 and 1; with a t of 0 or 1 nothing in it cancels.
+
+
+@triton.jit
+def _sigmoid_focal_terms(x, t, gamma, alpha, FOCAL: tl.constexpr, SQUARE: tl.constexpr, BALANCED: tl.constexpr):
+    """α_t·(1 − p_t)^γ·ce and its derivative by x."""
+    e = tl.exp(-tl.abs(x))
+    total = 1.0 + e
+    rest = total - 1.0  # what is left of e after rounding: log1p by dividing it out again
+    log1p = tl.where(rest == 0.0, e, tl.log(total) * (e / tl.where(rest == 0.0, 1.0, rest)))
+    larger, smaller = 1.0 / total, e / total
+    p, q = tl.where(x >= 0.0, larger, smaller), tl.where(x >= 0.0, smaller, larger)
+    other = 1.0 - t
+    positive = tl.where(t == 0.0, 0.0, t * (tl.where(x > 0.0, 0.0, -x) + log1p))
+    negative = tl.where(other == 0.0, 0.0, other * (tl.where(x < 0.0, 0.0, x) + log1p))
+    value = positive + negative
+    slope = other * p - t * q
+    if FOCAL:
+        u = t * q + other * p  # 1 − p_t
+        safe = tl.where(u == 0.0, 1.0, u)
+        if SQUARE:
+            power = u * u
+        else:
+            power = tl.where(u == 0.0, 0.0, tl.exp(gamma * tl.log(safe)))
+        ratio = tl.where(u == 0.0, 1.0, p * q / safe)  # tends to p_t where u vanishes
+        slope += gamma * (other - t) * tl.where(ratio == 0.0, 0.0, ratio * value)
+        value *= power
+        slope *= power
+    if BALANCED:
+        balance = t * alpha + other * (1.0 - alpha)
+        value *= balance
+        slope *= balance
+    return value, slope
+
+
+@_kernel
+def _sigmoid_focal(
+    x, target, weight, normalizer, grad_loss, out, n, gamma: tl.float64, alpha: tl.float64, factor: tl.float64,
+    CLASSES: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, TYPE: tl.constexpr, INDEX: tl.constexpr,
+    BACKWARD: tl.constexpr, REDUCE: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr, BALANCED: tl.constexpr,
+):  # fmt: skip
+    """A block's terms: their sum (REDUCE), the terms themselves, or (BACKWARD) their gradient."""
+    gamma, alpha, factor = tl.full([], gamma, TYPE), tl.full([], alpha, TYPE), tl.full([], factor, TYPE)
+    if BACKWARD and REDUCE:
+        factor = _divided(factor * tl.load(grad_loss).to(TYPE), normalizer, TYPE)
+    whole = tl.multiple_of(n // VECTOR * VECTOR, VECTOR)
+    total = tl.zeros([], TYPE)
+    for tail in tl.static_range(2):  # whole vectors, then what is left over
+        if tail:
+            i = whole + tl.arange(0, VECTOR)
+            mask = (i < n) & (tl.program_id(0) == 0)
+        else:
+            i = tl.program_id(0).to(n.dtype) * BLOCK + tl.arange(0, BLOCK)
+            mask = i < whole
+        if INDEX:
+            y = tl.load(target + i // CLASSES, mask=mask, other=0).to(tl.int64)
+            t = tl.where(y == i % CLASSES, 1.0, 0.0).to(TYPE)
+        else:
+            t = tl.load(target + i, mask=mask, other=0.0).to(TYPE)
+        z = tl.load(x + i, mask=mask, other=0.0).to(TYPE)
+        value, slope = _sigmoid_focal_terms(z, t, gamma, alpha, FOCAL, SQUARE, BALANCED)
+        result = slope if BACKWARD else value
+        if weight is not None:
+            result *= tl.load(weight + i % CLASSES, mask=mask, other=0.0).to(TYPE)
+        if BACKWARD and not REDUCE:
+            result *= tl.load(grad_loss + i, mask=mask, other=0.0).to(TYPE)
+        if REDUCE and not BACKWARD:
+            total += tl.sum(tl.where(mask, result, 0.0))
+        else:
+            tl.store(out + i, (result * factor).to(out.dtype.element_ty), mask=mask)
+    if REDUCE and not BACKWARD:
+        tl.store(out + tl.program_id(0), total)
+
+
+@triton.jit
+def _divided(value, normalizer, TYPE: tl.constexpr):
+    if normalizer is not None:
+        divisor = tl.load(normalizer).to(TYPE)
+        value = value / tl.where(divisor == 0.0, 1.0, divisor)
+    return value
+
+
+@triton.jit
+def _sum(partial, normalizer, out, count, factor: tl.float64, BLOCK: tl.constexpr, LAST: tl.constexpr,
+         TYPE: tl.constexpr):  # fmt: skip
+    """Sums of BLOCK programs; the last stage, one program, takes all, scales and divides."""
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], TYPE)
+    for start in range(0, count if LAST else 1, BLOCK):
+        total += tl.load(partial + start + lane, mask=start + lane < count, other=0.0)
+    result = tl.sum(total)
+    if LAST:
+        result = _divided(result * tl.full([], factor, TYPE), normalizer, TYPE)
+    tl.store(out + tl.program_id(0), result.to(out.dtype.element_ty))
+
+
 # ---- launching -----------------------------------------------------------------------------------------------
 
 
@@ -613,6 +712,14 @@ def _check_options(other_target, target):
         raise NotImplementedError("the Triton kernels take one class index per row")
 
 
+def _accumulate(input):
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _triton_type(dtype):
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 def _rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.dim() == 2 else t.unsqueeze(1)
 
@@ -626,7 +733,7 @@ def cross_entropy_forward(
     ignore_index, reduction, label_smoothing, gamma, alpha_scale, scale, z_loss, zero_if_empty, fp32_loss,
 ):  # fmt: skip
     _check_options(other_target, target)
-    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+    accumulate = _accumulate(input)
     rows = [input.shape[0], *input.shape[2:]]
     loss = input.new_empty([] if reduction else rows, dtype=accumulate if fp32_loss else input.dtype)
     lse = input.new_empty([2, *rows], dtype=accumulate)
@@ -650,7 +757,7 @@ def cross_entropy_forward(
     rows_strides = (*_strides(target, layout.inner_dim), *_strides(_rows(lse[0]), layout.inner_dim))
     options = (ignore_index, label_smoothing, gamma, alpha_scale, scale, z_loss)
     flags = dict(
-        TYPE=tl.float64 if accumulate == torch.float64 else tl.float32,
+        TYPE=_triton_type(accumulate),
         REDUCTION=reduction, SMOOTH=label_smoothing != 0, FOCAL=gamma != 0, SCALED=scale != 1, Z_LOSS=z_loss != 0,
         ZERO_IF_EMPTY=zero_if_empty, ALONE=alone, LOWEST=torch.finfo(accumulate).min,
     )  # fmt: skip
@@ -672,24 +779,25 @@ def cross_entropy_forward(
                 ROWS=merge_rows, SPLITS=_power_of_2(tile.splits), **flags, num_warps=4, sanitize_overflow=False,
             )  # fmt: skip
         if partial is not None:
-            _sum_over_programs(partial, loss, denominator, reduction, zero_if_empty, flags["TYPE"])
+
+            def add(partial, out, programs, last):
+                _sum_partials[(programs,)](
+                    partial, out, loss, denominator, partial.shape[1], LAST=last, BLOCK=SUM_BLOCK,
+                    REDUCTION=reduction, ZERO_IF_EMPTY=zero_if_empty, TYPE=flags["TYPE"], num_warps=4,
+                )  # fmt: skip
+
+            _in_stages(add, partial, None)
     return loss, lse, denominator
 
 
-def _sum_over_programs(partial, loss, denominator, reduction, zero_if_empty, type_):
-    block = SUM_BLOCK
-    while True:
-        count = partial.shape[1]
-        last = count <= 16 * block  # what one program sums in a few microseconds
-        programs = 1 if last else -(-count // block)
-        out = None if last else partial.new_empty(2, programs)
-        _sum_partials[(programs,)](
-            partial, out, loss, denominator, count, LAST=last, BLOCK=block,
-            REDUCTION=reduction, ZERO_IF_EMPTY=zero_if_empty, TYPE=type_, num_warps=4,
-        )  # fmt: skip
-        if last:
-            return
-        partial = out
+def _in_stages(add, partial, out):
+    """Sums `partial` along its last dimension into `out`, in a fixed order: by SUM_BLOCK, then in one program."""
+    while partial.shape[-1] > 16 * SUM_BLOCK:  # what one program sums in a few microseconds
+        programs = -(-partial.shape[-1] // SUM_BLOCK)
+        stage = partial.new_empty(*partial.shape[:-1], programs)
+        add(partial, stage, programs, False)
+        partial = stage
+    add(partial, out, 1, True)
 
 
 def cross_entropy_backward(
@@ -720,8 +828,63 @@ def cross_entropy_backward(
             ignore_index, label_smoothing, gamma, alpha_scale, scale, z_loss,
             ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole,
             FAST=layout.fast, UNIT=unit, PEEL=layout.peel,
-            TYPE=tl.float64 if accumulate == torch.float64 else tl.float32,
+            TYPE=_triton_type(accumulate),
             SMOOTH=label_smoothing != 0, FOCAL=gamma != 0, SCALED=scale != 1, Z_LOSS=z_loss != 0,
             num_warps=tile.warps, sanitize_overflow=False,
         )  # fmt: skip
     return grad_input
+
+
+def _sigmoid_launch(x, target, weight, normalizer, grad_loss, out, alpha, gamma, reduce, factor):
+    """Launches over all elements of x, which is contiguous like everything else here."""
+    vector = 16 // x.element_size()
+    block = 512 * vector  # 64 bytes per thread of four warps
+    index = target.dim() == 1
+    with torch.cuda.device_of(x):
+        _sigmoid_focal[(-(-x.numel() // block),)](
+            x, target, weight, normalizer, grad_loss, out, x.numel(), gamma, alpha, factor,
+            CLASSES=x.shape[1] if index or weight is not None else 1, BLOCK=block, VECTOR=vector,
+            TYPE=_triton_type(_accumulate(x)), INDEX=index, BACKWARD=grad_loss is not None, REDUCE=reduce,
+            FOCAL=gamma != 0, SQUARE=gamma == 2, BALANCED=alpha >= 0, num_warps=4, sanitize_overflow=False,
+        )  # fmt: skip
+    return block
+
+
+def sigmoid_focal_forward(input, target, weight, normalizer, alpha, gamma, reduce, scale, fp32_loss):
+    accumulate = _accumulate(input)
+    loss_dtype = accumulate if fp32_loss else input.dtype
+    x, target = input.contiguous(), target.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    if not reduce:
+        loss = input.new_empty(input.shape, dtype=loss_dtype)
+        if x.numel():
+            _sigmoid_launch(x, target, weight, None, None, loss, alpha, gamma, False, scale)
+        return loss
+    programs = -(-x.numel() // (512 * 16 // x.element_size()))
+    partial = x.new_empty(programs, dtype=accumulate)
+    if x.numel():
+        _sigmoid_launch(x, target, weight, None, None, partial, alpha, gamma, True, 1.0)
+    loss = input.new_empty([], dtype=loss_dtype)
+
+    def add(partial, out, programs, last):
+        _sum[(programs,)](
+            partial, normalizer, out, partial.shape[-1], scale, BLOCK=SUM_BLOCK, LAST=last,
+            TYPE=_triton_type(accumulate), num_warps=4,
+        )  # fmt: skip
+
+    with torch.cuda.device_of(input):
+        _in_stages(add, partial, loss)
+    return loss
+
+
+def sigmoid_focal_backward(grad_loss, input, target, weight, normalizer, alpha, gamma, reduce, scale):
+    grad = torch.empty_like(input)
+    if input.numel():
+        x, target = input.contiguous(), target.contiguous()
+        weight = None if weight is None else weight.contiguous()
+        out = grad if grad.is_contiguous() else torch.empty_like(x)
+        grad_loss = grad_loss if reduce else grad_loss.contiguous()
+        _sigmoid_launch(x, target, weight, normalizer, grad_loss, out, alpha, gamma, reduce, scale)
+        if out is not grad:
+            grad.copy_(out)
+    return grad
