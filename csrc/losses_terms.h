@@ -45,6 +45,8 @@ FASTREG_HD SigmoidFocal<V> sigmoid_focal(V x, V t, A alpha, A gamma) {
   const V balance = alpha < 0 ? one : t * alpha + (one - t) * (A(1) - alpha);
   // gamma * u^(gamma - 1) * p * (1 - p) with the quotient p * (1 - p) / u, which is at most 1
   const V ratio = u > zero ? p * not_p / u : zero;
-  const V derivative = (p - t) - gamma * (t + t - one) * ratio * entropy;
+  // p - t, with the digits that it would lose where t is 1 and p nearly so
+  const V slope = p * (one - t) - not_p * t;
+  const V derivative = slope - gamma * (t + t - one) * ratio * entropy;
   return {balance * power * entropy, balance * power * derivative};
 }

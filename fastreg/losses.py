@@ -691,7 +691,7 @@ def _autocast(device: str) -> bool:
 
 _sigmoid_forward = _ops.kernels("sigmoid_focal_forward")
 _sigmoid_backward = _ops.kernels("sigmoid_focal_backward")
-_backends.register("sigmoid_focal_loss", kernels=("cpu",))
+_backends.register("sigmoid_focal_loss", kernels=_ops.KERNEL_BACKENDS)
 
 
 def sigmoid_focal_loss(

@@ -75,3 +75,31 @@ def cross_entropy_backward(
         _workspace(input), ignore_index, label_smoothing, gamma, alpha_scale, scale, z_loss, MULTIPROCESSORS,
     )  # fmt: skip
     return grad
+
+
+@functools.cache
+def _sigmoid_kernels():
+    names = ("sigmoid_focal", "sigmoid_focal_workspace")
+    return cudahost.load("csrc/cuda/losses_sigmoid.cu", [f"fastreg::cuda::{name}" for name in names])
+
+
+def _sigmoid_focal(grad_loss, input, target, weight, normalizer, out, alpha, gamma, reduce, scale):
+    accumulate, size = _accumulate(input), np.zeros(1, np.int64)
+    code, wide = _CODES[input.dtype], (out if grad_loss is None else grad_loss).dtype == accumulate
+    _sigmoid_kernels().sigmoid_focal_workspace(code, input.numel(), MULTIPROCESSORS, size)
+    _sigmoid_kernels().sigmoid_focal(
+        code, grad_loss is not None, grad_loss, input, target, 0 if target.dim() == 2 else target.element_size(),
+        *_vectors((weight, normalizer), accumulate), out, wide, np.full(size[0], 0xFF, np.uint8), *input.shape,
+        alpha, gamma, reduce, scale, MULTIPROCESSORS,
+    )  # fmt: skip
+    return out
+
+
+def sigmoid_focal_forward(input, target, weight, normalizer, alpha, gamma, reduce, scale, fp32_loss):
+    out = torch.empty([] if reduce else input.shape, dtype=_accumulate(input) if fp32_loss else input.dtype)
+    return _sigmoid_focal(None, input, target, weight, normalizer, out.fill_(torch.nan), alpha, gamma, reduce, scale)
+
+
+def sigmoid_focal_backward(grad_loss, input, target, weight, normalizer, alpha, gamma, reduce, scale):
+    out = torch.empty_like(input).fill_(torch.nan)
+    return _sigmoid_focal(grad_loss, input, target, weight, normalizer, out, alpha, gamma, reduce, scale)

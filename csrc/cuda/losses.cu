@@ -1,33 +1,30 @@
 // Softmax cross-entropy and its family in CUDA. The formula stands in fastreg/losses.py, a row's maths in
-// losses.h.
+// csrc/losses.h.
 //
-// Bytes     forward: the logits once. Backward: the logits once, the gradient written once. Beside them only
-// vectors
-//           with one element per row or per class. Ignored rows are not read.
-// Launches  forward: one, if one block can do everything; else the rows, then the sum of the blocks' losses.
-// Rows that
-//           are split over blocks add a merge; smoothing with class weights adds one for their sum. Backward:
-//           one.
-// Rows      of contiguous classes are walked by 1 to 32 lanes, or by a block if they are long; few and long
-// rows by
-//           several blocks each. Rows of strided classes, such as (N, C, H·W), lie along a warp: one thread
-//           each, eight warps dealing out the classes. One pass with a running (maximum, sum) per thread,
-//           merged at the end.
-// Accesses  128 bits, four in flight per thread, between the first and the last multiple of 16 bytes of each
-// row. Numerics  fp32 (fp64 for fp64). Running maxima start from the lowest finite number, so -inf - (-inf)
-// never arises.
-//           No atomics: blocks leave their sums behind, and the last stage adds them in order.
+// Bytes: forward, the logits once; backward, the logits once and the gradient written once. Beside them only
+// vectors with one element per row or per class. Ignored rows are not read.
 //
-// Launchers take raw pointers and a stream, so that this file compiles without torch, for a GPU or for the
-// host.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+// Launches: forward, one if one block can do everything, else the rows and then the sum of the blocks'
+// losses. Rows split over blocks add a merge; smoothing with class weights adds one for their sum. Backward,
+// one.
+//
+// Rows of contiguous classes are walked by 1 to 32 lanes, or by a block if they are long; few and long rows
+// by several blocks each. Rows of strided classes, such as (N, C, H*W), lie along a warp: one thread each,
+// and eight warps that deal out the classes. One pass with a running (maximum, sum) per thread, merged at the
+// end.
+//
+// Accesses: 128 bits, four in flight per thread, between the first and the last multiple of 16 bytes of a
+// row.
+//
+// Numerics: fp32 (fp64 for fp64). Running maxima start from the lowest finite number, so -inf - (-inf) never
+// arises. No atomics: blocks leave their sums behind, and the last stage adds them in order.
+//
+// Launchers take raw pointers and a stream, so this file compiles without torch, for a GPU or for the host.
 #include <cassert>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
+#include "cuda/elements.h"
 #include "cuda/launch.h"
 #include "cuda/losses_launch.h"
 #include "losses.h"
@@ -42,20 +39,9 @@
 namespace fastreg::cuda {
 namespace {
 
-constexpr unsigned everyone = 0xffffffffu;
-constexpr int in_flight = 4;  // 16-byte loads that a thread has under way
 constexpr int strided_in_flight = 8;
 constexpr int class_lanes = 8;  // warps that share the classes of 32 rows, where classes are strided
 constexpr int blocks_per_processor = 16;
-
-template <class T>
-using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <class T>
-struct alignas(16) Vector {
-  static constexpr int size = 16 / sizeof(T);
-  T values[size];
-};
 
 // Tensors as (N, C, D). Row r is position (r / D, r % D).
 template <class T>
@@ -82,11 +68,7 @@ struct Problem {
   }
 };
 
-__device__ inline float fast_exp(float x) { return __expf(x); }
-__device__ inline double fast_exp(double x) { return exp(x); }
-
-// ---- one row
-// ---------------------------------------------------------------------------------------------------------
+// ---- one row --------------------------------------------------------------------------------------------
 
 // What a thread knows of its row before it walks it. PLAIN: z is x, and no smoothing.
 template <class A, bool PLAIN>
@@ -176,31 +158,6 @@ __device__ void take(Partial<A>& part, const T (&x)[COUNT][SIZE], int64_t c, int
   part.sum = sum;
 }
 
-// Calls `scalar(c)` and `vectors<COUNT>(c, pitch)` for a lane's share of the classes [begin, end) of a row at
-// `x`: vectors of 16 aligned bytes, four at a time where there are as many, single classes before and after.
-template <class T, class Scalar, class Four, class One>
-__device__ void deal(const T* x, int64_t begin, int64_t end, int lane, int lanes, Scalar scalar, Four four,
-                     One one) {
-  constexpr int size = Vector<T>::size;
-  const int64_t past = reinterpret_cast<uintptr_t>(x + begin) % 16 / sizeof(T);
-  int64_t middle = begin + (past ? size - past : 0);
-  if (middle > end) middle = end;
-  const int64_t tail = middle + (end - middle) / size * size;
-  for (int64_t c = begin + lane; c < middle; c += lanes) scalar(c);
-  const int64_t pitch = int64_t(lanes) * size;
-  int64_t c = middle + int64_t(lane) * size;
-  for (; c + (in_flight - 1) * pitch < tail; c += in_flight * pitch) four(c, pitch);
-  for (; c < tail; c += pitch) one(c);
-  for (c = tail + lane; c < end; c += lanes) scalar(c);
-}
-
-template <int COUNT, class T>
-__device__ void load(T (&out)[COUNT][Vector<T>::size], const T* x, int64_t pitch) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i)
-    *reinterpret_cast<Vector<T>*>(out[i]) = *reinterpret_cast<const Vector<T>*>(x + i * pitch);
-}
-
 // A lane's share of the classes [begin, end) of a row of contiguous classes.
 template <class T, class A, bool PLAIN>
 __device__ Partial<A> walk(const Problem<A>& p, const Row<A, PLAIN>& row, const T* x, int64_t begin,
@@ -244,8 +201,7 @@ __device__ Partial<A> walk_strided(const Problem<A>& p, const Row<A, PLAIN>& row
   return part;
 }
 
-// ---- merging, always in the same order
-// -------------------------------------------------------------------------------
+// ---- merging, always in the same order ------------------------------------------------------------------
 
 template <class A>
 __device__ Partial<A> merge(const Partial<A>& a, const Partial<A>& b) {
@@ -277,20 +233,7 @@ __device__ Partial<A> merge_block(Partial<A> part) {
   return part;
 }
 
-// Sum over the block; the result is thread 0's. Call it once per kernel and array of shared memory.
-template <class A>
-__device__ A sum_block(A value, A (&warps)[32]) {
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x, count = blockDim.x * blockDim.y / 32;
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(everyone, value, step);
-  if (thread % 32 == 0) warps[thread / 32] = value;
-  __syncthreads();
-  if (thread == 0)
-    for (int w = 1; w < count; ++w) value += warps[w];
-  return value;
-}
-
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------
 
 template <class A>
 struct Results {
@@ -300,14 +243,6 @@ struct Results {
   A* sums;   // (losses, weights) per block
   A* parts;  // (high, sum, linear) per split and row, or null
 };
-
-template <class T, class A>
-__device__ void store(void* to, bool wide, int64_t at, A value) {
-  if (wide)
-    static_cast<A*>(to)[at] = value;
-  else
-    static_cast<T*>(to)[at] = static_cast<T>(value);
-}
 
 template <class T, class A>
 __device__ void write_loss(const Problem<A>& p, const Results<A>& out, A losses, A weights) {
@@ -452,8 +387,7 @@ __global__ void __launch_bounds__(1024) combine_factors(Problem<A> p, A* factors
   if (threadIdx.x == 0) *total = sum;
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------
 
 template <class A>
 struct Incoming {
@@ -559,10 +493,7 @@ __global__ void __launch_bounds__(32 * class_lanes, sizeof(T) == 8 ? 1 : 2)
   }
 }
 
-// ---- launching
-// -------------------------------------------------------------------------------------------------------
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// ---- launching ------------------------------------------------------------------------------------------
 
 // Launch shapes from arithmetic; nothing here has been tuned on a GPU yet.
 struct Plan {
@@ -645,22 +576,6 @@ cudaError_t backward(const Plan& plan, const Problem<A>& p, const Logits<const T
            dim3(32, class_lanes), 0, stream, p, x, grad, in, chunk);
   }
   return cudaGetLastError();
-}
-
-// Calls run.operator()<T>() for a dtype code: 0 fp32, 1 fp16, 2 bf16, 3 fp64.
-template <class Run>
-cudaError_t with_type(int dtype, Run run) {
-  switch (dtype) {
-    case 0:
-      return run.template operator()<float>();
-    case 1:
-      return run.template operator()<__half>();
-    case 2:
-      return run.template operator()<__nv_bfloat16>();
-    case 3:
-      return run.template operator()<double>();
-  }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace

@@ -129,10 +129,59 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, cons
   return grad;
 }
 
+// Both ways of the sigmoid focal loss; `grad_loss` is null in the forward.
+void run_sigmoid_focal(const OnDevice& on, const Tensor* grad_loss, const Tensor& input, const Tensor& target,
+                       const MaybeTensor& weight, const MaybeTensor& normalizer, Tensor& out, bool wide,
+                       double alpha, double gamma, bool reduce, double factor) {
+  const int dtype = code_of(input.scalar_type());
+  const ScalarType arithmetic = dtype == 3 ? ScalarType::Double : ScalarType::Float;
+  const Tensor x = torch::stable::contiguous(input), t = torch::stable::contiguous(target);
+  const bool dense = target.dim() == input.dim();
+  int64_t bytes = 0;
+  check(cuda::sigmoid_focal_workspace(dtype, input.numel(), on.multiprocessors(), &bytes));
+  Tensor workspace = on.empty({bytes}, ScalarType::Byte);
+  Vectors vectors(arithmetic);
+  const void *weight_data = vectors(weight), *normalizer_data = vectors(normalizer);
+  check(cuda::sigmoid_focal(dtype, grad_loss != nullptr, grad_loss ? grad_loss->const_data_ptr() : nullptr,
+                            x.const_data_ptr(), t.const_data_ptr(),
+                            dense ? 0 : static_cast<int>(t.element_size()), weight_data, normalizer_data,
+                            out.mutable_data_ptr(), wide, workspace.mutable_data_ptr(), input.size(0),
+                            input.size(1), alpha, gamma, reduce, factor, on.multiprocessors(), on.stream));
+}
+
+Tensor sigmoid_focal_forward(const Tensor& input, const Tensor& target, MaybeTensor weight,
+                             MaybeTensor normalizer, double alpha, double gamma, bool reduce, double scale,
+                             bool fp32_loss) {
+  const OnDevice on(input);
+  const ScalarType arithmetic =
+      input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = fp32_loss ? arithmetic : input.scalar_type();
+  Tensor loss = reduce ? on.empty({}, dtype) : on.empty({input.size(0), input.size(1)}, dtype);
+  run_sigmoid_focal(on, nullptr, input, target, weight, normalizer, loss, dtype == arithmetic, alpha, gamma,
+                    reduce, scale);
+  return loss;
+}
+
+Tensor sigmoid_focal_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                              MaybeTensor weight, MaybeTensor normalizer, double alpha, double gamma,
+                              bool reduce, double scale) {
+  const OnDevice on(input);
+  const bool wide =
+      grad_loss.scalar_type() == ScalarType::Double || grad_loss.scalar_type() == ScalarType::Float;
+  const Tensor incoming = torch::stable::contiguous(grad_loss);
+  Tensor grad = torch::stable::empty_like(input);
+  Tensor out = grad.is_contiguous() ? grad : on.empty({input.size(0), input.size(1)}, input.scalar_type());
+  run_sigmoid_focal(on, &incoming, input, target, weight, normalizer, out, wide, alpha, gamma, reduce, scale);
+  if (!grad.is_contiguous()) torch::stable::copy_(grad, out);
+  return grad;
+}
+
 }  // namespace
 }  // namespace fastreg
 
 STABLE_TORCH_LIBRARY_IMPL(fastreg, CUDA, m) {
   m.impl("cross_entropy_forward.cuda", TORCH_BOX(&fastreg::cross_entropy_forward));
   m.impl("cross_entropy_backward.cuda", TORCH_BOX(&fastreg::cross_entropy_backward));
+  m.impl("sigmoid_focal_forward.cuda", TORCH_BOX(&fastreg::sigmoid_focal_forward));
+  m.impl("sigmoid_focal_backward.cuda", TORCH_BOX(&fastreg::sigmoid_focal_backward));
 }

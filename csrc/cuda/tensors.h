@@ -27,7 +27,7 @@ inline void check(cudaError_t error) {
 }
 
 // The device of a tensor is current while this lives. Launch on `stream`.
-class OnDevice {
+class __attribute__((visibility("hidden"))) OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor)
       : device(tensor.get_device_index()), guard_(device), stream(current_stream(device)) {}

@@ -1,0 +1,91 @@
+// What the kernels of the losses share: element types, accesses of 16 bytes, sums over a block.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace fastreg::cuda {
+namespace {
+
+constexpr unsigned everyone = 0xffffffffu;
+constexpr int in_flight = 4;  // 16-byte loads that a thread has under way
+
+template <class T>
+using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+struct alignas(16) Vector {
+  static constexpr int size = 16 / sizeof(T);
+  T values[size];
+};
+
+__device__ inline float fast_exp(float x) { return __expf(x); }
+__device__ inline double fast_exp(double x) { return exp(x); }
+
+template <class T, class A>
+__device__ void store(void* to, bool wide, int64_t at, A value) {
+  if (wide)
+    static_cast<A*>(to)[at] = value;
+  else
+    static_cast<T*>(to)[at] = static_cast<T>(value);
+}
+
+// Calls `scalar(c)`, `one(c)` and `four(c, pitch)` for a lane's share of the classes [begin, end) of a row at
+// `x`: vectors of 16 aligned bytes, four at a time where there are as many, single elements before and after.
+template <class T, class Scalar, class Four, class One>
+__device__ void deal(const T* x, int64_t begin, int64_t end, int lane, int lanes, Scalar scalar, Four four,
+                     One one) {
+  constexpr int size = Vector<T>::size;
+  const int64_t past = reinterpret_cast<uintptr_t>(x + begin) % 16 / sizeof(T);
+  int64_t middle = begin + (past ? size - past : 0);
+  if (middle > end) middle = end;
+  const int64_t tail = middle + (end - middle) / size * size;
+  for (int64_t c = begin + lane; c < middle; c += lanes) scalar(c);
+  const int64_t pitch = int64_t(lanes) * size;
+  int64_t c = middle + int64_t(lane) * size;
+  for (; c + (in_flight - 1) * pitch < tail; c += in_flight * pitch) four(c, pitch);
+  for (; c < tail; c += pitch) one(c);
+  for (c = tail + lane; c < end; c += lanes) scalar(c);
+}
+
+template <int COUNT, class T>
+__device__ void load(T (&out)[COUNT][Vector<T>::size], const T* x, int64_t pitch) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i)
+    *reinterpret_cast<Vector<T>*>(out[i]) = *reinterpret_cast<const Vector<T>*>(x + i * pitch);
+}
+
+// Sum over the block; the result is thread 0's. Call it once per kernel and array of shared memory.
+template <class A>
+__device__ A sum_block(A value, A (&warps)[32]) {
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, count = blockDim.x * blockDim.y / 32;
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(everyone, value, step);
+  if (thread % 32 == 0) warps[thread / 32] = value;
+  __syncthreads();
+  if (thread == 0)
+    for (int w = 1; w < count; ++w) value += warps[w];
+  return value;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls run.operator()<T>() for a dtype code: 0 fp32, 1 fp16, 2 bf16, 3 fp64.
+template <class Run>
+cudaError_t with_type(int dtype, Run run) {
+  switch (dtype) {
+    case 0:
+      return run.template operator()<float>();
+    case 1:
+      return run.template operator()<__half>();
+    case 2:
+      return run.template operator()<__nv_bfloat16>();
+    case 3:
+      return run.template operator()<double>();
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+}  // namespace fastreg::cuda
