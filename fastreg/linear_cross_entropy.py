@@ -1,10 +1,32 @@
-"""Linear layer and cross-entropy in one: loss = cross_entropy(input @ linear_weightᵀ + linear_bias, target, …)."""
+"""Linear layer and loss in one: loss = cross_entropy(input @ linear_weightᵀ + linear_bias, target, …).
 
+The logits of all rows never exist at once. The rows are taken in chunks: their logits, their loss and its gradient to
+the logits, and from that their part of the gradients to input, weight and bias, all in the forward, so that a chunk's
+logits can go before the next come; the backward only scales. Without a reduction the incoming gradient of each row is
+still open: then the backward makes the logits of each chunk again.
+"""
+
+from collections.abc import Iterator
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks
-from .losses import Target, cross_entropy
+from . import _checks, _ops
+from .longtail import ClassStatistics
+from .losses import (
+    LossOutputs,
+    Target,
+    autocast_enabled,
+    check_shapes,
+    cross_entropy,
+    index_shares,
+    mean_denominator,
+    not_ordinary,
+    row_counts,
+)
+
+_CHUNK = 2**24  # logits in a chunk, unless it is told: 64 MB in fp32
 
 
 def linear_cross_entropy(
@@ -24,40 +46,219 @@ def linear_cross_entropy(
     scale: float = 1.0,
     z_loss: float = 0.0,
     all_ignored: str = "nan",
+    outputs: bool = False,
+    statistics: ClassStatistics | None = None,
     chunk_size: int | None = None,
-) -> Tensor:
-    """`fastreg.cross_entropy` of a linear layer's output, with every option of it.
+) -> Tensor | LossOutputs:
+    """`fastreg.cross_entropy` of a linear layer's output, with its options, without all logits in memory.
+
+    A superset of `torch.nn.functional.linear_cross_entropy` (torch 2.13).
 
     Args:
         input: (in,) or (N, in).
-        linear_weight: (C, in), or (C, d1, …, in) for targets (N, d1, …).
+        linear_weight: (C, in), or (C, d1, …, in) for targets (N, d1, …), which is not chunked.
         target: as for `cross_entropy` with logits of (C,), (N, C) or (N, C, d1, …).
         linear_bias: linear_weight's shape without the last dimension, or None.
         ignore_index: None is -100.
-        chunk_size: how many rows of logits are in memory at a time; None chooses.
+        chunk_size: rows whose logits are in memory at a time; None takes as many as make 2**24 logits, but at
+            least 256. In memory are one chunk of logits, one of their gradients, and, where wanted, the gradients
+            to input, linear_weight and linear_bias, the latter two summed in fp32 (fp64 for fp64).
 
-    The remaining arguments, what is returned and what is raised are those of `cross_entropy`.
+    The remaining arguments, what is returned and what is raised are those of `cross_entropy`. Backward twice is right;
+    second derivatives, torch.func transforms, torch.compile and inputs of one chunk take the plain composition.
     """
     _check_linear(input, linear_weight, linear_bias, chunk_size)
-    classes = linear_weight.shape[:-1]
-    logits = F.linear(
-        input, linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten()
-    ).unflatten(-1, classes)
-    return cross_entropy(
-        logits,
-        target,
-        weight,
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        gamma=gamma,
-        alpha=alpha,
-        logit_adjustment=logit_adjustment,
-        margin=margin,
-        scale=scale,
-        z_loss=z_loss,
-        all_ignored=all_ignored,
+    options = {
+        "ignore_index": -100 if ignore_index is None else ignore_index,
+        "label_smoothing": label_smoothing,
+        "gamma": gamma,
+        "alpha": alpha,
+        "logit_adjustment": logit_adjustment,
+        "margin": margin,
+        "scale": scale,
+        "z_loss": z_loss,
+    }
+    classes = linear_weight.shape[0]
+    chunk = chunk_size or max(256, _CHUNK // classes)
+    if (
+        input.dim() == 1
+        or linear_weight.dim() > 2
+        or input.shape[0] <= chunk
+        or torch.compiler.is_compiling()
+        or not_ordinary(input) is not None
+        or not_ordinary(linear_weight) is not None
+    ):
+        return cross_entropy(
+            _linear(input, linear_weight, linear_bias),
+            target,
+            weight,
+            reduction=reduction,
+            all_ignored=all_ignored,
+            outputs=outputs,
+            statistics=statistics,
+            **options,
+        )
+    _checks.choice("reduction", reduction, _ops.REDUCTIONS)
+    _checks.choice("all_ignored", all_ignored, ("nan", "zero"))
+    check_shapes(
+        input.new_empty(1).expand(input.shape[0], classes), *(target if isinstance(target, tuple) else (target,))
     )
+    dtype = input.dtype
+    if autocast_enabled(input.device.type):
+        # What autocast would do to the linear layer in every chunk, once.
+        half = torch.get_autocast_dtype(input.device.type)
+        input, linear_weight = input.to(half), linear_weight.to(half)
+        linear_bias = None if linear_bias is None else linear_bias.to(half)
+        dtype = torch.promote_types(dtype, torch.float32)
+    extra = {"outputs": outputs, "statistics": statistics}
+    loss, *known = _LinearCrossEntropy.apply(
+        input, linear_weight, linear_bias, target, weight, reduction, all_ignored, options, extra, chunk
+    )
+    loss = loss.to(dtype)
+    return LossOutputs(loss, *known) if outputs else loss
+
+
+def _linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    bias = None if linear_bias is None else linear_bias.flatten()
+    return F.linear(input, linear_weight.flatten(0, -2), bias).unflatten(-1, linear_weight.shape[:-1])
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Returns the loss in the dtype of the computation and, where wanted, the rest of LossOutputs."""
+
+    @staticmethod
+    def forward(ctx, input, linear_weight, linear_bias, target, weight, reduction, all_ignored, options, extra, chunk):
+        compute = _ops.accumulator(input)
+        ctx.save_for_backward(input, linear_weight, linear_bias, weight)
+        ctx.target, ctx.reduction, ctx.all_ignored, ctx.options, ctx.chunk = (
+            target, reduction, all_ignored, options, chunk)  # fmt: skip
+        ctx.set_materialize_grads(False)
+        want = ctx.needs_input_grad[:3] if reduction != "none" else (False, False, False)
+        ctx.sums = _Gradients(input, linear_weight, linear_bias, want)
+        found = []
+        for rows in _chunks(len(input), chunk):
+            found.append(ctx.sums.add_chunk(rows, _rows_of(target, rows), weight, reduction, options, extra))
+        losses, *known = zip(*((f if extra["outputs"] else (f,)) for f in found))
+        known = [None if part[0] is None else torch.cat(part) for part in known]
+        ctx.mark_non_differentiable(*(part for part in known if part is not None))
+        if reduction == "none":
+            return torch.cat(losses).to(compute), *known
+        loss = torch.stack(losses).sum().to(compute)
+        if reduction == "mean":
+            counts, indices = 1.0, isinstance(target, tuple) or not target.is_floating_point()
+            if indices:
+                shares = index_shares(target, len(linear_weight), options["ignore_index"])
+                counts = row_counts(*shares, weight, compute)
+            denominator = mean_denominator(counts, len(input), all_ignored)
+            ctx.denominator = torch.as_tensor(denominator, dtype=compute, device=input.device)
+            loss = loss / ctx.denominator
+        return loss, *known
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        nothing = (None,) * 7
+        if grad_loss is None:
+            return None, None, None, *nothing
+        input, linear_weight, linear_bias, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable(ctx, grad_loss), *nothing
+        if ctx.reduction == "none":
+            sums = _Gradients(input, linear_weight, linear_bias, ctx.needs_input_grad[:3])
+            for rows in _chunks(len(input), ctx.chunk):
+                sums.add_chunk(rows, _rows_of(ctx.target, rows), weight, "none", ctx.options, {}, grad_loss[rows])
+            return *sums.scaled(None), *nothing
+        factor = grad_loss
+        if ctx.reduction == "mean":  # where nothing counts the sums are 0, and stay so
+            factor = torch.where(ctx.denominator == 0, 0.0, grad_loss / ctx.denominator)
+        return *ctx.sums.scaled(factor), *nothing
+
+
+class _Gradients:
+    """The gradients of the sum of the losses to input, weight and bias, chunk by chunk."""
+
+    def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, want: tuple[bool, ...]) -> None:
+        compute = _ops.accumulator(input)
+        self.tensors = input, weight, bias
+        self.sums: list[Tensor | None] = [
+            torch.empty_like(input) if want[0] else None,
+            torch.zeros_like(weight, dtype=compute) if want[1] else None,
+            torch.zeros_like(bias, dtype=compute) if want[2] else None,
+        ]
+
+    def add_chunk(
+        self, rows: slice, target: Target, weight: Tensor | None, reduction: str, options: dict, extra: dict,
+        grad: Tensor | None = None,
+    ) -> Tensor | LossOutputs:  # fmt: skip
+        """The loss of these rows, their sum unless reduction is none. A function, so that a chunk's logits are gone
+        before those of the next are made."""
+        input, linear_weight, linear_bias = self.tensors
+        logits = F.linear(input[rows], linear_weight, linear_bias)
+        want = any(g is not None for g in self.sums)
+        reduction = "none" if reduction == "none" else "sum"
+        # Under autocast the loss comes unrounded, in fp32.
+        wide = torch.autocast(
+            logits.device.type, torch.bfloat16, enabled=logits.dtype in (torch.float16, torch.bfloat16)
+        )
+        with torch.set_grad_enabled(want), wide:
+            found = cross_entropy(
+                logits.requires_grad_(want), target, weight,
+                reduction=reduction, grad_in_forward=want and reduction == "sum", **options, **extra,
+            )  # fmt: skip
+        if not want:
+            return found
+        loss = found.loss if isinstance(found, LossOutputs) else found
+        (d,) = torch.autograd.grad(loss, logits, grad)
+        del logits
+        to_input, to_weight, to_bias = self.sums
+        if to_input is not None:
+            torch.mm(d, linear_weight, out=to_input[rows])
+        if to_weight is not None:
+            _add_product(to_weight, d, input[rows])
+        if to_bias is not None:
+            to_bias += d.sum(0, dtype=to_bias.dtype)
+        return found._replace(loss=loss.detach()) if isinstance(found, LossOutputs) else loss.detach()
+
+    def scaled(self, factor: Tensor | None) -> Iterator[Tensor | None]:
+        for tensor, total in zip(self.tensors, self.sums):
+            if total is None:
+                yield None
+            elif factor is None:
+                yield total.to(tensor.dtype)
+            else:  # a new tensor: another backward may follow
+                yield torch.mul(total, factor, out=torch.empty_like(tensor))
+
+
+def _add_product(total: Tensor, d: Tensor, input: Tensor) -> None:
+    """total += dᵀ · input, in total's precision."""
+    if total.dtype == d.dtype:
+        total.addmm_(d.t(), input)
+    elif d.is_cuda:
+        total += torch.mm(d.t(), input, out_dtype=total.dtype)
+    else:  # widened in pieces, so that no wide copy of a whole chunk is made
+        input = input.to(total.dtype)
+        for part, columns in zip(total.split(4096), d.split(4096, 1)):
+            part.addmm_(columns.t().to(total.dtype), input)
+
+
+def _chunks(rows: int, chunk: int) -> Iterator[slice]:
+    return (slice(first, min(first + chunk, rows)) for first in range(0, rows, chunk))
+
+
+def _rows_of(target: Target, rows: slice) -> Target:
+    if not isinstance(target, tuple):
+        return target[rows]
+    return tuple(part[rows] if isinstance(part, Tensor) and part.dim() else part for part in target)
+
+
+def _differentiable(ctx, grad_loss: Tensor) -> list[Tensor | None]:
+    """The plain composition, whose gradient can be differentiated again."""
+    *tensors, weight = ctx.saved_tensors
+    loss = cross_entropy(
+        F.linear(*tensors), ctx.target, weight, reduction=ctx.reduction, all_ignored=ctx.all_ignored, **ctx.options
+    )
+    wanted = [tensor for tensor, want in zip(tensors, ctx.needs_input_grad) if want]
+    grads = iter(torch.autograd.grad(loss, wanted, grad_loss.to(loss.dtype), create_graph=True))
+    return [next(grads) if want else None for want in ctx.needs_input_grad[:3]]
 
 
 def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, chunk_size: int | None) -> None:
@@ -68,6 +269,8 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
         _checks.is_tensor(name, tensor)
         _checks.dtype_in(name, tensor, _checks.FLOATS)
         _checks.same_device(name, tensor, "input", input)
+        if tensor.dtype != input.dtype and not autocast_enabled(input.device.type):
+            raise TypeError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
     if input.dim() not in (1, 2):
         raise ValueError(f"input must have the shape (in,) or (N, in), got {tuple(input.shape)}")
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:

@@ -108,7 +108,7 @@ def cross_entropy(
     other_target = share = None
     if isinstance(target, tuple):
         target, other_target, share = _unpack(target)
-    indices = _check_shapes(input, target, other_target, share)
+    indices = check_shapes(input, target, other_target, share)
     vectors = weight is not None or logit_adjustment is not None or margin is not None or isinstance(alpha, Tensor)
     if vectors:
         classes = input.shape[0 if input.dim() == 1 else 1]
@@ -178,7 +178,7 @@ def cross_entropy(
         z_loss,
         all_ignored == "zero",
         # Under autocast PyTorch computes this loss in fp32; the kernels do so anyway and only widen the result.
-        _autocast(input.device.type),
+        autocast_enabled(input.device.type),
         backend,
     )
     if not extra:
@@ -229,7 +229,9 @@ def _unpack(target: tuple) -> tuple[Tensor, Tensor, float | Tensor]:
     return tuple(target)
 
 
-def _check_shapes(input: Tensor, target: Tensor, other_target: Tensor | None, share: object) -> bool:
+def check_shapes(
+    input: Tensor, target: Tensor, other_target: Tensor | None = None, share: float | Tensor | None = None
+) -> bool:
     """Whether target holds class indices (else probabilities)."""
     _checks.is_tensor("input", input)
     _checks.is_tensor("target", target)
@@ -348,7 +350,7 @@ def _refuse(
                 return f"it does not serve {feature}"
         if target.requires_grad and torch.is_grad_enabled():
             return "the probabilities want a gradient, which only the reference gives"
-    return _not_ordinary(input)
+    return not_ordinary(input)
 
 
 def _rows(shape: torch.Size) -> torch.Size:
@@ -374,7 +376,7 @@ def _as_kernels_know(input: Tensor, target: Tensor, *per_row: Tensor | None) -> 
     return input.flatten(2), target, *(None if t is None else t.flatten(1) for t in per_row)
 
 
-def _not_ordinary(input: Tensor) -> str | None:
+def not_ordinary(input: Tensor) -> str | None:
     """Why no kernel can take this input: it is no ordinary tensor, or a transform is under way."""
     if type(input) is not Tensor and type(input) is not torch.nn.Parameter:
         return f"the input is a tensor subclass, {type(input).__name__}"
@@ -542,19 +544,11 @@ def _row_losses(
     def per_class(vector: Tensor) -> Tensor:
         return vector.to(compute).reshape([-1, *([1] * (input.dim() - 1 - dim))])
 
-    kept, probabilities = None, None  # kept None: every row counts
-    if isinstance(target, tuple):
-        a, b, share = target
-        if isinstance(share, Tensor) and share.dim() == 1:
-            share = share.reshape([-1, *([1] * (a.dim() - 1))])
-        kept, (a, b) = _kept_rows((a, b), classes, ignore_index)
-        shares = [(a, share), (b, 1 - share)]
-    elif target.is_floating_point():
+    probabilities, kept, shares = None, None, []  # kept None: every row counts
+    if isinstance(target, Tensor) and target.is_floating_point():
         probabilities = target.to(compute)
     else:
-        kept, (y,) = _kept_rows((target,), classes, ignore_index)
-        shares = [(y, 1.0)]
-
+        kept, shares = index_shares(target, classes, ignore_index)
     if kept is not None:
         # Whatever an ignored row holds, NaN included, must reach neither the loss nor the gradient.
         x = x.masked_fill(~kept.unsqueeze(dim), 0.0)
@@ -598,28 +592,35 @@ def _row_losses(
     losses = _product(alpha_scale, losses)
     if z_loss:
         losses = losses + z_loss * torch.logsumexp(z, dim) ** 2
-    counts = 1.0
-    if weight is not None and probabilities is None:
-        counts = sum(_product(share, weight.to(compute)[y]) for y, share in shares)
     if kept is not None:
         losses = losses.masked_fill(~kept, 0.0)
-        counts = counts.masked_fill(~kept, 0.0) if isinstance(counts, Tensor) else kept.to(compute)
-    return losses, counts, z
+    return losses, row_counts(kept, shares, weight, compute), z
+
+
+def row_counts(
+    kept: Tensor | None, shares: list[tuple[Tensor, float | Tensor]], weight: Tensor | None, compute: torch.dtype
+) -> Tensor | float:
+    """What each row counts in a mean, or 1 if all count 1."""
+    if weight is None or not shares:
+        return 1.0 if kept is None else kept.to(compute)
+    counts = sum(_product(share, weight.to(compute)[y]) for y, share in shares)
+    return counts if kept is None else counts.masked_fill(~kept, 0.0)
+
+
+def mean_denominator(counts: Tensor | float, rows: int, all_ignored: str) -> Tensor | int:
+    if not isinstance(counts, Tensor):
+        return max(rows, 1) if all_ignored == "zero" else rows
+    denominator = counts.sum()
+    return denominator.masked_fill(denominator == 0, 1) if all_ignored == "zero" else denominator
 
 
 def _reduce(losses: Tensor, counts: Tensor | float, reduction: str, all_ignored: str, input: Tensor) -> Tensor:
-    dtype = losses.dtype if _autocast(input.device.type) else input.dtype
+    dtype = losses.dtype if autocast_enabled(input.device.type) else input.dtype
     if reduction == "none":
         return losses.to(dtype)
     total = losses.sum()
     if reduction == "mean":
-        if isinstance(counts, Tensor):
-            denominator = counts.sum()
-            if all_ignored == "zero":
-                denominator = denominator.masked_fill(denominator == 0, 1)
-        else:
-            denominator = max(losses.numel(), 1) if all_ignored == "zero" else losses.numel()
-        total = total / denominator
+        total = total / mean_denominator(counts, losses.numel(), all_ignored)
     return total.to(dtype)
 
 
@@ -649,6 +650,20 @@ def _product(factor: Tensor | float, terms: Tensor) -> Tensor:
     if factor == 1:
         return terms
     return factor * (terms if factor else torch.where(terms.isinf(), 0.0, terms))
+
+
+def index_shares(
+    target: Target, classes: int, ignore_index: int
+) -> tuple[Tensor | None, list[tuple[Tensor, float | Tensor]]]:
+    """Which rows count (None: all), and the target classes with their shares."""
+    if isinstance(target, Tensor):
+        kept, (y,) = _kept_rows((target,), classes, ignore_index)
+        return kept, [(y, 1.0)]
+    a, b, share = target
+    if isinstance(share, Tensor) and share.dim() == 1:
+        share = share.reshape([-1, *([1] * (a.dim() - 1))])
+    kept, (a, b) = _kept_rows((a, b), classes, ignore_index)
+    return kept, [(a, share), (b, 1 - share)]
 
 
 def _kept_rows(targets: tuple[Tensor, ...], classes: int, ignore_index: int) -> tuple[Tensor | None, list[Tensor]]:
@@ -683,7 +698,7 @@ def _readable(tensor: Tensor) -> bool:
     )
 
 
-def _autocast(device: str) -> bool:
+def autocast_enabled(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
@@ -752,7 +767,7 @@ def sigmoid_focal_loss(
         gamma,
         reduction != "none",
         scale,
-        _autocast(inputs.device.type),
+        autocast_enabled(inputs.device.type),
         backend,
     ).reshape(inputs.shape if reduction == "none" else ())
 
@@ -798,7 +813,7 @@ def check_sigmoid_options(alpha, gamma, reduction) -> None:
 def _refuse_sigmoid(backend: str, inputs: Tensor, targets: Tensor) -> str | None:
     if targets.requires_grad and torch.is_grad_enabled():
         return "the targets want a gradient, which only the reference gives"
-    return _not_ordinary(inputs)
+    return not_ordinary(inputs)
 
 
 class _SigmoidFocal(torch.autograd.Function):
@@ -858,7 +873,7 @@ def sigmoid_focal_loss_reference(
         losses = _product(t * alpha + (1 - t) * (1 - alpha), losses)
     if weight is not None:
         losses = _product(weight.to(compute), losses)
-    dtype = compute if _autocast(inputs.device.type) else inputs.dtype
+    dtype = compute if autocast_enabled(inputs.device.type) else inputs.dtype
     if reduction == "none":
         return losses.to(dtype)
     loss = losses.mean() if reduction == "mean" else losses.sum()

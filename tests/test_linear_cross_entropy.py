@@ -1,0 +1,203 @@
+"""linear_cross_entropy: chunks against the plain composition and fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastreg
+from fastreg import cross_entropy, linear_cross_entropy
+from fastreg.testing import assert_accurate
+
+N, IN, C = 37, 11, 13
+OPTION_SETS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "focal": {"gamma": 2.0, "alpha": 0.5},
+    "long tail": {
+        "gamma": 0.5,
+        "label_smoothing": 0.1,
+        "logit_adjustment": -torch.linspace(0, 3, C),
+        "margin": torch.linspace(0, 0.5, C),
+        "scale": 2.0,
+        "z_loss": 1e-3,
+    },
+}
+TARGETS = ("indices", "probabilities", "shares")
+
+
+def problem(dtype, kind="indices", bias=True):
+    x = torch.randn(N, IN).to(dtype).requires_grad_()
+    weight = (torch.randn(C, IN) / 3).to(dtype).requires_grad_()
+    bias = torch.randn(C).to(dtype).requires_grad_() if bias else None
+    y = torch.randint(C, (N,))
+    y[5] = -100
+    target = {"indices": y, "probabilities": torch.rand(N, C), "shares": (y, y.flip(0), torch.rand(N))}[kind]
+    return x, weight, bias, target
+
+
+def composed(x, linear_weight, target, *, linear_bias=None, weight=None, **options):
+    return cross_entropy(F.linear(x, linear_weight, linear_bias), target, weight, **options)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("name", OPTION_SETS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_equals_the_composition(kind, name, reduction):
+    options = {**OPTION_SETS[name], "weight": torch.rand(C), "reduction": reduction}
+    for bias in (True, False):
+        x, w, b, target = problem(torch.float64, kind, bias)
+        inputs = (x, w, b) if bias else (x, w)
+        ours = linear_cross_entropy(x, w, target, linear_bias=b, chunk_size=8, **options)
+        theirs = composed(x, w, target, linear_bias=b, **options)
+        torch.testing.assert_close(ours, theirs)
+        grad = torch.randn(ours.shape, dtype=ours.dtype)
+        expected = torch.autograd.grad(theirs, inputs, grad)
+        for factor in (1, 2, 1):  # no backward spoils the next
+            got = torch.autograd.grad(ours, inputs, factor * grad, retain_graph=True)
+            for a, e in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, factor * e)
+        graph = torch.autograd.grad(ours, inputs, grad, create_graph=True)
+        for a, e in zip(graph, expected, strict=True):
+            torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_is_as_accurate_as_the_composition(dtype, reduction):
+    x, w, b, y = problem(dtype)
+    grad = torch.rand(N if reduction == "none" else ()).to(dtype)
+    wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    results = []
+    for inputs, call in (
+        ((x, w, b), lambda x, w, b: linear_cross_entropy(x, w, y, linear_bias=b, reduction=reduction, chunk_size=5)),
+        ((x, w, b), lambda x, w, b: F.cross_entropy(F.linear(x, w, b), y, reduction=reduction)),
+        (wide, lambda x, w, b: F.cross_entropy(F.linear(x, w, b), y, reduction=reduction)),
+    ):
+        loss = call(*inputs)
+        results.append([loss.detach(), *torch.autograd.grad(loss, inputs, grad.to(loss.dtype))])
+    for ours, stock, exact, name in zip(*results, ("loss", "to input", "to weight", "to bias"), strict=True):
+        # a sum over N rows or C classes in fp32 in another order: log2 of their number roundings of the largest
+        noise = 8 * 2**-24 * float(exact.abs().max())
+        assert_accurate(ours, stock, exact, name, noise=noise)
+
+
+def test_weight_gradients_are_summed_in_fp32():
+    """In bf16 a sum over many chunks stands still once it is 256 times its terms."""
+    n, chunk = 4096, 4
+    x = torch.ones(n, 1, dtype=torch.bfloat16)
+    w = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    loss = linear_cross_entropy(x, w, torch.zeros(n, dtype=torch.int64), reduction="sum", chunk_size=chunk)
+    (grad,) = torch.autograd.grad(loss, w)
+    assert grad.flatten().tolist() == [-n / 2, n / 2]
+
+
+def test_a_sum_that_fp16_cannot_hold_until_it_is_divided():
+    x = torch.full((600, 1), 100.0, dtype=torch.float16)
+    w = torch.tensor([[0.0], [2.0]], dtype=torch.float16)
+    loss = linear_cross_entropy(x, w, torch.zeros(600, dtype=torch.int64), chunk_size=512)
+    assert loss.item() == 200
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has none")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_equals_torch(reduction):
+    x, w, b, y = problem(torch.float32)
+    weight = torch.rand(C)
+    options = {"weight": weight, "reduction": reduction, "linear_bias": b}
+    ours = linear_cross_entropy(x, w, y, chunk_size=8, **options)
+    theirs = F.linear_cross_entropy(x, w, y, **options)
+    torch.testing.assert_close(ours, theirs)
+    for a, e in zip(*(torch.autograd.grad(loss.sum(), (x, w, b)) for loss in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, e)
+    deep = torch.randn(C, 2, 3, IN)
+    y = torch.randint(C, (N, 2, 3))
+    torch.testing.assert_close(linear_cross_entropy(x, deep, y), F.linear_cross_entropy(x, deep, y))
+    torch.testing.assert_close(
+        linear_cross_entropy(x[0], w, y[0, 0, 0], ignore_index=None), F.linear_cross_entropy(x[0], w, y[0, 0, 0])
+    )
+
+
+def test_nothing_kept():
+    x, w, b, _ = problem(torch.float32)
+    y = torch.full((N,), -100)
+    for all_ignored in ("nan", "zero"):
+        loss = linear_cross_entropy(x, w, y, linear_bias=b, all_ignored=all_ignored, chunk_size=8)
+        assert loss.isnan() if all_ignored == "nan" else loss == 0
+        assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (x, w, b)))
+
+
+def test_only_wanted_gradients_are_made():
+    x, w, b, y = problem(torch.float32)
+    for wanted in (x, w, b):
+        for tensor in (x, w, b):
+            tensor.requires_grad_(tensor is wanted)
+        loss = linear_cross_entropy(x, w, y, linear_bias=b, chunk_size=8)
+        (grad,) = torch.autograd.grad(loss, wanted)
+        (expected,) = torch.autograd.grad(composed(x, w, y, linear_bias=b), wanted)
+        torch.testing.assert_close(grad, expected)
+    with torch.no_grad():
+        assert not linear_cross_entropy(x, w, y, linear_bias=b, chunk_size=8).requires_grad
+
+
+def test_outputs_and_statistics():
+    x, w, b, y = problem(torch.float32)
+    ours, theirs = fastreg.longtail.ClassStatistics(C), fastreg.longtail.ClassStatistics(C)
+    found = linear_cross_entropy(x, w, y, linear_bias=b, outputs=True, statistics=ours, chunk_size=8)
+    expected = composed(x, w, y, linear_bias=b, outputs=True, statistics=theirs)
+    torch.testing.assert_close(tuple(found), tuple(expected))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    for part, whole in zip(torch.autograd.grad(found.loss, (x, w)), torch.autograd.grad(expected.loss, (x, w))):
+        torch.testing.assert_close(part, whole)
+
+
+def test_autocast():
+    x, w, b, y = problem(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_cross_entropy(x, w, y, linear_bias=b, chunk_size=8)
+        theirs = F.cross_entropy(F.linear(x, w, b), y)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs)
+    for a, e in zip(*(torch.autograd.grad(loss, (x, w, b)) for loss in (ours, theirs)), strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=2**-6, atol=1e-3)
+
+
+def test_transforms_and_compile_take_the_composition():
+    x, w, _, y = problem(torch.float64, bias=False)
+    call = lambda x, w: linear_cross_entropy(x, w, y, chunk_size=8)  # noqa: E731
+    expected = torch.autograd.grad(call(x, w), (x, w))
+    for got in (torch.func.grad(call, (0, 1))(x, w), torch.autograd.grad(compiled(call)(x, w), (x, w))):
+        for a, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, e)
+    assert torch.autograd.gradgradcheck(lambda w: call(x.detach(), w), w)
+
+
+def compiled(call):
+    torch._dynamo.reset()
+    return torch.compile(call, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "change"),
+    [
+        (TypeError, "linear_weight must have the dtype", {"linear_weight": torch.zeros(C, IN).double()}),
+        (ValueError, "linear_weight must have the shape", {"linear_weight": torch.zeros(C, IN + 1)}),
+        (ValueError, "linear_bias must have the shape", {"linear_bias": torch.zeros(C + 1)}),
+        (ValueError, "input must have the shape", {"input": torch.zeros(2, 2, IN)}),
+        (ValueError, "chunk_size", {"chunk_size": 0}),
+        (ValueError, "target must have the shape", {"target": torch.zeros(N - 1, dtype=torch.int64)}),
+        (ValueError, "reduction", {"reduction": "avg"}),
+        (ValueError, "gamma", {"gamma": -1.0}),
+        (IndexError, "13", {"target": torch.full((N,), C)}),
+        (ValueError, "weight must not require", {"weight": torch.ones(C, requires_grad=True)}),
+    ],
+)
+def test_bad_arguments(error, match, change):
+    args = {
+        "input": torch.zeros(N, IN),
+        "linear_weight": torch.zeros(C, IN, requires_grad=True),
+        "target": torch.zeros(N, dtype=torch.int64),
+        "chunk_size": 8,
+    }
+    with pytest.raises(error, match=match):
+        linear_cross_entropy(**{**args, **change})
