@@ -202,7 +202,7 @@ class _Gradients:
         with torch.set_grad_enabled(want), wide:
             found = cross_entropy(
                 logits.requires_grad_(want), target, weight,
-                reduction=reduction, grad_in_forward=want and reduction == "sum", **options, **extra,
+                reduction=reduction, **options, **extra,
             )  # fmt: skip
         if not want:
             return found
