@@ -1157,3 +1157,200 @@ def test_bad_arguments(error, match, args, options):
         cross_entropy(*args, **options)
     with pytest.raises(error, match=match):
         focal_loss(*args[:2], **options, **({"weight": args[2]} if len(args) > 2 else {}))
+
+
+# ---- sigmoid focal loss ------------------------------------------------------------------------------------
+
+SIGMOID_BACKENDS = [name for name, state in fastreg.backends()["sigmoid_focal_loss"].items() if state == "usable"]
+
+
+@pytest.fixture(params=SIGMOID_BACKENDS)
+def sigmoid_backend(request):
+    return request.param
+
+
+def dense_targets(inputs, targets):
+    if targets.shape == inputs.shape:
+        return longdouble(targets)
+    return (np.arange(inputs.shape[-1]) == targets.numpy()[..., None]).astype(LD)
+
+
+def sigmoid_oracle(inputs, targets, alpha=0.25, gamma=2.0, reduction="none", weight=None, normalizer=None, grad=None):
+    """Loss and gradient from the formula, in extended precision, where sigmoid and log-sigmoid neither overflow nor
+    lose digits."""
+    x, t = longdouble(inputs), dense_targets(inputs, targets)
+    with np.errstate(all="ignore"):
+        small = np.exp(-np.abs(x))
+        p = np.where(x >= 0, 1 / (1 + small), small / (1 + small))
+        q = np.where(x >= 0, small / (1 + small), 1 / (1 + small))
+        nll, slope = -(np.minimum(x, 0) - np.log1p(small)), -q  # of a positive; -log p
+        nll_of_0, slope_of_0 = np.maximum(x, 0) + np.log1p(small), p
+        ce = np.where(t == 0, 0, t * nll) + np.where(t == 1, 0, (1 - t) * nll_of_0)
+        d_ce = t * slope + (1 - t) * slope_of_0
+        u = t * q + (1 - t) * p
+        d_u = (1 - 2 * t) * p * q
+        g = LD(gamma)
+        power = u**g if gamma else np.ones_like(u)
+        loss = np.where(power == 0, 0, power * ce)
+        d = power * d_ce + (np.where((u > 0) & (d_u != 0), g * u ** (g - 1) * d_u * ce, 0) if gamma else 0)
+    factor = (t * LD(alpha) + (1 - t) * (1 - LD(alpha))) if alpha >= 0 else np.ones_like(t)
+    if weight is not None:
+        factor = factor * longdouble(weight)
+    loss, d = factor * loss, factor * d
+    if reduction != "none":
+        scale = LD(1) / (
+            loss.size if reduction == "mean" else (float(normalizer) or 1) if normalizer is not None else 1
+        )
+        loss, d = loss.sum() * scale, d * scale
+    d = d * (1 if grad is None else longdouble(grad))
+    return torch.from_numpy(np.asarray(loss, np.float64)), torch.from_numpy(np.asarray(d, np.float64))
+
+
+def sigmoid_stock(inputs, targets, alpha=0.25, gamma=2.0, reduction="none", weight=None, normalizer=None):
+    """torchvision's formula."""
+    t = torch.from_numpy(dense_targets(inputs, targets).astype(np.float64)).to(inputs.dtype)
+    p = torch.sigmoid(inputs)
+    loss = F.binary_cross_entropy_with_logits(inputs, t, reduction="none")
+    loss = loss * (1 - (p * t + (1 - p) * (1 - t))) ** gamma
+    if alpha >= 0:
+        loss = (alpha * t + (1 - alpha) * (1 - t)) * loss
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+    if reduction == "none":
+        return loss
+    loss = loss.mean() if reduction == "mean" else loss.sum()
+    return loss if normalizer is None else loss / (float(normalizer) or 1)
+
+
+def check_sigmoid(backend, inputs, targets, grad=None, **options):
+    x = inputs.detach().requires_grad_()
+    y = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32)).requires_grad_()
+    loss = serve(backend, lambda: sigmoid_focal_loss(x, targets, **options))
+    if grad is None and loss.dim():
+        grad = torch.ones_like(loss)
+    (grad_x,) = torch.autograd.grad(loss, x, grad, materialize_grads=True)
+    stock_loss = sigmoid_stock(y, targets, **options)
+    (stock_grad,) = torch.autograd.grad(stock_loss, y, None if grad is None else grad.to(y.dtype))
+    exact_loss, exact_grad = sigmoid_oracle(inputs, targets, grad=grad, **options)
+    # a few roundings of the terms themselves; and for a sum, one of what it has come to for each doubling
+    eps = torch.finfo(y.dtype).eps
+    rounding = 16 * (1 + options.get("gamma", 2.0)) * eps
+    terms = max(math.log2(max(inputs.numel(), 2)), 4)
+    loss_noise = (rounding + terms * eps) * float(exact_loss.abs().nan_to_num(0, 0, 0).max()) if loss.numel() else 0.0
+    grad_noise = rounding * float(exact_grad.abs().max()) if grad_x.numel() else 0.0
+    assert_accurate(loss, stock_loss.to(loss.dtype), exact_loss, "loss", noise=loss_noise)
+    assert_accurate(grad_x, stock_grad.to(grad_x.dtype), exact_grad, "gradient", noise=grad_noise)
+    return loss, grad_x
+
+
+@examples(200)
+@given(seed=st.integers(0, 2**32))
+def test_sigmoid_focal_random_combinations(sigmoid_backend, seed):
+    if sigmoid_backend == "triton" and seed % 10:
+        return
+    rng = random.Random(seed)
+    pick = lambda *values: rng.choice(values)  # noqa: E731
+    g = torch.Generator().manual_seed(seed)
+    dtype, classes = pick(*DTYPES), pick(1, 2, 7, 33, 80)
+    rows = pick((), (0,), (5,), (2, 3))
+    inputs = with_layout((pick(1.0, 5.0, 30.0) * torch.randn(*rows, classes, generator=g)).to(dtype), pick(*LAYOUTS))
+    kind = pick("indices", "hard", "soft", "bool")
+    if kind == "indices":
+        targets = torch.randint(-2, classes + 2, rows, generator=g).to(pick(torch.int64, torch.int32))
+    else:
+        targets = torch.rand(*rows, classes, generator=g)
+        targets = targets if kind == "soft" else (targets > 0.5).to(torch.bool if kind == "bool" else dtype)
+        targets = targets.to(dtype) if kind == "soft" else targets
+    options = {
+        "alpha": pick(0.25, -1, 0.0, 1.0),
+        "gamma": pick(0.0, 0.5, 1, 2.0, 5.0),
+        "reduction": pick("none", "mean", "sum"),
+    }
+    if pick(False, True):
+        options["weight"] = torch.rand(classes, generator=g)
+    if options["reduction"] == "sum":
+        options["normalizer"] = pick(None, 7.0, 0.0, torch.tensor(3.0), torch.tensor(0), torch.tensor(5))
+    if options["reduction"] == "mean" and not inputs.numel():
+        return
+    grad = torch.randn(inputs.shape, generator=g).to(dtype) if options["reduction"] == "none" else None
+    check_sigmoid(sigmoid_backend, inputs, targets, grad, **options)
+
+
+def test_sigmoid_focal_at_the_ends(sigmoid_backend):
+    x = torch.tensor([[1e3, -1e3, 0.0, 90.0, -90.0, INF, -INF]])
+    for dtype, gamma in itertools.product((torch.float32, torch.float64), (0.0, 1e-3, 0.5, 1.0, 2.0, 5.0)):
+        for t in (torch.zeros(1, 7), torch.ones(1, 7)):
+            inputs = x.to(dtype).requires_grad_()
+            loss = serve(sigmoid_backend, lambda: sigmoid_focal_loss(inputs, t.to(dtype), gamma=gamma))  # noqa: B023
+            (grad,) = torch.autograd.grad(loss.sum(), inputs, create_graph=True)
+            (second,) = torch.autograd.grad(grad[:, :5].sum(), inputs)
+            assert not loss.isnan().any()
+            assert (loss >= 0).all()
+            assert grad.isfinite().all()
+            assert second[:, :5].isfinite().all()
+            wrong = x > 0 if t.sum() == 0 else x < 0
+            assert torch.equal(loss.isinf(), wrong & x.isinf())
+
+
+def test_sigmoid_focal_takes_indices_without_onehots(sigmoid_backend):
+    x = torch.randn(2, 3, 5)
+    y = torch.tensor([[0, 4, 5], [-1, 255, 2]])
+    dense = torch.from_numpy(dense_targets(x, y).astype(np.float32))
+    for dtype in (torch.int64, torch.int32):
+        for options in ({}, {"reduction": "sum"}, {"weight": torch.rand(5)}):
+            a, b = (serve(sigmoid_backend, lambda: sigmoid_focal_loss(x, t, **options)) for t in (y.to(dtype), dense))  # noqa: B023
+            torch.testing.assert_close(a, b)
+    nothing = serve(
+        sigmoid_backend,
+        lambda: sigmoid_focal_loss(x, torch.full((2, 3), -1), reduction="sum", normalizer=torch.tensor(0)),
+    )
+    assert nothing.isfinite()  # no positives: the sum itself
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_sigmoid_focal_gradcheck(sigmoid_backend, gamma):
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    for t in (torch.tensor([0, 2, -1, 3]), torch.rand(4, 3, dtype=torch.float64)):
+        loss = lambda x: serve(  # noqa: E731
+            sigmoid_backend,
+            lambda: sigmoid_focal_loss(x, t, gamma=gamma, reduction="sum", normalizer=3.0),  # noqa: B023
+        )
+        assert torch.autograd.gradcheck(loss, x)
+        assert torch.autograd.gradgradcheck(loss, x)
+    t.requires_grad_()
+    loss = serve(sigmoid_backend, lambda: sigmoid_focal_loss(x.detach(), t, gamma=gamma).sum())
+    assert torch.autograd.grad(loss, t)[0].isfinite().all()
+
+
+def test_sigmoid_focal_under_transforms_and_compile():
+    x, t = torch.randn(3, 4, 5), torch.randint(5, (3, 4))
+    call = lambda x, t: sigmoid_focal_loss(x, t, reduction="sum")  # noqa: E731
+    torch.testing.assert_close(torch.vmap(call)(x, t), torch.stack([call(a, b) for a, b in zip(x, t)]))
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    x.requires_grad_()
+    for a, b in ((compiled(x, t), call(x, t)),):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(torch.autograd.grad(a, x)[0], torch.autograd.grad(b, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "args", "options"),
+    [
+        (TypeError, "inputs must be a tensor", ([0.0], Y), {}),
+        (TypeError, "inputs must have a dtype", (X.int(), Y), {}),
+        (ValueError, "targets must have", (X, Y[:3]), {}),
+        (TypeError, "targets with class indices", (X, Y.float()), {}),
+        (TypeError, "targets of inputs' shape", (X, X.int()), {}),
+        (ValueError, "reduction", (X, Y), {"reduction": "avg"}),
+        (ValueError, "gamma", (X, Y), {"gamma": -1.0}),
+        (ValueError, "alpha", (X, Y), {"alpha": 1.5}),
+        (ValueError, "weight must have the shape", (X, Y), {"weight": torch.ones(4)}),
+        (ValueError, "normalizer", (X, Y), {"normalizer": 2.0}),
+        (ValueError, "normalizer", (X, Y), {"normalizer": torch.ones(2), "reduction": "sum"}),
+        (ValueError, "normalizer", (X, Y), {"normalizer": -1.0, "reduction": "sum"}),
+    ],
+)
+def test_sigmoid_focal_bad_arguments(error, match, args, options):
+    with pytest.raises(error, match=match):
+        sigmoid_focal_loss(*args, **options)
