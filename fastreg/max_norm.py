@@ -15,7 +15,7 @@ norm exceeds it by more than that. A row that is scaled is rounded to the neares
 rounded values, and if that is above the cap, the factor shrinks by twice the excess; rounding towards zero is the
 last resort, which cannot fail.
 
-The kernels: csrc/max_norm.h for what is decided per row, csrc/cpu/max_norm.cpp. One launch serves all rows of all
+The kernels: csrc/max_norm.h for what is decided per row, csrc/cpu/max_norm.cpp, tritonkernels/max_norm.py. One launch serves all rows of all
 tensors, reads each element once and writes rows over the cap alone.
 """
 
@@ -31,7 +31,7 @@ from . import _backends, _checks, _ops, _plan
 
 _kernels = _ops.kernels("max_norm_rows")
 for _name in ("max_norm_", "project_lp_ball_", "tau_normalize_"):
-    _backends.register(_name, kernels=("cpu",))
+    _backends.register(_name, kernels=("cpu", "triton"))
 for _name in ("max_norm", "row_norms"):
     _backends.register(_name)
 
@@ -387,6 +387,7 @@ def _no_rows(tensors: list[Tensor]) -> Tensor:
 
 _BALLS = {1: "l1_ball", 2: "cap", math.inf: "linf_ball"}
 _INNER = 4  # dimensions of a row's box of elements that the kernels know
+_WIDTHS = (128, 512, 2048, 4096)  # elements of the rows that the Triton kernel holds in registers
 _CHUNK = 8192  # elements of the rows that a chunk holds, if it holds more than one
 
 
@@ -403,7 +404,7 @@ def _run(
     """Changes the rows of all tensors as `kind` says, and counts them. The caps are checked already."""
     if not tensors:
         return _no_rows(tensors)
-    backend = _backends.choose(op, tensors[0].device.type, _refuse, tensors, dim)
+    backend = _backends.choose(op, tensors[0].device.type, _refuse, tensors, dim, kind)
     if backend == "reference":
         _check_written(tensors, dim)
         count = _no_rows(tensors)
@@ -423,7 +424,7 @@ def _run(
     return count
 
 
-def _refuse(backend: str, tensors: list[Tensor], dim: int) -> str | None:
+def _refuse(backend: str, tensors: list[Tensor], dim: int, kind: str) -> str | None:
     if torch.compiler.is_compiling():
         return "it works on addresses, which torch.compile does not see"
     for tensor in tensors:
@@ -431,6 +432,9 @@ def _refuse(backend: str, tensors: list[Tensor], dim: int) -> str | None:
             return f"one of the tensors is of a subclass, {type(tensor).__name__}"
         if tensor.dim() > _INNER + 1 and len(_box(tensor, dim)) > _INNER:
             return f"a row of a tensor with strides {tensor.stride()} spans more than {_INNER} dimensions of memory"
+        rows = tensor.shape[dim] if tensor.dim() > 1 else 1
+        if backend == "triton" and kind == "l1_ball" and tensor.numel() > _WIDTHS[-1] * rows:
+            return f"it projects rows of up to {_WIDTHS[-1]} elements onto the l1 ball"
     if torch._C._functorch.maybe_current_level() is not None:
         return "the call is inside a torch.func transform"
     return None
@@ -474,7 +478,19 @@ def _build(tensors: list[Tensor], dim: int, places: tuple[tuple[int, int], ...])
     device = tensors[0].device
     columns = np.array(table, np.int64).reshape(len(table), 8 + 2 * _INNER)
     entries = np.concatenate(chunks) if chunks else np.empty((0, 2), np.int64)
-    return _plan.Plan(_plan._to_device(columns, device), _plan._to_device(entries, device), 0)
+    return _plan.Plan(_plan._to_device(columns, device), _plan._to_device(entries, device), _traits(columns))
+
+
+def _traits(table: np.ndarray) -> int:
+    """What the Triton kernel is compiled for: bits 0 to 3 the dtypes' codes, 4 whether elements of a row lie apart, 5
+    whether all rows are multiples of 16 bytes, and above bit 8 the number of widths that the longest row exceeds."""
+    if not len(table):
+        return 0
+    address, code, stride, length, inner = (table[:, i] for i in (0, 1, 3, 4, 5))
+    apart = (length > 1) & ((inner != length) | (table[:, 6] != 1))
+    aligned = (address % 16 == 0) & (stride % 8 == 0) & (length % 8 == 0)
+    widths = int(np.searchsorted(_WIDTHS, length.max()))
+    return int(np.bitwise_or.reduce(1 << code)) | bool(apart.any()) << 4 | bool(aligned.all()) << 5 | widths << 8
 
 
 def _cap_values(caps: list[Cap], device: torch.device) -> tuple[Tensor, tuple[tuple[int, int], ...]]:

@@ -30,7 +30,22 @@ class Case:
     backends: tuple[str, ...] = ("triton", "cuda")
 
 
-CASES: list[Case] = []
+def _max_norm(rows: int, length: int, dtype: torch.dtype) -> Tensor:
+    from fastreg.max_norm import _build
+    from tritonkernels.max_norm import max_norm_rows
+
+    w = torch.empty(rows, length, dtype=dtype)
+    plan = _build([w], 0, ((0, 0),))
+    max_norm_rows(plan.table, plan.chunks, plan.chunk, torch.ones(1, dtype=torch.float64), 2.0, 1.0, 0.0, 0)
+    return w
+
+
+CASES: list[Case] = [
+    Case("max_norm fp32 rows of 2,048", _max_norm, (8192, 2048, torch.float32), (5, 2048, torch.float32)),
+    Case("max_norm bf16 rows of 768", _max_norm, (50257, 768, torch.bfloat16), (5, 768, torch.bfloat16)),
+    Case("max_norm fp32 rows of 4,096", _max_norm, (512, 4096, torch.float32), (2, 4096, torch.float32)),
+    Case("max_norm fp32 rows of 2^20", _max_norm, (4, 2**20, torch.float32), (1, 2**14, torch.float32)),
+]
 
 
 def run(name: str) -> None:
