@@ -15,8 +15,8 @@ norm exceeds it by more than that. A row that is scaled is rounded to the neares
 rounded values, and if that is above the cap, the factor shrinks by twice the excess; rounding towards zero is the
 last resort, which cannot fail.
 
-The kernels: csrc/max_norm.h for what is decided per row, csrc/cpu/max_norm.cpp, tritonkernels/max_norm.py. One launch serves all rows of all
-tensors, reads each element once and writes rows over the cap alone.
+The kernels: csrc/max_norm.h for what is decided per row, csrc/cpu/max_norm.cpp, tritonkernels/max_norm.py. One launch
+serves all rows of all tensors, reads each element once and writes rows over the cap alone.
 """
 
 import functools
