@@ -208,17 +208,20 @@ _define("fgm_restore", "(Tensor table, Tensor chunks, int chunk) -> ()", lambda 
 # `table`, `chunks` and `chunk` are a plan's; a row is (elements, codes, address of the parameter, addresses of its
 # averages), see csrc/averaging.h. What the kernels write stands behind those addresses: these operators are called
 # outside of any graph. `rules` is fp64 (averages, 4); n_averaged and calls are 0-d int64 counters, and ticket is a
-# 0-d int32 that is 0 between launches. A raw row's elements are bytes.
+# 0-d int32 that is 0 between launches. A raw row's elements are bytes. `kinds` has a bit per kind of row, for the
+# kernels that are compiled for them: see averaging._kinds.
 _PLAN = "Tensor table, Tensor chunks, int chunk"
 
 _define(
     "average_update",
-    f"({_PLAN}, Tensor rules, Tensor(a!) n_averaged, Tensor(b!) calls, Tensor(c!) ticket, Tensor? found_inf, "
-    "int update_every, int start_step, int? rounding_seed) -> ()",
+    f"({_PLAN}, int kinds, Tensor rules, Tensor(a!) n_averaged, Tensor(b!) calls, Tensor(c!) ticket, "
+    "Tensor? found_inf, int update_every, int start_step, int? rounding_seed) -> ()",
     lambda *args: None,
     "averaging",
 )
-_define("average_lerp", f"({_PLAN}, float weight, Tensor? weight_tensor) -> ()", lambda *args: None, "averaging")
+_define(
+    "average_lerp", f"({_PLAN}, int kinds, float weight, Tensor? weight_tensor) -> ()", lambda *args: None, "averaging"
+)
 _define("average_swap", f"({_PLAN}) -> ()", lambda *args: None, "averaging")
 
 # ---- what was built --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from operator import is_
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -127,14 +128,15 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-_plans: OrderedDict[tuple, Plan | str] = OrderedDict()
+T = TypeVar("T")
+_plans: OrderedDict[tuple, Any] = OrderedDict()
 _KEPT = 64
 
 
-def plan_for(op: Hashable, tensors: Sequence[Tensor], build: Callable[[], Plan | str]) -> Plan | str:
-    """The plan of an earlier call on tensors in the same places, or else what `build` makes now: a plan, or a
-    sentence why there can be none. No tensor is kept alive. `op` names what the table means, and whatever else `build`
-    depends on."""
+def plan_for(op: Hashable, tensors: Sequence[Tensor], build: Callable[[], T]) -> T:
+    """What `build` made for an earlier call on tensors in the same places, or else makes now: a plan, with what else
+    the op keeps beside it, or a sentence why there can be none. No tensor is kept alive. `op` names what the table
+    means, and whatever else `build` depends on."""
     try:
         key = (op, describe(list(tensors)).tobytes())
     except (RuntimeError, BufferError):  # a tensor without memory of its own, such as a DTensor

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from . import _backends, _checks, _ops, _plan
 
-_backends.register("averaging", kernels=("cpu",))
+_backends.register("averaging", kernels=_ops.KERNEL_BACKENDS)
 _update_op = _ops.kernels("average_update")
 _lerp_op = _ops.kernels("average_lerp")
 _swap_op = _ops.kernels("average_swap")
@@ -161,14 +161,14 @@ def average_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float
         if isinstance(weight, Tensor) and weight.device != device and weight.device.type != "cpu":
             raise ValueError(f"weight must be on the device of averages, {device}, got {weight.device}")
         backend = _backends.choose("averaging", device.type, _refuse, ())
-        plan = _plan.plan_for("average", averages + params, lambda: _pair_plan(*_checked(averages, params)))
-        if backend == "reference" or isinstance(plan, str):
-            _must_not_fall_back(plan)
+        part = _plan.plan_for("average", averages + params, lambda: _pair_plan(*_checked(averages, params)))
+        if backend == "reference" or isinstance(part, str):
+            _must_not_fall_back(part)
             return average_reference_(*_checked(averages, params), weight)
         if isinstance(weight, Tensor) and weight.device.type == "cpu":
             weight = float(weight)
         value, tensor = (0.0, weight.double()) if isinstance(weight, Tensor) else (weight, None)
-        _lerp_op[backend](plan.table, plan.chunks, plan.chunk, value, tensor)
+        _lerp_op[backend](part.plan.table, part.plan.chunks, part.plan.chunk, part.kinds, value, tensor)
         _increment_versions(averages)
 
 
@@ -229,14 +229,19 @@ def _refuse_overlap(tensors: Iterable[Tensor]) -> None:
             end, solid = start + size, dense
 
 
-def _refuse(backend: str, rules: Iterable[Rule]) -> str | None:
+_MOST_IN_CUDA = 64  # averages; kMaxAverages in csrc/cuda/averaging_launch.h
+
+
+def _refuse(backend: str, rules: Sequence[Rule]) -> str | None:
+    if backend == "cuda" and len(rules) > _MOST_IN_CUDA:
+        return f"it takes at most {_MOST_IN_CUDA} averages at once, not {len(rules)}"
     for rule in rules:
         if rule._row() is None:
             return f"it has no kernel for the rule {rule}"
     return None
 
 
-def _must_not_fall_back(plan: "_plan.Plan | str | None") -> None:
+def _must_not_fall_back(plan: object) -> None:
     if isinstance(plan, str) and _backends.forced() not in (None, "reference"):
         raise RuntimeError(f"fastreg.averaging: backend {_backends.forced()!r} is forced but cannot serve: {plan}")
 
@@ -273,12 +278,22 @@ def _make_plan(rows: Sequence[tuple[int, ...]], columns: int, device: torch.devi
     return _plan.Plan.make(table, table[:, 0], device)
 
 
-def _pair_plan(averages: Sequence[Tensor], params: Sequence[Tensor]) -> _plan.Plan | str:
+def _kinds(rows: Iterable[tuple[int, ...]]) -> int:
+    """A bit per kind of row: parameter's dtype | average's dtype << 2 | aligned << 4, or 32 | aligned for raw rows."""
+    kinds = 0
+    for _, codes, *_ in rows:
+        aligned = int(codes & _ALIGNED != 0)
+        kinds |= 1 << (32 | aligned if codes & 15 == _RAW else codes & 3 | (codes >> 4 & 3) << 2 | aligned << 4)
+    return kinds
+
+
+def _pair_plan(averages: Sequence[Tensor], params: Sequence[Tensor]) -> "_Part | str":
     rows = [_row_of(param, [average], not average.is_floating_point()) for average, param in zip(averages, params)]
     devices = {average.device for average in averages}
     if len(devices) > 1:
         return f"tensors on several devices, {sorted(map(str, devices))}"
-    return next((row for row in rows if isinstance(row, str)), None) or _make_plan(rows, 4, averages[0].device)
+    reason = next((row for row in rows if isinstance(row, str)), None)
+    return reason or _Part(averages[0].device, _make_plan(rows, 4, averages[0].device), _kinds(rows))
 
 
 def _increment_versions(tensors: list[Tensor]) -> None:
@@ -478,6 +493,7 @@ class _Link:
                 part.plan.table,
                 part.plan.chunks,
                 part.plan.chunk,
+                part.kinds,
                 part.rules,
                 *counters,
                 part.ticket,
@@ -505,7 +521,7 @@ class _Link:
         for device, here in rows.items():
             plan = _make_plan(here, 3 + len(rules), device)
             ticket = torch.zeros((), dtype=torch.int32, device=device)
-            parts.append(_Part(device, plan, _plan._to_device(constants, device), ticket))
+            parts.append(_Part(device, plan, _kinds(here), _plan._to_device(constants, device), ticket))
         return parts
 
 
@@ -515,6 +531,7 @@ class _Part:
 
     device: torch.device
     plan: _plan.Plan | None = None
+    kinds: int = 0
     rules: Tensor | None = None
     ticket: Tensor | None = None
     reason: str | None = None

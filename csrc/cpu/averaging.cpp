@@ -75,8 +75,8 @@ void average(const Tensor& table, const Tensor& chunks, int64_t chunk, const dou
 }
 }  // namespace
 
-void average_update(const Tensor& table, const Tensor& chunks, int64_t chunk, const Tensor& rules,
-                    const Tensor& n_averaged, const Tensor& calls, const Tensor& /*ticket*/,
+void average_update(const Tensor& table, const Tensor& chunks, int64_t chunk, int64_t /*kinds*/,
+                    const Tensor& rules, const Tensor& n_averaged, const Tensor& calls, const Tensor& /*ticket*/,
                     std::optional<Tensor> found_inf, int64_t update_every, int64_t start_step,
                     std::optional<int64_t> seed) {
   if (found_inf.has_value() && *data_of<float>(*found_inf) != 0) return;
@@ -91,7 +91,7 @@ void average_update(const Tensor& table, const Tensor& chunks, int64_t chunk, co
   ++call;
 }
 
-void average_lerp(const Tensor& table, const Tensor& chunks, int64_t chunk, double weight,
+void average_lerp(const Tensor& table, const Tensor& chunks, int64_t chunk, int64_t /*kinds*/, double weight,
                   std::optional<Tensor> weight_tensor) {
   if (weight_tensor.has_value()) weight = *data_of<double>(*weight_tensor);
   if (weight == 0) return;  // raw rows too stay as they are
