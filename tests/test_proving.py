@@ -1,5 +1,7 @@
 """The proving ground catches planted bugs, and passes the same code without them."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -336,6 +338,16 @@ def test_traffic_sees_what_a_cuda_kernel_reads_too_often():
 
 
 @needs_cudahost
+def test_traffic_counts_a_broadcast_to_a_warp_once():
+    x, y = torch.randn(64), torch.empty(64)
+    for times in (1, 3):
+        with traffic() as log:
+            cuda_cases.kernels().broadcast(x, y, 64, times)
+        assert log.loaded == 2 * 4 * times and log.reads(x)[::32].tolist() == [times, times]
+        torch.testing.assert_close(y, times * x[::32].repeat_interleave(32))
+
+
+@needs_cudahost
 def test_traffic_finds_races_between_blocks_of_cuda_kernels():
     rows, partial, ticket, total = torch.randn(8, 32), torch.empty(8), torch.zeros(1, dtype=torch.int32), torch.zeros(1)
 
@@ -401,14 +413,15 @@ def test_move_keeps_the_layout(make, device):
 def test_table_shows_what_was_compiled_and_what_it_moves(capsys):
     from tests.proving.__main__ import main
 
-    assert main(["--arch", "90", "--only", "cross_entropy backward 8192×1000 bfloat16"]) == 0
-    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
-    of = {line[0]: [text.strip() for text in line if text.strip()] for line in lines}
-    backward = of["_backward"]
-    assert backward[1:4:2] == ["cross_entropy backward 8192×1000 bfloat16", backward[3]] and backward[2] == "90"
-    assert backward[4] == "0" and "128" in backward[6] and "128" in backward[7]
-    loaded, stored = map(float, backward[8].split(" + "))
-    assert 2 <= loaded < 2.1 and stored == 2
+    assert main(["--arch", "90", "--only", "cross_entropy backward 8192×1001 bfloat16"]) == 0
+    header, _, *rows = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    of = {row[0]: dict(zip(header, row)) for row in rows}
+    triton, cuda = of["_backward"], of["backward_rows<__nv_bfloat16, true, float>"]
+    for row in (triton, cuda):
+        assert row["call"] == "cross_entropy backward 8192×1001 bfloat16"
+        assert (row["sm"], row["spills"]) == ("90", "0") and "×128" in row["loads"] and "×128" in row["stores"]
+        loaded, stored = map(float, row["bytes/element"].split(" + "))
+        assert 2 <= loaded < 2.1 and stored == 2
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 extern "C" {
 void cudahost_meter_launch(const void* kernel);
 void cudahost_meter_block(int number);
+void cudahost_meter_thread(int number);
 const char* cudahost_meter_race();
 }
 #define CUDAHOST_METERED(...) __VA_ARGS__
@@ -193,6 +194,7 @@ inline void switch_to_scheduler(bool for_good = false) {
 
 inline void switch_to(Thread* thread) {
   current = thread;
+  CUDAHOST_METERED(cudahost_meter_thread(thread->linear);)
   CUDAHOST_ASAN(__sanitizer_start_switch_fiber(&scheduler_fake_stack, thread->stack.get(), kStack);)
   CUDAHOST_TSAN(__tsan_switch_to_fiber(thread->tsan_fiber, 1);)
   swapcontext(&scheduler, &thread->context);

@@ -149,7 +149,7 @@ def _compile(name: str, text: str, options: list[str], depends: list[Path]) -> P
 
 
 def _link(*objects: Path, options: Iterable[str] = ()) -> Path:
-    library = objects[0].with_suffix(".so")
+    library = BUILD / f"{'+'.join(path.stem for path in objects)}.so"
     return _make(library, [*_compiler(), "-shared", *map(str, objects), *options, "-ldl"])
 
 

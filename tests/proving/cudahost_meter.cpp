@@ -20,15 +20,37 @@ using cudahost::Metered;
 
 constexpr int nobody = -1, several = -2;
 
+struct WarpLoads {  // of one element, by one instruction, by the warp that executed it last
+  const void* instruction;
+  int warp;
+  unsigned char most, by_lane[32];
+
+  bool counts(int thread) {
+    if (warp != thread / 32) *this = {instruction, thread / 32, 0, {}};
+    unsigned char& mine = by_lane[thread % 32];
+    if (++mine <= most) return false;
+    most = mine;
+    return true;
+  }
+};
+
+bool counts(std::vector<WarpLoads>& loads, const void* instruction, int thread) {
+  for (WarpLoads& known : loads)
+    if (known.instruction == instruction) return known.counts(thread);
+  loads.push_back({instruction, -1, 0, {}});
+  return loads.back().counts(thread);
+}
+
 struct State {  // of one buffer during one launch
   std::vector<int> writer, reader;
   std::vector<bool> atomic;
+  std::vector<std::vector<WarpLoads>> warp_loads;
 };
 
 std::vector<Buffer> buffers;  // sorted by address
 std::vector<Metered> launches;
 std::vector<State> states;
-int block = 0;
+int block = 0, thread = 0;  // thread: over the whole grid, so that no two blocks share a warp
 std::map<uintptr_t, std::set<int>> released;  // through this address, what these blocks did is known
 std::map<int, std::set<int>> acquired;        // block -> blocks that it comes after
 std::string race;
@@ -48,7 +70,7 @@ void complain(const Buffer& buffer, size_t unit, int other, const char* did, con
 
 enum Kind { load, store, update };
 
-void touch(const void* address, size_t size, Kind kind) {
+void touch(const void* address, size_t size, Kind kind, const void* instruction) {
   if (launches.empty()) return;
   auto at = reinterpret_cast<uintptr_t>(address);
   auto after = std::upper_bound(buffers.begin(), buffers.end(), at,
@@ -59,13 +81,16 @@ void touch(const void* address, size_t size, Kind kind) {
   if (at >= buffer.start + buffer.size) return;
   Metered& launch = launches.back();
   State& state = states[index];
-  (kind == load ? launch.loaded : kind == store ? launch.stored : launch.atomic) += size;
+  if (kind != load) (kind == store ? launch.stored : launch.atomic) += size;
   if (kind != update) ++(kind == load ? launch.load_widths : launch.store_widths)[8 * size];
   const size_t first = (at - buffer.start) / buffer.unit;
   const size_t last = std::min(at + size - 1 - buffer.start, buffer.size - 1) / buffer.unit;
   for (size_t unit = first; unit <= last; ++unit) {
     if (kind == load) {
-      ++launch.loads[index][unit];
+      if (counts(state.warp_loads[unit], instruction, thread)) {
+        ++launch.loads[index][unit];
+        launch.loaded += std::min(size, buffer.unit);
+      }
       if (conflicts(state.writer[unit])) complain(buffer, unit, state.writer[unit], "loads", "wrote");
       int& reader = state.reader[unit];
       reader = reader == nobody || reader == block ? block : several;
@@ -112,32 +137,33 @@ void cudahost_meter_launch(const void* kernel) {
   for (const Buffer& buffer : buffers) {
     const size_t units = (buffer.size + buffer.unit - 1) / buffer.unit;
     launch.loads.emplace_back(units), launch.stores.emplace_back(units);
-    states.push_back(
-        {std::vector<int>(units, nobody), std::vector<int>(units, nobody), std::vector<bool>(units)});
+    states.push_back({std::vector<int>(units, nobody), std::vector<int>(units, nobody),
+                      std::vector<bool>(units), std::vector<std::vector<WarpLoads>>(units)});
   }
   launches.push_back(std::move(launch));
   released.clear(), acquired.clear();
 }
 
 void cudahost_meter_block(int number) { block = number; }
+void cudahost_meter_thread(int number) { thread = block * 1024 + number; }
 const char* cudahost_meter_race() { return race.empty() ? nullptr : race.c_str(); }
 
 // ---- what -fsanitize=thread calls
 // ---------------------------------------------------------------------------------
-#define ACCESS(size)                                                    \
-  void __tsan_read##size(void* p) { touch(p, size, load); }             \
-  void __tsan_write##size(void* p) { touch(p, size, store); }           \
-  void __tsan_unaligned_read##size(void* p) { touch(p, size, load); }   \
-  void __tsan_unaligned_write##size(void* p) { touch(p, size, store); } \
-  void __tsan_volatile_read##size(void* p) { touch(p, size, load); }    \
-  void __tsan_volatile_write##size(void* p) { touch(p, size, store); }
+#define ACCESS(size)                                                                                 \
+  void __tsan_read##size(void* p) { touch(p, size, load, __builtin_return_address(0)); }             \
+  void __tsan_write##size(void* p) { touch(p, size, store, __builtin_return_address(0)); }           \
+  void __tsan_unaligned_read##size(void* p) { touch(p, size, load, __builtin_return_address(0)); }   \
+  void __tsan_unaligned_write##size(void* p) { touch(p, size, store, __builtin_return_address(0)); } \
+  void __tsan_volatile_read##size(void* p) { touch(p, size, load, __builtin_return_address(0)); }    \
+  void __tsan_volatile_write##size(void* p) { touch(p, size, store, __builtin_return_address(0)); }
 ACCESS(1)
 ACCESS(2)
 ACCESS(4)
 ACCESS(8)
 ACCESS(16)
-void __tsan_read_range(void* p, size_t size) { touch(p, size, load); }
-void __tsan_write_range(void* p, size_t size) { touch(p, size, store); }
+void __tsan_read_range(void* p, size_t size) { touch(p, size, load, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t size) { touch(p, size, store, __builtin_return_address(0)); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
@@ -152,7 +178,7 @@ void __tsan_atomic_signal_fence(int) {}
   int __tsan_atomic##bits##_compare_exchange_strong(uint##bits##_t* p, uint##bits##_t* expected,        \
                                                     uint##bits##_t desired, int, int) {                 \
     if (*p != *expected) return *expected = *p, 0;                                                      \
-    touch(p, bits / 8, update);                                                                         \
+    touch(p, bits / 8, update, __builtin_return_address(0));                                            \
     return *p = desired, 1;                                                                             \
   }                                                                                                     \
   uint##bits##_t __tsan_atomic##bits##_compare_exchange_val(uint##bits##_t* p, uint##bits##_t expected, \

@@ -6,8 +6,8 @@ from tests.proving import cudahost
 
 
 def kernels() -> cudahost.Kernels:
-    names = ("rowsum", "sum_warps", "read_uninitialised", "deadlock", "neighbours", "count", "sum_last_block")
-    return cudahost.load("tests/proving/planted/kernels.cu", [f"planted::{name}" for name in names])
+    names = "rowsum sum_warps read_uninitialised deadlock neighbours broadcast count sum_last_block"
+    return cudahost.load("tests/proving/planted/kernels.cu", [f"planted::{name}" for name in names.split()])
 
 
 def rowsum(bug: str, rows: str = "3", columns: str = "1000", threads: str = "256") -> None:

@@ -78,6 +78,14 @@ __global__ void neighbours_kernel(const float* x, float* y, int n) {  // reads e
   if (i < n) y[i] = x[i] + x[(i + 1) % n];
 }
 
+// Every lane of a warp reads the warp's first element, as often as asked: one load each time.
+__global__ void broadcast_kernel(const float* x, float* y, int times) {
+  volatile const float* shared_by_warp = x + threadIdx.x / 32 * 32;
+  float sum = 0;
+  for (int i = 0; i < times; ++i) sum += *shared_by_warp;
+  y[threadIdx.x] = sum;
+}
+
 __global__ void count_kernel(float* total, int n) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) atomicAdd(total, 1.0f);
@@ -152,6 +160,10 @@ void deadlock(float* out, int threads) { LAUNCH(diverging_warps, dim3(1), dim3(t
 
 void neighbours(const float* x, float* y, int n) {
   LAUNCH(neighbours_kernel, dim3((n + 127) / 128), dim3(128), 0, 0, x, y, n);
+}
+
+void broadcast(const float* x, float* y, int threads, int times) {
+  LAUNCH(broadcast_kernel, dim3(1), dim3(threads), 0, 0, x, y, times);
 }
 
 void count(float* total, int n, int threads) {
