@@ -5,7 +5,11 @@ import dataclasses
 import gzip
 import pickle
 import struct
+import subprocess
+import sys
+import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import torch
 from benchmarks.longtail import data, experiment, methods, progress, training
 from benchmarks.longtail.__main__ import COLUMNS, main
 
+ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
 
 
@@ -246,3 +251,22 @@ def test_progress_in_a_log_says_each_tenth_once(capsys):
     lines = capsys.readouterr().err.strip().split("\n")
     assert len(lines) == 11
     assert lines[5].startswith("step 99 ") and "[###############               ] 100/200 steps" in lines[5]
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_a_killed_run(tmp_path):
+    pytest.importorskip("mlxtend")
+    command = [sys.executable, "-m", "benchmarks.longtail", "--epochs", "1000", "--device", "cpu", "--jobs", "2"]
+    run = subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        run.stderr.readline()  # the first step has been made
+        table = subprocess.run(["ps", "-wweo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
+        workers = [line.split()[0] for line in table if line.split()[1] == str(run.pid) and "spawn_main" in line]
+    finally:
+        run.kill()
+        run.wait()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while subprocess.run(["ps", "-p", ",".join(workers)], stdout=subprocess.DEVNULL).returncode == 0:
+        assert time.monotonic() < deadline, "a worker goes on for nobody"
+        time.sleep(0.2)

@@ -1,6 +1,7 @@
 """Runs families of methods, a method and what starts from it, one after another or in processes of their own."""
 
 import multiprocessing
+import os
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -156,7 +157,14 @@ def drain(steps: multiprocessing.Queue, advance: Callable[[str], None]) -> None:
 def start_worker(setting: Setting, steps: multiprocessing.Queue) -> None:
     global worker
     torch.set_num_threads(1)
-    worker = (setting, setting.load(), steps.put)
+    parent = multiprocessing.parent_process()
+
+    def advance(label: str) -> None:
+        if not parent.is_alive():  # killed, so that nobody waits for this worker any more
+            os._exit(1)
+        steps.put(label)
+
+    worker = (setting, setting.load(), advance)
 
 
 def work(names: list[str], seed: int) -> Rows:
