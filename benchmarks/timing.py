@@ -66,7 +66,10 @@ def differentiable(call: Callable[[], Tensor], *leaves: Tensor) -> dict[str, Run
     def gradients(out: Tensor, retain: bool) -> tuple[Tensor, ...]:
         if grad[0] is None:
             # An expanded scalar would be a layout that no real network hands back.
-            grad[0] = torch.ones_like(out) if out.dim() == 0 else torch.randn_like(out)
+            grad[0] = torch.ones_like(out)
+            if out.dim():  # the same values for every provider, whose results are compared
+                generator = torch.Generator(out.device).manual_seed(0)
+                grad[0].copy_(torch.randn(out.shape, generator=generator, device=out.device))
         return torch.autograd.grad(out, leaves, grad[0], retain_graph=retain)
 
     def backward() -> tuple[Tensor, ...]:

@@ -102,3 +102,30 @@ CASES += [
         (4096, 50257, torch.bfloat16, 0.0, 16),
     )
 ]
+
+
+# ---- GroupNorm -------------------------------------------------------------------------------------------
+
+
+def _group_norm(_: str, shape: tuple[int, ...], dtype: torch.dtype, format: torch.memory_format) -> Tensor:
+    from tritonkernels import group_norm
+
+    x = torch.empty(shape, dtype=dtype).to(memory_format=format)
+    weight, bias = torch.empty(2, shape[1], dtype=dtype)
+    _, stats = group_norm.group_norm_forward(x, 32, weight, bias, 1e-5, 2, None, True)
+    group_norm.group_norm_backward(x, x, 32, weight, bias, 2, None, stats, 7)
+    return x
+
+
+CASES += [
+    Case(
+        f"group_norm + SiLU {'×'.join(map(str, shape))} {str(dtype).removeprefix('torch.')} {name}",
+        _group_norm,
+        full=(shape, dtype, format),
+        small=((1, *shape[1:]), dtype, format),
+        backends=("triton",),
+    )
+    for shape in ((8, 64, 16, 16), (8, 320, 32, 32), (2, 512, 64, 64))
+    for dtype in (torch.bfloat16, torch.float32)
+    for name, format in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last))
+]
