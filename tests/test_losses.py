@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import fastreg
 from fastreg import cross_entropy, focal_loss, sigmoid_focal_loss
 from fastreg.testing import DTYPES, LAYOUTS, assert_accurate, with_layout
+from tests.machine import device_of, move
 
 BACKENDS = [name for name, state in fastreg.backends()["cross_entropy"].items() if state == "usable"]
 if find_spec("tritonkernels.losses") is None:
@@ -220,9 +221,12 @@ def check(backend, input, target, weight=None, grad=None, **options):
     """Loss and gradient on this backend, held to the rule of fastreg.testing against the oracle."""
     if grad is None and options.get("reduction") == "none":
         grad = torch.ones(input.select(min(input.dim() - 1, 1), 0).shape, dtype=input.dtype)
-    x = input.detach().requires_grad_()
-    loss = serve(backend, lambda: cross_entropy(x, target, weight, **options))
-    (grad_x,) = torch.autograd.grad(loss, x, grad, materialize_grads=True)
+    x, *there = (move(value, device_of(backend)) for value in (input.detach(), target, weight, grad))
+    x.requires_grad_()
+    moved = {name: move(value, device_of(backend)) for name, value in options.items()}
+    loss = serve(backend, lambda: cross_entropy(x, *there[:2], **moved))
+    (grad_x,) = torch.autograd.grad(loss, x, there[2], materialize_grads=True)
+    loss, grad_x = move(loss, "cpu"), move(grad_x, "cpu")
     # In half precision stock PyTorch is held to be what it is under autocast: the kernels compute in fp32 too.
     y = input.detach().to(torch.promote_types(input.dtype, torch.float32)).requires_grad_()
     stock_loss = stock(y, target, weight, **options)
