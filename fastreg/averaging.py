@@ -399,6 +399,14 @@ def _unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 leaves whole parameters in a model's root between a forward and the next backward; what is averaged,
+    and what a forward gathers again, are the shards."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()
+
+
 def _local(tensor: Tensor) -> Tensor:
     """What the kernels work on: without autograd, this process's shard of a DTensor, complex numbers as pairs."""
     tensor = tensor.detach()
@@ -795,6 +803,7 @@ class WeightAverager:
         _check_clock(update_every, start_step)
         _check_dtype(dtype)
         _checks.choice("buffers", buffers, ("copy", "average"))
+        _reshard(model)
         params, other = _tensors_of(model)
         _check_averageable(params)
         self._follows = _follows_rule(params, other if buffers == "average" else {})
@@ -897,6 +906,8 @@ class WeightAverager:
             raise RuntimeError(f"{what}: the model holds the average {self._swapped!r}; leave swapped() first")
 
     def _current_link(self) -> _Link:
+        if self._link is not None and not self._link.fresh():
+            _reshard(self._model)
         if self._link is None or not self._link.fresh():
             self._link = _Link(
                 self._model, list(self._averages.values()), self._follows, None, list(self._versions.values())
@@ -906,6 +917,7 @@ class WeightAverager:
     def state_dict(self) -> dict[str, Any]:
         """{"n_averaged", "calls", "averages": {name: {tensor name: tensor}}}, by reference as in a module's; shards
         of DTensor parameters come as DTensors. Inside `swapped` the tensors that changed places are copies."""
+        _reshard(self._model)
         params, buffers = _tensors_of(self._model)
         return {
             "n_averaged": self._clock.n_averaged.clone(),
