@@ -54,7 +54,8 @@ def max_norm_(
     """Scales, in place, every row whose norm to the power `tau` is above `max_norm` by max_norm / norm^tau.
 
     Args:
-        tensors: one tensor or several, of any strides, dtypes fp16, bf16, fp32, fp64; none may be expanded.
+        tensors: one tensor or several, of any strides, dtypes fp16, bf16, fp32, fp64; none may be expanded. A DTensor
+            is projected where it lies: sharded by rows without communication, otherwise by a reduction of the norms.
             Rows are the slices along `dim`; in a tensor of one dimension or none, each element is a row. A tensor
             listed twice is projected once, under its first cap.
         max_norm: the cap, at least 0: a number, a 0-d tensor, a tensor with one cap per row, or a list with one of

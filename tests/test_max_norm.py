@@ -744,3 +744,40 @@ def test_state_dict_round_trip(tmp_path):
     assert other.caps == constraint.caps and other.total == constraint.total
     with pytest.raises(ValueError, match="2 caps, but 1"):
         fastreg.MaxNorm(net[3], 1.0).load_state_dict(constraint.state_dict())
+
+
+# ---- sharded weights -------------------------------------------------------------------------------------
+
+
+def project_sharded(rank, world, path, whole, thresh):
+    """In each process: the projection of a DTensor under every placement gives what the whole tensor gives."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    with fastreg.use_backend("reference"):
+        expected = whole.clone()
+        constraint = fastreg.MaxNorm(expected, thresh=thresh)
+        with torch.no_grad():
+            expected.mul_(1.5)
+        rows = constraint.project()
+        for placement in (Shard(0), Shard(1), Replicate()):
+            shards = distribute_tensor(whole.clone(), mesh, [placement])
+            constraint = fastreg.MaxNorm(shards, thresh=thresh)
+            with torch.no_grad():
+                shards.mul_(1.5)
+            count = constraint.project()
+            assert shards.placements == (placement,)
+            torch.testing.assert_close(shards.full_tensor(), expected, rtol=1e-6, atol=0)
+            assert (norms64(shards.full_tensor()) <= constraint.caps[0].full_tensor()).all()
+            assert count.full_tensor().item() == rows.item() > 0
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_sharded_rows_and_columns(world, tmp_path, backend):
+    if backend != "reference":
+        pytest.skip("the reference serves DTensor, on the operators' own sharding rules")
+    whole = torch.randn(7, 10)
+    torch.multiprocessing.spawn(project_sharded, (world, str(tmp_path / "store"), whole, 0.3), nprocs=world)
