@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastreg
-from benchmarks.gpu_check import OPS
+from benchmarks.gpu_check import GPU_BACKENDS, OPS, agree
 from fastreg import _backends
 from tests.machine import needs_cuda
 
@@ -17,9 +17,7 @@ def skip_what_is_missing(op, backend):
         pytest.skip(reason)
 
 
-every_kernel = pytest.mark.parametrize(
-    ("op", "backend"), [(op, backend) for op in OPS for backend in ("cuda", "triton")]
-)
+every_kernel = pytest.mark.parametrize(("op", "backend"), [(op, backend) for op in OPS for backend in GPU_BACKENDS])
 
 
 @every_kernel
@@ -27,7 +25,7 @@ def test_agrees_with_plain_pytorch(op, backend):
     for ours, stock in OPS[op].calls("cuda"):
         with fastreg.use_backend(backend):
             got = ours()
-        torch.testing.assert_close(got, stock())
+        agree(got, stock())
 
 
 @every_kernel
@@ -67,7 +65,7 @@ def test_runs_on_the_current_stream(op, backend):
                 results.append((ours(), stock()))
     stream.synchronize()
     for got, want in results:
-        torch.testing.assert_close(got, want)
+        agree(got, want)
 
 
 @every_kernel

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.gpu_check import OPS, Stage, main
+from benchmarks.gpu_check import OPS, Stage, agree, main
+from fastreg import _backends
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -76,7 +77,7 @@ def test_every_op_has_a_benchmark_and_calls_that_run_here():
     for op, checked in OPS.items():
         assert op in benches() and checked.cases
         for ours, stock in checked.calls("cpu"):
-            torch.testing.assert_close(ours(), stock())
+            agree(ours(), stock())
 
 
 def test_stages_on_a_gpu(monkeypatch, tmp_path):
@@ -86,6 +87,9 @@ def test_stages_on_a_gpu(monkeypatch, tmp_path):
     names = [stage.name for stage in stages]
     assert names[:4] == ["machine", "build", "backends", "tests"]
     assert "timing cross_entropy 65536x10" in names and "racecheck cross_entropy triton" in names
+    for op in OPS:
+        for backend in gpu_check.GPU_BACKENDS:
+            assert (f"memcheck {op} {backend}" in names) == (backend in _backends._kernels[op])
     build = stages[1].environment
     assert build["FASTREG_BUILD_CUDA"] == build["FASTREG_BUILD_CPU"] == "1" and build["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert sum(stage.limit for stage in stages[:4]) < gpu_check.BUDGET
