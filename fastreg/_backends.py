@@ -23,7 +23,7 @@ _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
 _kernels: dict[str, tuple[str, ...]] = {}
 _missing: dict[str, str | None] = {}  # backend -> why nothing of it can run on this machine
-forced: str | None = None
+_forced: str | None = None
 
 
 def interpreting() -> bool:
@@ -82,8 +82,8 @@ def choose(op: str, device: str, refuse: Callable[..., str | None], *args: objec
 
     `refuse(backend, *args)` says why a backend other than `reference` cannot take these arguments, or None.
     """
-    if forced is not None:
-        backend = forced
+    if _forced is not None:
+        backend = _forced
         reason = missing(op, backend) or _wrong_device(backend, device)
         if reason is None and backend != "reference":
             reason = refuse(backend, *args)
@@ -136,13 +136,13 @@ def use_backend(name: str) -> Iterator[None]:
     A call that the backend cannot serve raises RuntimeError with the reason; nothing falls back silently.
     The environment variable FASTREG_BACKEND does the same from the start of the process.
     """
-    global forced
-    before, forced = forced, _check_name(name, "use_backend: name")
+    global _forced
+    before, _forced = _forced, _check_name(name, "use_backend: name")
     try:
         yield
     finally:
-        forced = before
+        _forced = before
 
 
 if os.environ.get("FASTREG_BACKEND"):
-    forced = _check_name(os.environ["FASTREG_BACKEND"], "FASTREG_BACKEND")
+    _forced = _check_name(os.environ["FASTREG_BACKEND"], "FASTREG_BACKEND")

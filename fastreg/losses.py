@@ -124,7 +124,7 @@ def cross_entropy(
         and scale == 1.0
         and all_ignored == "nan"
         and not (grad_in_forward or outputs)
-        and _backends.forced is None
+        and _backends._forced is None
         and not _is_compiling()
     ):
         try:

@@ -38,7 +38,7 @@ def test_forced_backend_never_falls_back():
 def test_force_ends_with_the_block_even_after_an_error():
     with pytest.raises(ZeroDivisionError), fastreg.use_backend("cuda"):
         raise ZeroDivisionError
-    assert _backends.forced is None
+    assert _backends._forced is None
     fastreg.cross_entropy(X, Y)
 
 
@@ -46,7 +46,7 @@ def test_blocks_nest():
     with fastreg.use_backend("cuda"):
         with fastreg.use_backend("reference"):
             fastreg.cross_entropy(X, Y)
-        assert _backends.forced == "cuda"
+        assert _backends._forced == "cuda"
 
 
 @pytest.mark.parametrize(
