@@ -351,31 +351,34 @@ FASTREG_INLINE V share(V factor, V term) {
 
 // ---- rows: a vector holds classes
 // ---------------------------------------------------------------------------
-template <bool linear, class T, class A>
-Partial<A> reduce_block(const T* x, int64_t n, const A* factors) {
-  constexpr int64_t step = lanes<A>;
-  const int64_t whole = n / step * step, rest = n - whole;
-  const A lowest = -INFINITY;
-  Vec<A> high0 = splat(lowest), high1 = high0, last = high0;
+// The largest of x[0, n).
+template <class A, class T>
+FASTREG_INLINE Vec<A> largest(const T* x, int64_t n, Vec<A> high) {
+  Vec<A> other = high;
   int64_t j = 0;
-  for (; j + 2 * step <= whole; j += 2 * step) {
-    high0 = larger(load(x + j), high0);
-    high1 = larger(load(x + j + step), high1);
+  for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
+    high = larger(load(x + j), high);
+    other = larger(load(x + j + lanes<A>), other);
   }
-  if (j < whole) high0 = larger(load(x + j), high0);
-  if (rest) {
-    last = load_first(x + whole, rest, lowest);
-    high1 = larger(last, high1);
+  if (j + lanes<A> <= n) {
+    high = larger(load(x + j), high);
+    j += lanes<A>;
   }
-  const A high = horizontal_max(larger(high0, high1));
-  const Vec<A> base = splat(high == lowest ? A(0) : high);  // -inf - -inf would be NaN
+  if (j < n) other = larger(load_first(x + j, n - j, A(-INFINITY)), other);
+  return larger(high, other);
+}
 
-  Vec<A> sum{};
+// The sum of exp(x - base), and of factors * (x - base); on the way the largest x.
+template <bool linear, class T, class A>
+FASTREG_INLINE Partial<A> sum_block(const T* x, int64_t n, const A* factors, A base) {
+  const int64_t whole = n / lanes<A> * lanes<A>, rest = n - whole;
+  Vec<A> high = splat(A(-INFINITY)), sum{};
   LongSum<A> weighted;
-  for (j = 0; j < whole;) {
+  for (int64_t j = 0; j < whole;) {
     Vec<A> chunk_sum{}, chunk{};
-    for (const int64_t end = std::min(j + kDepth * step, whole); j < end; j += step) {
-      const Vec<A> d = load(x + j) - base;
+    for (const int64_t end = std::min(j + kDepth * lanes<A>, whole); j < end; j += lanes<A>) {
+      const Vec<A> z = load(x + j), d = z - base;
+      high = larger(z, high);
       chunk_sum += exp_of<A>(d);
       if constexpr (linear) chunk += factors ? share(load(factors + j), d) : d;
     }
@@ -383,14 +386,36 @@ Partial<A> reduce_block(const T* x, int64_t n, const A* factors) {
     if constexpr (linear) weighted.add(chunk);
   }
   if (rest) {
-    const Vec<A> d = last - base;
+    const Vec<A> z = load_first(x + whole, rest, A(-INFINITY)), d = z - base;
+    high = larger(z, high);
     sum += exp_of<A>(d);
     if constexpr (linear) {
       const Vec<A> term = factors ? share(load_first(factors + whole, rest, A(0)), d) : d;
       weighted.add(is_first<A>(rest) ? term : Vec<A>{});
     }
   }
-  return {high, horizontal_sum(sum), linear ? horizontal_sum(weighted.total) : A(0)};
+  return {horizontal_max(high), horizontal_sum(sum), linear ? horizontal_sum(weighted.total) : A(0)};
+}
+
+// One pass over x, relative to the largest of its beginning: where the true maximum is not far above, exp
+// does not overflow and no digit is lost. Where it is, or where the linear sum needs it, the maximum is taken
+// first.
+template <bool linear, class T, class A>
+Partial<A> reduce_block(const T* x, int64_t n, const A* factors) {
+  constexpr A far = 60;
+  const A lowest = -INFINITY;
+  const int64_t beginning = linear ? n : std::min(n, 4 * lanes<A>);
+  A base = horizontal_max(largest<A>(x, beginning, splat(lowest)));
+  Partial<A> part =
+      sum_block<linear>(x, n, factors, base == lowest ? A(0) : base);  // -inf - -inf would be NaN
+  if constexpr (!linear) {
+    if (part.high == base) return part;
+    if (part.high - base <= far)
+      part.sum *= exp_of<A>(splat(base - part.high))[0];
+    else
+      part = sum_block<linear>(x, n, factors, part.high);
+  }
+  return part;
 }
 
 // z of the classes [begin, begin + n) of a row.
@@ -480,7 +505,8 @@ void reduce_blocks_of(CrossEntropy<A>& call, int64_t begin, int64_t end) {
   }
 }
 
-template <bool spread, class T, class In, class A>
+// `finite` says that no gradient can be NaN.
+template <bool spread, bool finite, class T, class In, class A>
 FASTREG_INLINE void gradient(const In* z, int64_t n, const A* factors, const Softmax<A>& softmax,
                              const RowGradient<A>& row, T* grad) {
   constexpr int64_t step = lanes<A>;
@@ -488,7 +514,7 @@ FASTREG_INLINE void gradient(const In* z, int64_t n, const A* factors, const Sof
   for (; j + step <= n; j += step) {
     Vec<A> g = exp_of<A>((load(z + j) - softmax.high) - softmax.log_sum) * row.slope;
     if constexpr (spread) g -= factors ? load(factors + j) * row.spread : splat(row.spread);
-    store(grad + j, g);
+    store<finite>(grad + j, g);
   }
   if (j < n) {
     Vec<A> g = exp_of<A>((load_first(z + j, n - j, A(0)) - softmax.high) - softmax.log_sum) * row.slope;
@@ -503,9 +529,11 @@ void gradient_part(const CrossEntropy<A>& call, const In* z, int64_t begin, int6
                    const Softmax<A>& softmax, const RowGradient<A>& row, T* grad) {
   const A* factors = call.factors ? call.factors.data + begin : nullptr;
   if (call.smoothing != 0)
-    gradient<true>(z, n, factors, softmax, row, grad);
+    gradient<true, false>(z, n, factors, softmax, row, grad);
+  else if ((softmax.high + softmax.log_sum + row.slope) * 0 == 0)
+    gradient<false, true>(z, n, factors, softmax, row, grad);
   else
-    gradient<false>(z, n, factors, softmax, row, grad);
+    gradient<false, false>(z, n, factors, softmax, row, grad);
 }
 
 // The gradient of the classes [begin, end) of a row.

@@ -163,7 +163,8 @@ double sigmoid_block(const SigmoidFocalCall& call, int64_t row, int64_t begin, i
   const int64_t y = call.dense ? -1 : call.target.get<int64_t>(call.target.at(row, 0)) - begin;
   const A alpha = static_cast<A>(call.alpha), gamma = static_cast<A>(call.gamma);
   const bool inside = y >= 0 && y < n;
-  Vec<A> sum{};
+  double total = 0;
+  Vec<A> sum{};  // of eight vectors, so that a long sum keeps its digits
   for (int64_t j = 0; j < n; j += lanes<A>) {
     const int64_t count = std::min(lanes<A>, n - j);
     const bool whole = count == lanes<A>;
@@ -181,11 +182,15 @@ double sigmoid_block(const SigmoidFocalCall& call, int64_t row, int64_t begin, i
                             : (whole ? load(g + j) : load_first(g + j, count, A(0)));
     } else if (call.reduce) {
       sum += whole ? value : (is_first<A>(count) ? value : Vec<A>{});
+      if (!whole || (j / lanes<A> + 1) % 8 == 0) {
+        total += static_cast<double>(horizontal_sum(sum));
+        sum = Vec<A>{};
+      }
       continue;
     }
     store(out + j, value);  // the buffer ends with a whole vector
   }
-  if (!backward && call.reduce) return static_cast<double>(horizontal_sum(sum));
+  if (!backward && call.reduce) return total + static_cast<double>(horizontal_sum(sum));
   const int64_t at = call.out.at(row, begin);
   if (call.out.inner == 1 && call.out.dtype == torch::headeronly::CppTypeToScalarType<T>::value) {
     T* to = reinterpret_cast<T*>(call.out.data) + at;

@@ -99,10 +99,17 @@ FASTREG_INLINE Vec<float> load(const Half* from) {
 FASTREG_INLINE void store(float* to, Vec<float> v) { __builtin_memcpy(to, &v, sizeof(v)); }
 FASTREG_INLINE void store(double* to, Vec<double> v) { __builtin_memcpy(to, &v, sizeof(v)); }
 
-FASTREG_INLINE void store(BFloat16* to, Vec<float> v) {
+// NaN costs two instructions more where it is possible.
+template <bool finite>
+FASTREG_INLINE Halves to_bfloat16(Vec<float> v) {
   const Words w = bits<Words>(v);
   const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  const Halves h = narrow(v == v ? rounded : Words{} + 0x7fc0);
+  if constexpr (finite) return narrow(rounded);
+  return narrow(v == v ? rounded : Words{} + 0x7fc0);
+}
+
+FASTREG_INLINE void store(BFloat16* to, Vec<float> v) {
+  const Halves h = to_bfloat16<false>(v);
   __builtin_memcpy(to, &h, sizeof(h));
 }
 
@@ -122,6 +129,17 @@ FASTREG_INLINE void store(Half* to, Vec<float> v) {
   const Halves h = narrow((u >= 0x47800000 ? special : finite) | sign >> 16);
 #endif
   __builtin_memcpy(to, &h, sizeof(h));
+}
+
+// The same for values of which it is known whether all are finite.
+template <bool finite, class T, class V>
+FASTREG_INLINE void store(T* to, V v) {
+  if constexpr (finite && std::is_same_v<T, BFloat16>) {
+    const Halves h = to_bfloat16<true>(v);
+    __builtin_memcpy(to, &h, sizeof(h));
+  } else {
+    store(to, v);
+  }
 }
 
 // The first n < lanes elements; the others are `fill`.
