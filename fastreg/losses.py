@@ -13,6 +13,7 @@ The kernels: csrc/cpu/losses.cpp, csrc/cuda/losses.cu, tritonkernels/losses.py. 
 forward, and read and write them once in the backward; between the two only each row's log-sum-exp is kept.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -156,9 +157,7 @@ def cross_entropy(
         _check_extra(reduction, grad_in_forward, statistics, indices and other_target is None, input)
 
     pair, smooth_focal = other_target is not None, label_smoothing != 0.0 and gamma != 0.0
-    backend = _backends.choose(
-        "cross_entropy", input.device.type, _refuse, input, target, indices, pair, smooth_focal, extra
-    )
+    backend = _backends.choose("cross_entropy", input.device.type, _refuse, input, target, indices, pair, smooth_focal)
     if backend == "reference":
         options = {
             "ignore_index": ignore_index,
@@ -365,16 +364,15 @@ def _as_dtype(vector: object, dtype: torch.dtype) -> object:
 # ---- kernels ---------------------------------------------------------------------------------------------
 
 
-_FEATURES = ("probabilities", "two targets", "label_smoothing with gamma", "grad_in_forward, outputs and statistics")
-# What a backend's cross-entropy kernels do not serve.
+_FEATURES = ("probabilities", "two targets", "label_smoothing with gamma")
+# What a backend's cross-entropy kernels do not serve, and which have cross_entropy_forward_extra.
 _LACKING = {"cpu": _FEATURES, "cuda": _FEATURES, "triton": _FEATURES}
+_ONE_PASS: tuple[str, ...] = ()
 
 
-def _refuse(
-    backend: str, input: Tensor, target: Tensor, indices: bool, pair: bool, smooth_focal: bool, extra: bool
-) -> str | None:
-    if pair or smooth_focal or extra or not indices:
-        asked = (not indices, pair, smooth_focal, extra)
+def _refuse(backend: str, input: Tensor, target: Tensor, indices: bool, pair: bool, smooth_focal: bool) -> str | None:
+    if pair or smooth_focal or not indices:
+        asked = (not indices, pair, smooth_focal)
         for feature, wanted in zip(_FEATURES, asked, strict=True):
             if wanted and feature in _LACKING[backend]:
                 return f"it does not serve {feature}"
@@ -452,7 +450,8 @@ class _CrossEntropyExtra(torch.autograd.Function):
         tensors, options = args[:8], args[8:]
         want_grad = want_grad and ctx.needs_input_grad[0] and args[0].dtype != torch.float16
         grad = torch.empty_like(args[0]) if want_grad and not torch.compiler.is_compiling() else None
-        loss, lse, denominator, losses, argmax = _forward_extra[backend](
+        run = _forward_extra[backend] if backend in _ONE_PASS else _forward_extra_in_passes(backend)
+        loss, lse, denominator, losses, argmax = run(
             *tensors, *options, zero_if_empty, fp32_loss, want_losses, want_argmax, grad
         )
         ctx.save_for_backward(*tensors, lse, denominator)
@@ -474,6 +473,27 @@ class _CrossEntropyExtra(torch.autograd.Function):
         else:
             grad = _backward[ctx.backend](grad_loss, *ctx.saved_tensors, *ctx.options)
         return grad, *([None] * 20)
+
+
+def _forward_extra_in_passes(backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    """cross_entropy_forward_extra by the other operators, for a backend that has no such kernel: each thing that is
+    wanted costs a pass over the logits."""
+
+    def run(*args):
+        *args, want_losses, want_argmax, grad = args
+        loss, lse, denominator = _forward[backend](*args)
+        losses, argmax = lse.new_empty(0), lse.new_empty(0, dtype=torch.int64)
+        if want_losses:
+            none, wide = 0, True
+            losses, _, _ = _forward[backend](*args[:9], none, *args[10:-1], wide)
+            losses = losses.to(lse.dtype)
+        if want_argmax:
+            argmax = args[0].argmax(1)
+        if grad is not None:
+            grad.copy_(_backward[backend](torch.ones_like(loss), *args[:8], lse, denominator, *args[8:15]))
+        return loss, lse, denominator, losses, argmax
+
+    return run
 
 
 def _scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
