@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import fastreg
 
-from .timing import Bench, differentiable, nbytes
+from .timing import Bench, LeftOut, differentiable, nbytes
 
 CASES = {"32x10": (32, 10), "512x1000": (512, 1000), "1024x8142": (1024, 8142), "2048x32000": (2048, 32000)}
 
@@ -50,3 +50,122 @@ def liger(data):
     # It writes the gradient over the logits in its forward: a copy keeps the data of the other providers.
     logits = data.logits.detach().clone().requires_grad_()
     return differentiable(lambda: liger_cross_entropy(logits, data.target), logits)
+
+
+def focal_formula(logits, target, gamma=2.0):
+    """What is pasted for want of a kernel."""
+    log_p = F.log_softmax(logits, 1).gather(1, target.unsqueeze(1)).squeeze(1)
+    return (-((1 - log_p.exp()) ** gamma) * log_p).mean()
+
+
+focal = Bench("focal_loss", CASES, quick=("32x10", "512x1000"), registry="cross_entropy")
+focal.inputs(logits_and_classes)
+focal.bytes(least_bytes)
+
+
+@focal.ours
+def ours_focal(data):
+    return differentiable(lambda: fastreg.focal_loss(data.logits, data.target), data.logits)
+
+
+@focal.peer("torch eager")
+def eager_focal(data):
+    return differentiable(lambda: focal_formula(data.logits, data.target), data.logits)
+
+
+@focal.peer("torch.compile", compiled=True)
+def compiled_focal(data):
+    loss = torch.compile(focal_formula)
+    return differentiable(lambda: loss(data.logits, data.target), data.logits)
+
+
+@focal.peer("kornia", needs="kornia")
+def kornia_focal(data):
+    from kornia.losses import focal_loss
+
+    return differentiable(lambda: focal_loss(data.logits, data.target, None, 2.0, "none").sum(1).mean(), data.logits)
+
+
+def sigmoid_formula(logits, targets, alpha=0.25, gamma=2.0):
+    """torchvision's."""
+    p = torch.sigmoid(logits)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    loss = loss * (1 - (p * targets + (1 - p) * (1 - targets))) ** gamma
+    return ((alpha * targets + (1 - alpha) * (1 - targets)) * loss).sum()
+
+
+def logits_and_onehots(shape, dtype, device):
+    data = logits_and_classes(shape, dtype, device)
+    data.onehot = F.one_hot(data.target, shape[1]).to(dtype)
+    return data
+
+
+SIGMOID_CASES = {"512x80": (512, 80), "4096x80": (4096, 80), "100000x80": (100_000, 80)}
+sigmoid_focal = Bench("sigmoid_focal_loss", SIGMOID_CASES, quick=("512x80", "4096x80"))
+sigmoid_focal.inputs(logits_and_onehots)
+sigmoid_focal.bytes(least_bytes)
+
+
+@sigmoid_focal.ours
+def ours_sigmoid(data):
+    return differentiable(lambda: fastreg.sigmoid_focal_loss(data.logits, data.target, reduction="sum"), data.logits)
+
+
+@sigmoid_focal.peer("torchvision", needs="torchvision")
+def torchvision_sigmoid(data):
+    from torchvision.ops import sigmoid_focal_loss
+
+    return differentiable(lambda: sigmoid_focal_loss(data.logits, data.onehot, reduction="sum"), data.logits)
+
+
+@sigmoid_focal.peer("torch eager")
+def eager_sigmoid(data):
+    return differentiable(lambda: sigmoid_formula(data.logits, data.onehot), data.logits)
+
+
+@sigmoid_focal.peer("torch.compile", compiled=True)
+def compiled_sigmoid(data):
+    loss = torch.compile(sigmoid_formula)
+    return differentiable(lambda: loss(data.logits, data.onehot), data.logits)
+
+
+def features_and_classes(shape, dtype, device):
+    rows, features, classes = shape
+    return SimpleNamespace(
+        input=torch.randn(rows, features, device=device).to(dtype).requires_grad_(),
+        weight=(torch.randn(classes, features, device=device) / features**0.5).to(dtype).requires_grad_(),
+        target=torch.randint(classes, (rows,), device=device),
+    )
+
+
+LINEAR_CASES = {"1024x128x8142": (1024, 128, 8142), "4096x256x32000": (4096, 256, 32000)}
+linear = Bench(
+    "linear_cross_entropy", LINEAR_CASES, quick=("1024x128x8142",), dtypes=(torch.float32,), registry="cross_entropy"
+)
+linear.inputs(features_and_classes)
+
+
+@linear.ours
+def ours_linear(data):
+    return differentiable(
+        lambda: fastreg.linear_cross_entropy(data.input, data.weight, data.target, chunk_size=512),
+        data.input,
+        data.weight,
+    )
+
+
+@linear.peer("torch eager")
+def eager_linear(data):
+    return differentiable(
+        lambda: F.cross_entropy(F.linear(data.input, data.weight), data.target), data.input, data.weight
+    )
+
+
+@linear.peer("torch chunked")
+def chunked_linear(data):
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise LeftOut("this torch has no linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+    return differentiable(
+        lambda: F.linear_cross_entropy(data.input, data.weight, data.target, options=options), data.input, data.weight
+    )
