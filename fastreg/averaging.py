@@ -753,6 +753,29 @@ def _adapt_state_dict(module: AveragedModel, state_dict: dict, prefix: str, *_: 
             state_dict[f"{prefix}calls"] = calls
 
 
+def convert_state_dict(state_dict: Mapping[str, Tensor], n_averaged: int = 1) -> dict[str, Tensor]:
+    """The state dict of another library's average as `AveragedModel.load_state_dict` takes it.
+
+    Knows timm's ModelEma, ModelEmaV2 and ModelEmaV3 (`module.*`), ema-pytorch's EMA (`ema_model.*`) and
+    torch.optim.swa_utils.AveragedModel. timm keeps no count of its updates: give it as `n_averaged`. Raises
+    ValueError for anything else.
+    """
+    if any(name.startswith("ema_model.") for name in state_dict):
+        inner = {name.removeprefix("ema_model."): t for name, t in state_dict.items() if name.startswith("ema_model.")}
+        started = state_dict.get("initted", torch.tensor(True)).reshape(()).bool()
+        # ema-pytorch counts calls; its first average is a copy, as with us.
+        count = torch.where(started, state_dict.get("step", torch.tensor(n_averaged)).reshape(()), 0)
+    elif state_dict and all(name == "n_averaged" or name.startswith("module.") for name in state_dict):
+        inner = {name.removeprefix("module."): t for name, t in state_dict.items() if name != "n_averaged"}
+        count = state_dict.get("n_averaged", torch.tensor(n_averaged))
+    else:
+        raise ValueError(
+            f"state_dict must be that of torch's AveragedModel, timm's ModelEmaV3 or ema-pytorch's EMA, got names such "
+            f"as {sorted(state_dict)[:3]}"
+        )
+    return {"n_averaged": count.to(torch.int64), **{f"module.{name}": t for name, t in inner.items()}}
+
+
 def _check_rule(name: str, rule: object) -> Rule:
     if not isinstance(rule, Rule):
         raise TypeError(f"{name} must be a rule such as EMA(0.999), SWA(), TanhEMA() or PowerEMA(0.1), got {rule!r}")

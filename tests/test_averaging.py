@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import swa_utils
 
 import fastreg
-from fastreg import EMA, SWA, AveragedModel, PowerEMA, TanhEMA, WeightAverager, _backends, average_
+from fastreg import EMA, SWA, AveragedModel, PowerEMA, TanhEMA, WeightAverager, _backends, average_, averaging
 from tests.machine import backends
 
 
@@ -765,6 +765,109 @@ def _saved(state):
     torch.save(state, buffer)
     buffer.seek(0)
     return torch.load(buffer)
+
+
+# ---- other libraries -------------------------------------------------------------------------------------
+def test_state_dicts_of_timm_and_torch_are_converted():
+    net = model()
+    timm_state = {f"module.{name}": t.clone() for name, t in net.state_dict().items()}  # ModelEmaV3 keeps no count
+    averaged = AveragedModel(model(seed=1), EMA(0.5))
+    averaged.load_state_dict(averaging.convert_state_dict(timm_state, n_averaged=7))
+    assert averaged.n_averaged.item() == 7
+    assert_same(tensors(averaged.module), tensors(net))
+    theirs = swa_utils.AveragedModel(net)
+    theirs.update_parameters(net)
+    averaged.load_state_dict(averaging.convert_state_dict(theirs.state_dict()))
+    assert averaged.n_averaged.item() == 1
+    with pytest.raises(ValueError, match="got names such as"):
+        averaging.convert_state_dict(net.state_dict())
+    with pytest.raises(ValueError, match="got names such as"):
+        averaging.convert_state_dict({})
+
+
+def test_state_dict_of_ema_pytorch_is_converted():
+    peer = pytest.importorskip("ema_pytorch")
+    net = model()
+    theirs = peer.EMA(net, beta=0.9, update_every=1, update_after_step=0)
+    for step in range(3):
+        train_step(net, step)
+        theirs.update()
+    averaged = AveragedModel(model(seed=1), EMA(0.5))
+    averaged.load_state_dict(averaging.convert_state_dict(theirs.state_dict()))
+    assert_same(tensors(averaged.module), tensors(theirs.ema_model))
+    assert averaged.n_averaged.item() == 3
+
+
+# ---- sizes, rounding, instruction sets ---------------------------------------------------------------------
+def test_every_size_around_chunks_and_vectors():
+    sizes = [*range(1, 40), 1023, 1024, 1025, 2047, 2049, 65535, 65536, 65537, 3 * 65536 + 5]
+    torch.manual_seed(0)
+    averages, params = [torch.randn(n) for n in sizes], [torch.randn(n) for n in sizes]
+    expected = [torch.lerp(a, p, 0.3) for a, p in zip(averages, params)]
+    average_(averages, params, 0.3)
+    for a, e in zip(averages, expected):
+        assert torch.equal(a, e)
+
+
+def test_more_tensors_than_any_argument_list_takes():
+    averages, params = [torch.zeros(3) for _ in range(2500)], [torch.full((3,), float(i)) for i in range(2500)]
+    average_(averages, params, 0.5)
+    assert all((a == i / 2).all() for i, a in enumerate(averages))
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    size = 2**31 + 3
+    average, param = torch.zeros(size, dtype=torch.bfloat16), torch.zeros(size, dtype=torch.bfloat16)
+    param[-3:] = param[0] = 4.0
+    average_([average], [param], 0.5)
+    assert average[[0, -3, -2, -1]].tolist() == [2.0] * 4 and average.count_nonzero() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_follows_where_nearest_stalls(dtype, device):
+    """From 0 to 1 with decay 0.999: rounding to nearest stops far short; the mean of many elements does not."""
+    if _backends.forced() == "triton" and _backends.interpreting():
+        pytest.skip("two thousand interpreted launches; the kernel's bits are compared elsewhere")
+    net = nn.Linear(64, 64, bias=False).to(dtype)
+    nearest, stochastic = (AveragedModel(net, EMA(0.999), rounding_seed=seed) for seed in (None, 1))
+    with torch.no_grad():
+        net.weight.fill_(0.0)
+    for average in (nearest, stochastic):
+        average.update_parameters(net)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    for _ in range(2000):
+        nearest.update_parameters(net)
+        stochastic.update_parameters(net)
+    exact = 1 - 0.999**2000
+    assert nearest.module.weight.float().mean() < (0.3 if dtype == torch.bfloat16 else 0.75)
+    # 4,096 elements, each with a standard deviation of some hundredths (fewer than two units in the last place)
+    assert abs(stochastic.module.weight.float().mean().item() - exact) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_is_reproducible_and_equal_on_every_backend(dtype):
+    results = {}
+    for backend in ("reference", "cpu", "triton", "cpu"):
+        if fastreg.backends()["averaging"][backend] != "usable":
+            continue
+        torch.manual_seed(0)
+        net = nn.Linear(40, 7).to(dtype)
+        average = AveragedModel(net, EMA(0.9), rounding_seed=3)
+        with torch.no_grad():
+            average.module.weight.mul_(1e-5)  # fp16: below its normal numbers
+        with fastreg.use_backend(backend):
+            for step in range(3):
+                train_step(net, step)
+                average.update_parameters(net)
+        now = tensors(average.module)
+        if backend in results:
+            assert_same(now, results[backend])
+        results[backend] = now
+    for other in results.values():
+        for name, t in results["reference"].items():
+            assert (other[name] != t).sum() <= 2  # fused multiply-add may move the bits that are dropped
 
 
 # ---- the articles' classes -------------------------------------------------------------------------------

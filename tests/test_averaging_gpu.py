@@ -8,7 +8,7 @@ from torch import nn
 
 import fastreg
 from fastreg import EMA, SWA, PowerEMA, TanhEMA, WeightAverager, average_, averaging
-from tests.machine import needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
+from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
 from tests.proving import cubin, cudahost
 
 RULES = {"ema": EMA(0.9), "swa": SWA(), "tanh": TanhEMA(), "power": PowerEMA(0.1)}
@@ -215,3 +215,53 @@ def test_cuda_kernels_do_not_spill():
         assert facts.spills == 0, facts
         if "lerp" in facts.kernel or "update" in facts.kernel:
             assert facts.loads.get(128) and facts.stores.get(128), facts
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------
+@needs_cuda
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_cuda_graph_replays_a_changing_decay_without_a_sync(backend):
+    net = model([3000, 7]).cuda()
+    with fastreg.use_backend(backend):
+        averager = WeightAverager(net, RULES)
+        averager.update()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            averager.update()
+        exact = {name: [p.detach().double() for p in net] for name in RULES}
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for n in range(1, 20):
+                with torch.no_grad():
+                    for p in net:
+                        p.normal_()
+                graph.replay()
+                count = torch.full((), n, dtype=torch.float64)
+                for name, rule in RULES.items():
+                    w = float(rule.weight(count))
+                    exact[name] = [e + w * (p.detach().double() - e) for e, p in zip(exact[name], net)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert averager.n_averaged.item() == 20
+    for name, tensors in exact.items():
+        for ours, e in zip(averager.state_dict()["averages"][name].values(), tensors):
+            torch.testing.assert_close(ours.double(), e, rtol=1e-5, atol=1e-5)
+
+
+@needs_cuda
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_updates_and_swaps_do_not_sync(backend):
+    net = model([3000, 7]).cuda()
+    with fastreg.use_backend(backend):
+        averager = WeightAverager(net, RULES)
+        averager.update()
+        with averager.swapped("ema"):
+            pass
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            averager.update(found_inf=torch.zeros((), device="cuda"))
+            with averager.swapped("ema"):
+                pass
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -76,9 +76,9 @@ void average(const Tensor& table, const Tensor& chunks, int64_t chunk, const dou
 }  // namespace
 
 void average_update(const Tensor& table, const Tensor& chunks, int64_t chunk, int64_t /*kinds*/,
-                    const Tensor& rules, const Tensor& n_averaged, const Tensor& calls, const Tensor& /*ticket*/,
-                    std::optional<Tensor> found_inf, int64_t update_every, int64_t start_step,
-                    std::optional<int64_t> seed) {
+                    const Tensor& rules, const Tensor& n_averaged, const Tensor& calls,
+                    const Tensor& /*ticket*/, std::optional<Tensor> found_inf, int64_t update_every,
+                    int64_t start_step, std::optional<int64_t> seed) {
   if (found_inf.has_value() && *data_of<float>(*found_inf) != 0) return;
   int64_t &n = *data_of<int64_t>(n_averaged), &call = *data_of<int64_t>(calls);
   if (averaging::is_due(call, update_every, start_step)) {
