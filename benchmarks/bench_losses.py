@@ -145,6 +145,13 @@ linear = Bench(
 linear.inputs(features_and_classes)
 
 
+@linear.bytes
+def operands(data):
+    """Its operands once, and their gradients once: far below what it takes, which is the products' time."""
+    once = nbytes(data.input, data.weight)
+    return {"forward": once, "backward": once}
+
+
 @linear.ours
 def ours_linear(data):
     return differentiable(
