@@ -201,3 +201,27 @@ def test_bad_arguments(error, match, change):
     }
     with pytest.raises(error, match=match):
         linear_cross_entropy(**{**args, **change})
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_peak_memory_is_a_chunk_of_logits_and_one_of_gradients(chunk):
+    n, features, classes = 256, 8, 3000
+    x = torch.randn(n, features, requires_grad=True)
+    w = torch.randn(classes, features, requires_grad=True)
+    y = torch.randint(classes, (n,))
+
+    def step():
+        loss = linear_cross_entropy(x, w, y, chunk_size=chunk)
+        return torch.autograd.grad(loss, (x, w))
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    gradients = 2 * (x.numel() + w.numel())  # the sums, and what is handed out
+    ideal = 4 * (2 * chunk * classes + x.numel() + w.numel())
+    assert 0.9 * ideal <= peak <= 1.1 * max(ideal, 4 * gradients)  # below it nothing was measured
