@@ -114,7 +114,13 @@ def training_curves(pyplot, rows: Rows):
             for row in rows:
                 if row["method"] == method:
                     values.setdefault(int(row["epoch"]), []).append(float(row[column]))
-            panel.plot(list(values), [mean(column) for column in values.values()], label=BY_NAME[method].title, **style)
+            panel.plot(
+                list(values),
+                [mean(column) for column in values.values()],
+                marker=".",
+                label=BY_NAME[method].title,
+                **style,
+            )
     panels[0].set_yscale("log")
     for panel, title in zip(panels, ("training loss (each method's own)", "validation accuracy")):
         panel.set_title(title)
