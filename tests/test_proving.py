@@ -408,6 +408,7 @@ def test_move_keeps_the_layout(make, device):
 # ---- the table -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # compiles every CUDA kernel
 @needs_ptxas
 @needs_cudahost
 def test_table_shows_what_was_compiled_and_what_it_moves(capsys):
