@@ -841,7 +841,7 @@ def test_stochastic_rounding_follows_where_nearest_stalls(dtype, device):
         nearest.update_parameters(net)
         stochastic.update_parameters(net)
     exact = 1 - 0.999**2000
-    assert nearest.module.weight.float().mean() < (0.3 if dtype == torch.bfloat16 else 0.75)
+    assert nearest.module.weight.float().mean() < (0.3 if dtype == torch.bfloat16 else 0.757)  # fp16: 1 − 2^-12 / 0.001
     # 4,096 elements, each with a standard deviation of some hundredths (fewer than two units in the last place)
     assert abs(stochastic.module.weight.float().mean().item() - exact) < 5e-3
 
