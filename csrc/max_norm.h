@@ -53,10 +53,12 @@ struct Margins {
   double slack, below, aim;
 };
 FASTREG_HD Margins margins(int64_t n, double p) {
-  const double unit = fmax(1, 2 / p) * 0x1p-53, orders = static_cast<double>(n / 64) * unit;
+  const double unit = fmax(1, 2 / p) * 0x1p-53;
   if (p == HUGE_VAL) return {0, 0, 8 * 0x1p-53};
-  const double below = orders + (p == 1 || p == 2 ? 0 : 2 * unit);  // powers are not exact, even of few terms
-  return {4 * unit + orders, below, 2 * below + 8 * unit};
+  // Powers are not exact, and sums of them are taken one by one.
+  const double below =
+      (p == 1 || p == 2 ? static_cast<double>(n / 64) : 2 + static_cast<double>(n / 2)) * unit;
+  return {4 * unit + below, below, 2 * below + 8 * unit};
 }
 
 // In a row of n elements of a narrow dtype, roundings of relative size u shift the norm by about u / sqrt(n).

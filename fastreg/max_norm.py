@@ -71,7 +71,7 @@ def max_norm_(
     With tau = 1, afterwards: each finite row's norm, taken in fp64 from the stored values, is at most max_norm; rows
     at or under the cap have the bits they had (with decay = 0); a second call changes nothing; a row with NaN or
     Inf is as it was and has harmed no other. (Sums in fp64 differ by their order; a norm above the cap by no more
-    than that, about (4 + n/64) · 2^-53 of it for rows of n, counts as at the cap.)
+    than that, about (4 + n/64) · 2^-53 of it for rows of n and p = 2, counts as at the cap.)
 
     Raises TypeError or ValueError, before anything is written, for arguments outside of the above.
     """
@@ -561,8 +561,11 @@ def _slack(length: int, p: float) -> tuple[float, float]:
     if p == math.inf:
         return 0.0, 0.0
     wider = max(1.0, 2.0 / p) * _ULP  # the root of a sum has 1/p of the sum's relative error
-    orders = length // 64 * wider
-    return 4 * wider + orders, orders if p in (1, 2) else orders + 2 * wider  # powers are not exact
+    if p in (1, 2):
+        below = length // 64 * wider
+        return 4 * wider + below, below
+    below = (2 + length // 2) * wider  # powers are not exact, and sums of them are taken one by one
+    return 4 * wider + below, below
 
 
 def _cap_column(cap: Cap, rows: Tensor) -> Tensor:

