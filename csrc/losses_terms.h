@@ -39,7 +39,9 @@ FASTREG_HD SigmoidFocal<V> sigmoid_focal(V x, V t, A alpha, A gamma) {
   // log(1 + e), with the digits that rounding takes off 1 + e
   const V log1p = Math::log(sum) + (e - (sum - one)) * near_one;
   const V p = x > zero ? near_one : near_zero, not_p = x > zero ? near_zero : near_one;
-  const V entropy = (x > zero ? x * (one - t) : -x * t) + log1p;
+  // Where the target has no share of a side, or the derivative is 0, an infinite x must not make it NaN.
+  const V side = x > zero ? one - t : t, distance = x > zero ? x : -x;
+  const V entropy = (side == zero ? zero : distance * side) + log1p;
   const V u = p * (one - t) + not_p * t;
   const V power = gamma == 0 ? one : Math::pow(u, gamma);
   const V balance = alpha < 0 ? one : t * alpha + (one - t) * (A(1) - alpha);
@@ -47,6 +49,7 @@ FASTREG_HD SigmoidFocal<V> sigmoid_focal(V x, V t, A alpha, A gamma) {
   const V ratio = u > zero ? p * not_p / u : zero;
   // p - t, with the digits that it would lose where t is 1 and p nearly so
   const V slope = p * (one - t) - not_p * t;
-  const V derivative = slope - gamma * (t + t - one) * ratio * entropy;
+  const V inner = ratio == zero ? zero : gamma * (t + t - one) * ratio * entropy;
+  const V derivative = slope - inner;
   return {balance * power * entropy, balance * power * derivative};
 }

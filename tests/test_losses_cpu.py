@@ -290,6 +290,14 @@ def test_sigmoid_focal_is_finite_for_every_logit(dtype):
         check_sigmoid(x, target, gamma=gamma)
 
 
+def test_sigmoid_focal_of_infinite_logits():
+    x = torch.tensor([float("inf"), -float("inf")])[None].expand(2, 2).contiguous().requires_grad_()
+    loss = sigmoid_focal_loss(x, torch.tensor([[0.0, 0.0], [1.0, 1.0]]), alpha=-1)
+    assert loss.tolist() == [[float("inf"), 0.0], [0.0, float("inf")]]
+    (grad,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    assert grad.tolist() == [[1.0, 0.0], [0.0, -1.0]]
+
+
 def test_threads_change_nothing_for_sigmoid_focal():
     x, target = torch.randn(4096, 80), torch.randint(-1, 80, (4096,))
     results = []
