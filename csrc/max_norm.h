@@ -34,8 +34,12 @@ FASTREG_HD double root(double sum, double p) {
   switch (order_of(p)) {
     case Order::two:
       return sqrt(sum);
-    case Order::any:
-      return pow(sum, 1 / p);
+    case Order::any: {
+      // 1 / p is rounded, which costs the root |log sum| times as much: one step of Newton's mends it.
+      const double first = pow(sum, 1 / p);
+      const double step = first * ((pow(first, p) - sum) / (p * sum));
+      return step == step && fabs(step) < first ? first - step : first;
+    }
     default:
       return sum;
   }

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _ops
+from . import _backends, _checks, _ops
 from .longtail import ClassStatistics
 from .losses import (
     LossOutputs,
@@ -22,7 +22,6 @@ from .losses import (
     cross_entropy,
     index_shares,
     mean_denominator,
-    not_ordinary,
     row_counts,
 )
 
@@ -85,8 +84,8 @@ def linear_cross_entropy(
         or linear_weight.dim() > 2
         or input.shape[0] <= chunk
         or torch.compiler.is_compiling()
-        or not_ordinary(input) is not None
-        or not_ordinary(linear_weight) is not None
+        or _backends.unusual(input) is not None
+        or _backends.unusual(linear_weight) is not None
     ):
         return cross_entropy(
             _linear(input, linear_weight, linear_bias),

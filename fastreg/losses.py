@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _backends, _checks, _ops
@@ -378,7 +377,7 @@ def _refuse(backend: str, input: Tensor, target: Tensor, indices: bool, pair: bo
                 return f"it does not serve {feature}"
         if target.requires_grad and torch.is_grad_enabled():
             return "the probabilities want a gradient, which only the reference gives"
-    return not_ordinary(input)
+    return _backends.unusual(input)
 
 
 def _rows(shape: torch.Size) -> torch.Size:
@@ -402,17 +401,6 @@ def _as_kernels_know(input: Tensor, target: Tensor, *per_row: Tensor | None) -> 
         return input, target, *per_row
     target = target.flatten(2) if target.dim() == input.dim() else target.flatten(1)
     return input.flatten(2), target, *(None if t is None else t.flatten(1) for t in per_row)
-
-
-def not_ordinary(input: Tensor) -> str | None:
-    """Why no kernel can take this input: it is no ordinary tensor, or a transform is under way."""
-    if type(input) is not Tensor and type(input) is not torch.nn.Parameter:
-        return f"the input is a tensor subclass, {type(input).__name__}"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "the call is inside a torch.func transform"
-    if forward_ad._current_level >= 0:
-        return "the call is inside forward-mode differentiation"
-    return None
 
 
 def _apply(function: type[torch.autograd.Function], *args: object) -> Any:
@@ -750,7 +738,7 @@ def _readable(tensor: Tensor) -> bool:
         type(tensor) is Tensor
         and tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._functorch.maybe_current_level() is None
         and _get_current_dispatch_mode() is None
     )
 
@@ -871,7 +859,7 @@ def check_sigmoid_options(alpha, gamma, reduction) -> None:
 def _refuse_sigmoid(backend: str, inputs: Tensor, targets: Tensor) -> str | None:
     if targets.requires_grad and torch.is_grad_enabled():
         return "the targets want a gradient, which only the reference gives"
-    return not_ordinary(inputs)
+    return _backends.unusual(inputs)
 
 
 class _SigmoidFocal(torch.autograd.Function):

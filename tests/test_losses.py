@@ -1370,3 +1370,13 @@ def test_sigmoid_focal_under_transforms_and_compile():
 def test_sigmoid_focal_bad_arguments(error, match, args, options):
     with pytest.raises(error, match=match):
         sigmoid_focal_loss(*args, **options)
+
+
+@pytest.mark.skipif(fastreg.backends()["cross_entropy"]["cpu"] != "usable", reason="the CPU kernels are not built")
+def test_compiled_calls_are_served_by_the_kernels():
+    """A forced backend cannot fall back: were the kernel refused while compiling, this would raise."""
+    x, y = torch.randn(4, 6, requires_grad=True), torch.tensor([0, 1, -100, 5])
+    torch._dynamo.reset()
+    with fastreg.use_backend("cpu"):
+        loss = torch.compile(lambda x: cross_entropy(x, y, gamma=1.0), fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(loss, cross_entropy(x, y, gamma=1.0))

@@ -30,7 +30,7 @@ class Case:
     backends: tuple[str, ...] = ("triton", "cuda")
 
 
-def _max_norm(rows: int, length: int, dtype: torch.dtype) -> Tensor:
+def _max_norm(_: str, rows: int, length: int, dtype: torch.dtype) -> Tensor:
     from fastreg.max_norm import _build
     from tritonkernels.max_norm import max_norm_rows
 
@@ -41,10 +41,10 @@ def _max_norm(rows: int, length: int, dtype: torch.dtype) -> Tensor:
 
 
 CASES: list[Case] = [
-    Case("max_norm fp32 rows of 2,048", _max_norm, (8192, 2048, torch.float32), (5, 2048, torch.float32)),
-    Case("max_norm bf16 rows of 768", _max_norm, (50257, 768, torch.bfloat16), (5, 768, torch.bfloat16)),
-    Case("max_norm fp32 rows of 4,096", _max_norm, (512, 4096, torch.float32), (2, 4096, torch.float32)),
-    Case("max_norm fp32 rows of 2^20", _max_norm, (4, 2**20, torch.float32), (1, 2**14, torch.float32)),
+    Case("max_norm fp32 rows of 2,048", _max_norm, (8192, 2048, torch.float32), (5, 2048, torch.float32), ("triton",)),
+    Case("max_norm bf16 rows of 768", _max_norm, (50257, 768, torch.bfloat16), (5, 768, torch.bfloat16), ("triton",)),
+    Case("max_norm fp32 rows of 4,096", _max_norm, (512, 4096, torch.float32), (2, 4096, torch.float32), ("triton",)),
+    Case("max_norm fp32 rows of 2^20", _max_norm, (4, 2**20, torch.float32), (1, 2**14, torch.float32), ("triton",)),
 ]
 
 
