@@ -23,6 +23,8 @@ struct alignas(16) Vector {
 
 __device__ inline float fast_exp(float x) { return __expf(x); }
 __device__ inline double fast_exp(double x) { return exp(x); }
+__device__ inline float fast_pow(float x, float y) { return __powf(x, y); }
+__device__ inline double fast_pow(double x, double y) { return pow(x, y); }
 
 template <class T, class A>
 __device__ void store(void* to, bool wide, int64_t at, A value) {
@@ -55,6 +57,16 @@ __device__ void load(T (&out)[COUNT][Vector<T>::size], const T* x, int64_t pitch
 #pragma unroll
   for (int i = 0; i < COUNT; ++i)
     *reinterpret_cast<Vector<T>*>(out[i]) = *reinterpret_cast<const Vector<T>*>(x + i * pitch);
+}
+
+// One access, by name: of a plain copy the compiler makes pieces.
+template <class T>
+__device__ void store(T* to, const Vector<T>& vector) {
+#ifdef CUDAHOST
+  *reinterpret_cast<Vector<T>*>(to) = vector;
+#else
+  __stwb(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(vector.values));
+#endif
 }
 
 // Sum over the block; the result is thread 0's. Call it once per kernel and array of shared memory.

@@ -458,7 +458,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2)
       for (int k = 0; k < size; ++k)
         out.values[k] =
             static_cast<T>(row.kept ? slope(p, row, static_cast<A>(values[i][k]), c + i * pitch + k) : A(0));
-      *reinterpret_cast<Vector<T>*>(to + c + i * pitch) = out;
+      store(to + c + i * pitch, out);
     }
   };
   deal(
