@@ -1301,8 +1301,8 @@ def test_sigmoid_focal_is_finite_for_every_finite_logit(sigmoid_backend, gamma):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_sigmoid_focal_at_infinite_logits(sigmoid_backend, gamma):
-    if sigmoid_backend != "reference":
-        pytest.xfail("for dense targets the kernels multiply 0 and infinity, as torchvision does")
+    if sigmoid_backend not in ("reference", "cpu"):
+        pytest.xfail("for dense targets the kernel may multiply 0 and infinity, as torchvision does")
     for loss, grad, _, wrong in sigmoid_ends(sigmoid_backend, torch.tensor([[INF, -INF]]), torch.float32, gamma):
         assert torch.equal(loss, torch.where(wrong, INF, 0.0))
         assert grad.isfinite().all()
