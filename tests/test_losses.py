@@ -1380,3 +1380,12 @@ def test_compiled_calls_are_served_by_the_kernels():
     with fastreg.use_backend("cpu"):
         loss = torch.compile(lambda x: cross_entropy(x, y, gamma=1.0), fullgraph=True, backend="aot_eager")(x)
         torch.testing.assert_close(loss, cross_entropy(x, y, gamma=1.0))
+
+
+@pytest.mark.parametrize("classes", [5, 4097])
+def test_nan_in_ignored_rows_stays_there_without_a_forced_backend(classes):
+    x = torch.randn(4, classes)
+    x[1] = float("nan")
+    x.requires_grad_()
+    fastreg.cross_entropy(x, torch.tensor([0, -100, 2, 3])).backward()
+    assert x.grad[1].eq(0).all() and x.grad.isfinite().all()
