@@ -50,7 +50,7 @@ FASTREG_HD bool is_safe(double sum, Order kind) {
   return kind == Order::largest ? sum < HUGE_VAL : sum > 0x1p-900 && sum < 0x1p900;
 }
 
-// Two sums of n terms taken in different orders differ by about n / 64 units of 2^-53. A row is over its cap
+// Two sums of n terms taken in different orders differ by up to n / 2 units of 2^-53. A row is over its cap
 // if its norm is above cap * (1 + slack), and is accepted after rounding if its norm is at most cap * (1 -
 // below); what is rounded aims for a little less.
 struct Margins {
@@ -59,10 +59,10 @@ struct Margins {
 FASTREG_HD Margins margins(int64_t n, double p) {
   const double unit = fmax(1, 2 / p) * 0x1p-53;
   if (p == HUGE_VAL) return {0, 0, 8 * 0x1p-53};
-  // Powers are not exact, and sums of them are taken one by one.
-  const double below =
-      (p == 1 || p == 2 ? static_cast<double>(n / 64) : 2 + static_cast<double>(n / 2)) * unit;
-  return {4 * unit + below, below, 2 * below + 8 * unit};
+  const double orders = static_cast<double>(n / 2) * unit;
+  const bool exact = p == 1 || p == 2;  // powers are not
+  const double below = !exact ? 2 * unit + orders : n >= 64 ? orders : 0;
+  return {(exact ? 4 : 6) * unit + orders, below, 2 * below + 8 * unit};
 }
 
 // In a row of n elements of a narrow dtype, roundings of relative size u shift the norm by about u / sqrt(n).

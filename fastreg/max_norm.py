@@ -10,7 +10,7 @@ Source: Alshammari et al., "Long-Tailed Recognition via Weight Balancing", CVPR 
 "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020.
 
 Norms are sums in fp64, of values scaled by the row's largest one, so that nothing overflows or vanishes. Two such
-sums of n terms, taken in different orders, differ by about n/64 units of 2^-53: a row counts as over the cap if its
+sums of n terms, taken in different orders, differ by up to n/2 units of 2^-53: a row counts as over the cap if its
 norm exceeds it by more than that. A row that is scaled is rounded to the nearest, its norm is taken again from the
 rounded values, and if that is above the cap, the factor shrinks by twice the excess; rounding towards zero is the
 last resort, which cannot fail.
@@ -71,7 +71,7 @@ def max_norm_(
     With tau = 1, afterwards: each finite row's norm, taken in fp64 from the stored values, is at most max_norm; rows
     at or under the cap have the bits they had (with decay = 0); a second call changes nothing; a row with NaN or
     Inf is as it was and has harmed no other. (Sums in fp64 differ by their order; a norm above the cap by no more
-    than that, about (4 + n/64) · 2^-53 of it for rows of n and p = 2, counts as at the cap.)
+    than that, (4 + n/2) · 2^-53 of it for rows of n and p = 2, counts as at the cap.)
 
     Raises TypeError or ValueError, before anything is written, for arguments outside of the above.
     """
@@ -561,11 +561,10 @@ def _slack(length: int, p: float) -> tuple[float, float]:
     if p == math.inf:
         return 0.0, 0.0
     wider = max(1.0, 2.0 / p) * _ULP  # the root of a sum has 1/p of the sum's relative error
-    if p in (1, 2):
-        below = length // 64 * wider
-        return 4 * wider + below, below
-    below = (2 + length // 2) * wider  # powers are not exact, and sums of them are taken one by one
-    return 4 * wider + below, below
+    orders = length // 2 * wider
+    if p not in (1, 2):
+        return 6 * wider + orders, 2 * wider + orders  # powers are not exact
+    return 4 * wider + orders, orders if length >= 64 else 0.0
 
 
 def _cap_column(cap: Cap, rows: Tensor) -> Tensor:

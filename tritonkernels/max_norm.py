@@ -82,12 +82,15 @@ def _margins(length, p, ORDER: tl.constexpr):
         return unit * 0, unit * 0, 8 * unit
     if ORDER == ONE:
         unit = 2 * unit
-    if ORDER == ANY:  # powers are not exact, and sums of them are taken one by one
+    if ORDER == ANY:  # powers are not exact
         unit = unit * tl.maximum(2 / p, 1.0)
         below = (2 + length // 2).to(tl.float64) * unit
+        slack = below + 4 * unit
     else:
-        below = (length // 64).to(tl.float64) * unit
-    return 4 * unit + below, below, 2 * below + 8 * unit
+        orders = (length // 2).to(tl.float64) * unit
+        below = tl.where(length >= 64, orders, 0.0)
+        slack = orders + 4 * unit
+    return slack, below, 2 * below + 8 * unit
 
 
 @triton.jit
