@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     everything = []
     for op in options.op:
-        bench, rows = known[op], []
+        bench, rows, path = known[op], [], options.out / f"{op}.csv"
         for case in bench.cases if not options.quick or options.case else bench.quick:
             for dtype in bench.dtypes:
                 wanted = (not options.case or case in options.case) and (
@@ -51,11 +51,11 @@ def main(arguments: list[str] | None = None) -> None:
                     result = measure_case(bench, case, dtype, options.device, quick=options.quick)
                     rows += (new := report.rows_of(op, case, dtype, options.device, result))
                     report.show_case(new)
+                    merged = report.merge(path, new)  # case by case, so that a run cut short keeps what it has
         if rows:
             print()
             report.show_left_out(rows)
-            path = options.out / f"{op}.csv"
-            print(f"{path}; {report.plot(path.with_suffix('.png'), report.merge(path, rows))}")
+            print(f"{path}; {report.plot(path.with_suffix('.png'), merged)}")
             everything += rows
     report.show_losses(everything)
 

@@ -217,7 +217,7 @@ def plot(path: Path, rows: list[dict[str, str]]) -> str:
     figure, panels = pyplot.subplots(
         len(dtypes),
         len(modes),
-        figsize=(1.5 + max(3.2, 0.25 * len(cases) * len(providers)) * len(modes), 0.8 + 2.9 * len(dtypes)),
+        figsize=(max(11, 1.5 + max(3.2, 0.25 * len(cases) * len(providers)) * len(modes)), 0.8 + 2.9 * len(dtypes)),
         sharey=True,
         squeeze=False,
         layout="constrained",
@@ -248,7 +248,7 @@ def plot(path: Path, rows: list[dict[str, str]]) -> str:
                 panel.spines[side].set_visible(False)
     handles = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)), frameon=False
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), frameon=False
     )
     first = rows[0]
     figure.suptitle(

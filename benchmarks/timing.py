@@ -8,10 +8,11 @@ over the fastest peer is the median over the rounds of the ratio of the two samp
 A plain copy of a buffer as large as the case's largest input is timed in the same rounds. A provider's share of the
 copy bandwidth is (least bytes of the mode / its time) / (bytes of the copy / its time), each at its median.
 
-CPU: wall clock, with the number of threads fixed, and caches as the previous sample left them. Two OpenMP threads and
-any other busy process mean that a barrier waits for a whole scheduler quantum, so /proc/stat is read to see how many
-processors others kept busy during a case: where those and our threads are more than there are, the numbers are marked
-as contended.
+CPU: with the number of threads fixed, and caches as the previous sample left them. One thread is timed by the
+processor time of the process, which is the wall clock's less the time in which something else ran. Several threads
+are timed by the wall clock, and there any other busy process means that a barrier waits for a whole scheduler quantum:
+/proc/stat is read to see how many processors others kept busy during a case, and where those and our threads are more
+than there are, the numbers are marked as contended.
 CUDA: the calls are replayed from a CUDA graph where they can be captured, events around each replay, and the L2 cache
 is overwritten before it. Host time is that of the call itself, from an empty queue until it returns.
 """
@@ -249,7 +250,9 @@ def measure_case(bench: Bench, case: str, dtype: torch.dtype, device: str, *, qu
             with run.context:
                 host, peak = timer.host_seconds(run), timer.peak_bytes(run)
             kind, run = timer.prepare(run)
-            tasks.append((Measured(provider.name, provider.backend is not None, mode, [], host, peak, kind), run))
+            tasks.append(
+                (Measured(provider.name, provider.name.startswith("fastreg"), mode, [], host, peak, kind), run)
+            )
     counts = bench.least_bytes(data)
     size = largest_input(data)
     source, sink = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
@@ -312,7 +315,10 @@ def silenced_stderr():
 
 
 class CpuTimer:
-    kind = "wall clock"
+    def __init__(self):
+        alone = torch.get_num_threads() == 1
+        self.clock = time.process_time if alone else time.perf_counter
+        self.kind = "processor time" if alone else "wall clock"
 
     def warm(self, run: Run) -> None:
         started = time.perf_counter()
@@ -325,18 +331,18 @@ class CpuTimer:
 
     def sample(self, run: Run, calls: int) -> float:
         """Seconds per call over `calls` calls."""
-        call, before = run.call, run.before
+        call, before, clock = run.call, run.before, self.clock
         if before is None:
-            started = time.perf_counter()
+            started = clock()
             for _ in range(calls):
                 call()
-            return (time.perf_counter() - started) / calls
+            return (clock() - started) / calls
         total = 0.0
         for _ in range(calls):
             before()
-            started = time.perf_counter()
+            started = clock()
             call()
-            total += time.perf_counter() - started
+            total += clock() - started
         return total / calls
 
     def prepare(self, run: Run) -> tuple[str, Run]:
