@@ -15,7 +15,7 @@ How to add an op: write `bench_<op>.py` with one or more `Bench` objects; the dr
     def least_bytes(data):
         return {"forward": 2 * nbytes(data.x), "backward": 3 * nbytes(data.x)}
 
-    @group_norm.ours                            # timed once per backend that serves the op on this device
+    @group_norm.ours                            # timed as it comes, and once per backend that serves the op here
     def ours(data):
         return differentiable(lambda: fastreg.group_norm(data.x, 32), data.x)
 

@@ -89,7 +89,7 @@ def differentiable(call: Callable[[], Tensor], *leaves: Tensor) -> dict[str, Run
 class Provider:
     name: str
     make: Callable[[object], Mapping[str, Run]]
-    backend: str | None = None  # of ours
+    backend: str | None = None  # of ours, or "auto"
     needs: str | None = None
     devices: tuple[str, ...] | None = None
     compiled: bool = False
@@ -105,7 +105,7 @@ class Provider:
             torch._dynamo.reset()
             # The backward alone is timed again and again from one forward.
             torch._functorch.config.donated_buffer = False
-        if self.backend is None:
+        if self.backend in (None, "auto"):
             return {mode: as_run(run) for mode, run in self.make(data).items()}
         reason = fastreg.backends()[op][self.backend]
         if reason != "usable":
@@ -180,7 +180,9 @@ class Bench:
 
     def providers(self) -> list[Provider]:
         backends = [name for name in fastreg.backends()[self.registry] if name != "reference"]
-        return [Provider(f"fastreg {name}", self._ours, name) for name in (*backends, "reference")] + self.peers
+        forced = [Provider(f"fastreg {name}", self._ours, name) for name in (*backends, "reference")]
+        # What a user gets who forces no backend, which for a tiny call may be another than the kernels.
+        return [Provider("fastreg", self._ours, "auto"), *forced, *self.peers]
 
     def least_bytes(self, data: object) -> dict[str, int]:
         counts = dict(self._bytes(data))
