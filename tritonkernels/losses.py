@@ -641,35 +641,34 @@ class _Tile:
     whole: bool  # the classes fit in one block
     warps: int
     splits: int  # programs that share a row's blocks
-
-    @property
-    def fold(self) -> int:
-        """Neighbouring strips of a block that lie in one thread: 64 bytes of it, in vectors of 16."""
-        return min(4, self.block)
+    fold: int = 1  # strips of a block that lie in one thread, one below the other, as vectors of 16 bytes
 
 
 def _power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _tile(layout: _Layout, inner: int, outer: int, classes: int, itemsize: int, limit: int) -> _Tile:
+def _tile(
+    layout: _Layout, inner: int, outer: int, classes: int, itemsize: int, limit: int, thin: bool = False
+) -> _Tile:
     """Block sizes from arithmetic; nothing here has been tuned on a GPU yet.
 
     Enough bytes must be under way to hide memory latency: 64 per thread, in four vectors, times the 2,048 threads of a
     multiprocessor are 128 KB, three times what Little's law asks for. So a tile holds 64 bytes per thread: at most
     `limit` bytes (16 KB: 8 warps), less where there are too few rows to give every multiprocessor two programs. Rows
     that lie side by side in memory make lines of 128 bytes.
-    Longer rows are read in blocks of `limit`, and dealt out to several programs if rows are few.
+    Longer rows are read in blocks of `limit`, and dealt out to several programs if rows are few. `thin` halves what a
+    thread holds, for loops that read class factors beside the logits and would run out of registers.
     """
     width = _power_of_2(classes)
     lanes = 1 if layout.fast != "row" else min(_power_of_2(inner), 128 // itemsize)
     wanted = 2 * _multiprocessors()
     if lanes * width * itemsize > limit:
-        block = max(1, limit // (lanes * itemsize))
+        block = max(1, limit // (lanes * itemsize * (2 if thin else 1)))
         programs = -(-inner // lanes) * outer
         blocks = -(-classes // block)
         splits = min(blocks, max(1, wanted // max(1, programs)), 1024)
-        return _Tile(lanes, block, False, max(1, limit // 2048), splits)
+        return _Tile(lanes, block, False, max(1, limit // 2048), splits, min(2 if thin else 4, block))
     rows = lanes
     total = inner * outer
     while rows < inner and 2 * rows * width * itemsize <= limit // 2 and total > 2 * rows * wanted:
@@ -742,7 +741,8 @@ def cross_entropy_forward(
     x, target = _classes(input), _rows(target)
     layout = _layout([x])
     classes, inner, outer = x.shape[1], x.shape[layout.inner_dim], x.shape[2 - layout.inner_dim]
-    tile = _tile(layout, inner, outer, classes, input.element_size(), limit=16384)
+    thin = label_smoothing != 0 and (weight is not None or alpha is not None)
+    tile = _tile(layout, inner, outer, classes, input.element_size(), limit=16384, thin=thin)
     blocks = max(1, -(-inner // tile.rows)) * max(1, outer)
     split = tile.splits > 1
     merge_rows = 16
