@@ -157,10 +157,10 @@ def drain(steps: multiprocessing.Queue, advance: Callable[[str], None]) -> None:
 def start_worker(setting: Setting, steps: multiprocessing.Queue) -> None:
     global worker
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
+    parent = os.getppid()
 
     def advance(label: str) -> None:
-        if not parent.is_alive():  # killed, so that nobody waits for this worker any more
+        if os.getppid() != parent:  # it was killed, so that nobody waits for this worker any more
             os._exit(1)
         steps.put(label)
 
