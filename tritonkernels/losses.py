@@ -658,7 +658,7 @@ def _tile(
     `limit` bytes (16 KB: 8 warps), less where there are too few rows to give every multiprocessor two programs. Rows
     that lie side by side in memory make lines of 128 bytes.
     Longer rows are read in blocks of `limit`, and dealt out to several programs if rows are few. `thin` halves what a
-    thread holds, for loops that read class factors beside the logits and would run out of registers.
+    thread holds, for loops that read per-class vectors beside the logits and would run out of registers.
     """
     width = _power_of_2(classes)
     lanes = 1 if layout.fast != "row" else min(_power_of_2(inner), 128 // itemsize)
@@ -741,7 +741,7 @@ def cross_entropy_forward(
     x, target = _classes(input), _rows(target)
     layout = _layout([x])
     classes, inner, outer = x.shape[1], x.shape[layout.inner_dim], x.shape[2 - layout.inner_dim]
-    thin = label_smoothing != 0 and (weight is not None or alpha is not None)
+    thin = logit_adjustment is not None or (label_smoothing != 0 and (weight is not None or alpha is not None))
     tile = _tile(layout, inner, outer, classes, input.element_size(), limit=16384, thin=thin)
     blocks = max(1, -(-inner // tile.rows)) * max(1, outer)
     split = tile.splits > 1
