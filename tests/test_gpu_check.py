@@ -36,6 +36,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+@pytest.mark.slow  # it waits on the clock, which a busy machine upsets
 def test_a_stage_that_fails_or_overruns_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     orphan = tmp_path / "orphan"
     # The overrunning stage starts a process of its own, which must end with it.

@@ -40,14 +40,16 @@ def _weight(rule, n):
 
 
 @triton.jit
+def _mix(h, part):
+    h = (h ^ part.to(tl.uint64)) + 0x9E3779B97F4A7C15
+    h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9
+    h = (h ^ (h >> 27)) * 0x94D049BB133111EB
+    return h ^ (h >> 31)
+
+
+@triton.jit
 def _rounding_key(seed, n, j, row, high):
-    h = seed.to(tl.uint64)
-    for part in (n, j, row, high):
-        h = (h ^ part.to(tl.uint64)) + 0x9E3779B97F4A7C15
-        h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9
-        h = (h ^ (h >> 27)) * 0x94D049BB133111EB
-        h = h ^ (h >> 31)
-    return h.to(tl.uint32)
+    return _mix(_mix(_mix(_mix(seed.to(tl.uint64), n), j), row), high).to(tl.uint32)
 
 
 @triton.jit
