@@ -81,6 +81,7 @@ def compile_odd():
 
 
 @needs_ptxas
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", ["compile_aligned", pytest.param("compile_odd", marks=pytest.mark.slow)])
 def test_no_spills_and_wide_accesses(calls):
     (launches,) = cubin.launch_facts(f"tests.test_group_norm_gpu:{calls}").values()
