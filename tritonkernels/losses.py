@@ -232,7 +232,7 @@ def _finish_rows(
 
 @triton.jit
 def _write_loss(total, count, loss, denominator, REDUCTION: tl.constexpr, ZERO_IF_EMPTY: tl.constexpr):
-    divisor = count if REDUCTION == MEAN else count * 0.0 + 1.0
+    divisor = count if REDUCTION == MEAN else tl.full([], 1.0, count.dtype)
     if ZERO_IF_EMPTY:
         divisor = tl.where(divisor == 0.0, 1.0, divisor)
     tl.store(denominator, divisor)
