@@ -7,7 +7,7 @@ which the kernels share out among blocks or threads. Both stand on the tensors' 
 A plan holds addresses and no tensors, so it is only good as long as those tensors are where they were. `describe`
 gives two numbers per tensor, its address and a hash of its dtype, device, shape and strides; `unchanged` compares
 them with the present, before every use. `.data =`, `.to()`, `load_state_dict(assign=True)` and the like all show
-there. `plan_for` keeps the plans of recent calls by that description.
+there. `plan_for` keeps the plans of recent calls beside that description.
 """
 
 import importlib
@@ -129,7 +129,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 T = TypeVar("T")
-_plans: OrderedDict[tuple, Any] = OrderedDict()
+_plans: OrderedDict[tuple, tuple[np.ndarray, Any]] = OrderedDict()
 _KEPT = 64
 
 
@@ -137,15 +137,19 @@ def plan_for(op: Hashable, tensors: Sequence[Tensor], build: Callable[[], T]) ->
     """What `build` made for an earlier call on tensors in the same places, or else makes now: a plan, with what else
     the op keeps beside it, or a sentence why there can be none. No tensor is kept alive. `op` names what the table
     means, and whatever else `build` depends on."""
+    tensors = list(tensors)
     try:
-        key = (op, describe(list(tensors)).tobytes())
-    except (RuntimeError, BufferError):  # a tensor without memory of its own, such as a DTensor
+        key = (op, len(tensors), tensors[0].data_ptr(), tensors[-1].data_ptr()) if tensors else (op,)
+        kept = _plans.get(key)
+        if kept is not None and unchanged(tensors, kept[0]):
+            _plans.move_to_end(key)
+            return kept[1]
+        rows = describe(tensors)
+    except (RuntimeError, BufferError, TypeError, AttributeError):  # one without memory of its own, such as a DTensor
         return build()
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plans[key] = build()
-        if len(_plans) > _KEPT:
-            _plans.popitem(last=False)
-    else:
-        _plans.move_to_end(key)
+    plan = build()
+    _plans[key] = rows, plan
+    _plans.move_to_end(key)
+    if len(_plans) > _KEPT:
+        _plans.popitem(last=False)
     return plan

@@ -16,10 +16,13 @@ different order for one, goes through plain PyTorch beside them.
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import accumulate
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -143,7 +146,7 @@ def average_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float
     the weight is not 0. Raises TypeError or ValueError, before anything is written, for lists that do not match,
     dtypes that cannot be averaged, and averages that share memory with each other or with themselves.
     """
-    averages, params = _tensor_list("averages", averages), _tensor_list("params", params)
+    averages, params = _list(averages), _list(params)
     if len(averages) != len(params):
         raise ValueError(f"averages and params must be of one length, got {len(averages)} and {len(params)}")
     if isinstance(weight, Tensor):
@@ -157,23 +160,30 @@ def average_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float
     if not averages:
         return
     with torch.no_grad():
+        _checks.is_tensor("averages[0]", averages[0])
         device = averages[0].device
-        if isinstance(weight, Tensor) and weight.device != device and weight.device.type != "cpu":
-            raise ValueError(f"weight must be on the device of averages, {device}, got {weight.device}")
-        backend = _backends.choose("averaging", device.type, _refuse, ())
-        part = _plan.plan_for("average", averages + params, lambda: _pair_plan(*_checked(averages, params)))
-        if backend == "reference" or isinstance(part, str):
-            _must_not_fall_back(part)
-            return average_reference_(*_checked(averages, params), weight)
-        if isinstance(weight, Tensor) and weight.device.type == "cpu":
+        if isinstance(weight, Tensor) and weight.device != device:
+            if weight.device.type != "cpu":
+                raise ValueError(f"weight must be on the device of averages, {device}, got {weight.device}")
             weight = float(weight)
-        value, tensor = (0.0, weight.double()) if isinstance(weight, Tensor) else (weight, None)
-        _lerp_op[backend](part.plan.table, part.plan.chunks, part.plan.chunk, part.kinds, value, tensor)
+        if _backends.choose("averaging", device.type, _refuse, ()) == "reference":
+            return average_reference_(*_checked(averages, params), weight)
+        for part in _plan.plan_for("average", averages + params, lambda: _pair_parts(*_checked(averages, params))):
+            if (backend := part.backend()) == "reference":
+                _must_not_fall_back(part.reason)
+                average_reference_(*_checked(*([side[i] for i in part.entries] for side in (averages, params))), weight)
+                continue
+            here = weight.to(part.device, torch.float64, non_blocking=True) if isinstance(weight, Tensor) else None
+            value = 0.0 if here is not None else weight
+            _lerp_op[backend](part.plan.table, part.plan.chunks, part.plan.chunk, part.kinds, value, here)
         _increment_versions(averages)
 
 
 def _checked(averages: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors to work on, once everything about them is right."""
+    for name, tensors in (("averages", averages), ("params", params)):
+        for i, tensor in enumerate(tensors):
+            _checks.is_tensor(f"{name}[{i}]", tensor)
     averages, params = [_local(t) for t in averages], [_local(t) for t in params]
     for i, (average, param) in enumerate(zip(averages, params)):
         _check_pair(f"averages[{i}]", average, f"params[{i}]", param)
@@ -182,12 +192,8 @@ def _checked(averages: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[list
     return averages, params
 
 
-def _tensor_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        for i, tensor in enumerate(tensors):
-            _checks.is_tensor(f"{name}[{i}]", tensor)
-    return tensors
+def _list(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
 def _check_pair(name: str, average: Tensor, other: str, param: Tensor) -> None:
@@ -241,9 +247,9 @@ def _refuse(backend: str, rules: Sequence[Rule]) -> str | None:
     return None
 
 
-def _must_not_fall_back(plan: object) -> None:
-    if isinstance(plan, str) and _backends.forced() not in (None, "reference"):
-        raise RuntimeError(f"fastreg.averaging: backend {_backends.forced()!r} is forced but cannot serve: {plan}")
+def _must_not_fall_back(reason: str | None) -> None:
+    if reason is not None and _backends.forced() not in (None, "reference"):
+        raise RuntimeError(f"fastreg.averaging: backend {_backends.forced()!r} is forced but cannot serve: {reason}")
 
 
 _COPIED, _ALIGNED, _RAW = 1 << 8, 1 << 9, 4  # as in csrc/averaging.h
@@ -287,13 +293,47 @@ def _kinds(rows: Iterable[tuple[int, ...]]) -> int:
     return kinds
 
 
-def _pair_plan(averages: Sequence[Tensor], params: Sequence[Tensor]) -> "_Part | str":
-    rows = [_row_of(param, [average], not average.is_floating_point()) for average, param in zip(averages, params)]
-    devices = {average.device for average in averages}
-    if len(devices) > 1:
-        return f"tensors on several devices, {sorted(map(str, devices))}"
-    reason = next((row for row in rows if isinstance(row, str)), None)
-    return reason or _Part(averages[0].device, _make_plan(rows, 4, averages[0].device), _kinds(rows))
+@dataclass
+class _Part:
+    """What one launch does for the tensors numbered `entries`, or, with a reason, what plain PyTorch does instead."""
+
+    device: torch.device
+    entries: Sequence[int]
+    plan: _plan.Plan | None = None
+    kinds: int = 0
+    reason: str | None = None
+    rules: Tensor | None = None
+    ticket: Tensor | None = None
+
+    def backend(self, rules: Sequence[Rule] = ()) -> str:
+        return "reference" if self.plan is None else _backends.choose("averaging", self.device.type, _refuse, rules)
+
+
+def _split(
+    params: Sequence[Tensor], columns: Sequence[Sequence[Tensor]], copied: Sequence[bool], last: torch.device
+) -> list[_Part]:
+    """First what goes through plain PyTorch, then a launch for every device, that for `last` at the end, even if it
+    has nothing to do there. Parameter i has its averages at columns[…][i]."""
+    rows: dict[torch.device, dict[int, tuple[int, ...]]] = {last: {}}
+    apart, reason = [], None
+    for i, (param, alone) in enumerate(zip(params, copied)):
+        row = _row_of(param, [column[i] for column in columns], alone)
+        if isinstance(row, str):
+            apart.append(i)
+            reason = f"tensor {i}: {row}"
+        else:
+            rows.setdefault(param.device, {})[i] = row
+    rows[last] = rows.pop(last)
+    parts = [] if reason is None else [_Part(last, apart, reason=reason)]
+    for device, here in rows.items():
+        plan = _make_plan(list(here.values()), 3 + len(columns), device)
+        parts.append(_Part(device, list(here), plan, _kinds(here.values())))
+    return parts
+
+
+def _pair_parts(averages: Sequence[Tensor], params: Sequence[Tensor]) -> list[_Part]:
+    copied = [not average.is_floating_point() for average in averages]
+    return _split(params, [averages], copied, averages[0].device)
 
 
 def _increment_versions(tensors: list[Tensor]) -> None:
@@ -351,17 +391,15 @@ def _swap_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         for side, tensor in zip(by_device.setdefault(pair[0].device, ([], [])), pair):
             side.append(tensor)
     for device, (ones, others) in by_device.items():
-        backend = _backends.choose("averaging", device.type, _refuse, ())
-        if backend == "reference":
+        if _backends.choose("averaging", device.type, _refuse, ()) == "reference":
             _swap_reference(ones, others)
             continue
-        rows = [_row_of(one, [other], copied=True) for one, other in zip(ones, others)]
-        for one, other, row in zip(ones, others, rows):
-            if isinstance(row, str):
-                _must_not_fall_back(row)
-                _swap_reference([one], [other])
-        plan = _make_plan([row for row in rows if not isinstance(row, str)], 4, device)
-        _swap_op[backend](plan.table, plan.chunks, plan.chunk)
+        for part in _split(ones, [others], [True] * len(ones), device):
+            if (backend := part.backend()) == "reference":
+                _must_not_fall_back(part.reason)
+                _swap_reference([ones[i] for i in part.entries], [others[i] for i in part.entries])
+            else:
+                _swap_op[backend](part.plan.table, part.plan.chunks, part.plan.chunk)
         _increment_versions(ones + others)
 
 
@@ -473,6 +511,8 @@ class _Link:
         self._rows = _plan.describe(self._watched())
         self._written = written or [target for column in self.averages for target in column]
         self._parts: list[_Part] | None = None
+        self._rules: Sequence[Rule] = ()
+        self.staging: _Staging | None = None
 
     def _watched(self) -> list[Tensor]:
         return self._plain + [_local(t) for t in self._sharded] if self._sharded else self._plain
@@ -484,14 +524,13 @@ class _Link:
         self, rules: Sequence[Rule], clock: "_Clock", found_inf: Tensor | None, rounding_seed: int | None
     ) -> None:
         home = clock.n_averaged.device
-        backend = _backends.choose("averaging", home.type, _refuse, rules)
-        if backend == "reference":
+        if _backends.choose("averaging", home.type, _refuse, rules) == "reference":
             _update_reference(self, range(len(self.names)), rules, clock, found_inf, rounding_seed)
             return clock.advance(found_inf)
-        if self._parts is None:
-            self._parts = self._split(rules, home)
+        if self._parts is None or not all(map(is_, self._rules, rules)):
+            self._parts, self._rules = self._parts_for(rules, home), rules
         for part in self._parts:
-            if part.reason is not None:
+            if (backend := part.backend(rules)) == "reference":
                 _must_not_fall_back(part.reason)
                 _update_reference(self, part.entries, rules, clock, found_inf, rounding_seed)
                 continue
@@ -512,38 +551,13 @@ class _Link:
             )
         _increment_versions([clock.n_averaged, clock.calls, *self._written])
 
-    def _split(self, rules: Sequence[Rule], home: torch.device) -> list["_Part"]:
-        """First what goes through plain PyTorch, then a launch for every device, that of the counters last."""
-        rows: dict[torch.device, list[tuple[int, ...]]] = {home: []}
-        apart, reason = [], None
-        for i, (source, copied) in enumerate(zip(self.sources, self.copied)):
-            row = _row_of(source, [column[i] for column in self.averages], copied)
-            if isinstance(row, str):
-                apart.append(i)
-                reason = f"{self.names[i]!r}: {row}"
-            else:
-                rows.setdefault(source.device, []).append(row)
-        rows[home] = rows.pop(home)
-        parts = [] if reason is None else [_Part(home, reason=reason, entries=apart)]
+    def _parts_for(self, rules: Sequence[Rule], home: torch.device) -> list[_Part]:
         constants = np.array([rule._row() for rule in rules], np.float64)
-        for device, here in rows.items():
-            plan = _make_plan(here, 3 + len(rules), device)
-            ticket = torch.zeros((), dtype=torch.int32, device=device)
-            parts.append(_Part(device, plan, _kinds(here), _plan._to_device(constants, device), ticket))
+        parts = _split(self.sources, self.averages, self.copied, home)
+        for part in parts:
+            part.rules = _plan._to_device(constants, part.device)
+            part.ticket = torch.zeros((), dtype=torch.int32, device=part.device)
         return parts
-
-
-@dataclass
-class _Part:
-    """What one launch of an update does, or, with a reason, what plain PyTorch does beside it."""
-
-    device: torch.device
-    plan: _plan.Plan | None = None
-    kinds: int = 0
-    rules: Tensor | None = None
-    ticket: Tensor | None = None
-    reason: str | None = None
-    entries: Sequence[int] = ()
 
 
 def _update_reference(
@@ -636,13 +650,100 @@ def _check_clock(update_every: int, start_step: int) -> None:
             raise ValueError(f"{name} must be an integer, at least {low}, got {value!r}")
 
 
-def _check_found_inf(found_inf: Tensor | None, clock: _Clock) -> None:
+def _check_found_inf(found_inf: Tensor | None, clock: _Clock | None) -> None:
+    """`clock` is that whose device the flag must be on, if it must."""
     if found_inf is None:
         return
     _checks.is_tensor("found_inf", found_inf)
     if found_inf.numel() != 1:
         raise ValueError(f"found_inf must hold one element, got shape {tuple(found_inf.shape)}")
-    _checks.same_device("found_inf", found_inf, "the averages' counter", clock.n_averaged)
+    if clock is not None:
+        _checks.same_device("found_inf", found_inf, "the averages' counter", clock.n_averaged)
+
+
+# ---- averages on the host of a model on a GPU --------------------------------------------------------------
+def _crosses(source: Tensor, average: Tensor) -> bool:
+    return source.is_cuda and average.device.type == "cpu"
+
+
+def _buffers(device: torch.device, size: int) -> tuple[Tensor, Tensor]:
+    """As many bytes on the device, and in pinned memory."""
+    return (
+        torch.empty(size, dtype=torch.uint8, device=device),
+        torch.empty(size, dtype=torch.uint8, pin_memory=True),
+    )
+
+
+class _Transfer:
+    """Copies of one GPU's tensors in pinned memory, made while the GPU and the host go on with other work."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        starts = list(accumulate((-(-t.nbytes // 16) * 16 for t in tensors), initial=0))
+        self._tensors = tensors
+        self._aside, self._pinned = _buffers(tensors[0].device, starts[-1])
+        self._snapshots = [_place(self._aside, start, t) for start, t in zip(starts, tensors)]
+        self.copies = [_place(self._pinned, start, t) for start, t in zip(starts, tensors)]
+        self._open()
+
+    def _open(self) -> None:
+        self._stream, self._done = torch.cuda.Stream(self._aside.device), torch.cuda.Event()
+
+    def start(self) -> None:
+        """`copies` will hold what the tensors hold once the work queued so far is done. They may change at once: one
+        launch takes them aside, and a side stream fetches them from there."""
+        average_(self._snapshots, self._tensors, 1.0)
+        self._stream.wait_stream(torch.cuda.current_stream(self._aside.device))
+        with torch.cuda.stream(self._stream):
+            self._pinned.copy_(self._aside, non_blocking=True)
+            self._done.record()
+        self._aside.record_stream(self._stream)
+
+    def finish(self) -> None:
+        self._done.synchronize()
+
+
+def _place(flat: Tensor, start: int, like: Tensor) -> Tensor:
+    place = flat[start : start + like.nbytes].view(like.dtype)
+    return place.as_strided(like.shape, like.stride()) if _plan.is_dense(like) else place.view(like.shape)
+
+
+@cache
+def _worker() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "fastreg-averaging")
+
+
+class _Staging:
+    """Updates a link whose averages are on the host from parameters on GPUs, in the background."""
+
+    def __init__(self, link: _Link, crossing: Sequence[int]) -> None:
+        self._link, self._transfers = link, []
+        by_device: dict[torch.device, list[int]] = {}
+        for i in crossing:
+            by_device.setdefault(link.sources[i].device, []).append(i)
+        for device, entries in by_device.items():
+            self._flag = torch.zeros((), device=device)  # room for found_inf; that on the last device is used
+            self._transfers.append(transfer := _Transfer([self._flag, *(link.sources[i] for i in entries)]))
+            for i, copy in zip(entries, transfer.copies[1:]):
+                link.sources[i] = copy
+
+    def update(
+        self, rules: Sequence[Rule], clock: "_Clock", found_inf: Tensor | None, rounding_seed: int | None
+    ) -> Future | None:
+        elsewhere = found_inf is not None and _crosses(found_inf, clock.n_averaged)
+        if not elsewhere and not clock.due(found_inf):
+            return clock.advance(found_inf)
+        if elsewhere:
+            self._flag.copy_(found_inf.reshape(()), non_blocking=True)
+            found_inf = self._transfers[-1].copies[0]
+        for transfer in self._transfers:
+            transfer.start()
+        return _worker().submit(self._finish, rules, clock, found_inf, rounding_seed)
+
+    @torch.no_grad()  # which holds for a thread
+    def _finish(self, *args: Any) -> None:
+        for transfer in self._transfers:
+            transfer.finish()
+        self._link.update(*args)
 
 
 # ---- one average, a module -------------------------------------------------------------------------------
@@ -654,7 +755,10 @@ class AveragedModel(nn.Module):
 
     Args:
         rule: `SWA()` if None.
-        device: where the average lives; the model's devices if None.
+        device: where the average lives; the model's devices if None. With "cpu" for a model on a GPU, updates go on
+            in the background: a copy of the model on its GPU, pinned memory, a stream and a thread keep the training
+            from waiting. Whatever goes through this object waits for the last update; with tensors taken from it
+            earlier, call `synchronize()` first.
         dtype: of the averaged floating-point tensors; the model's dtypes if None. An fp32 average of a bf16 model
             keeps moving where one in bf16 stalls.
         use_buffers: average floating-point buffers too; otherwise they are copied, as integer buffers always are.
@@ -687,7 +791,9 @@ class AveragedModel(nn.Module):
         _check_clock(update_every, start_step)
         _check_dtype(dtype)
         _check_averageable(dict(model.named_parameters()))
-        self.module = deepcopy(_unwrap(model)).to(device=device, dtype=dtype)
+        self.module = deepcopy(_unwrap(model)).to(device=device)
+        if dtype is not None:  # nn.Module.to would make complex tensors real
+            self.module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
         for tensor in (*self.module.parameters(), *self.module.buffers()):
             if any(stride == 0 and n > 1 for n, stride in zip(tensor.shape, tensor.stride())):
                 tensor.data = tensor.data.contiguous()  # an expanded tensor has one place for many elements
@@ -698,6 +804,8 @@ class AveragedModel(nn.Module):
         counts_calls = update_every != 1 or start_step != 0
         self.register_buffer("calls", torch.tensor(0, device=home), persistent=counts_calls)
         self._links: weakref.WeakKeyDictionary[nn.Module, _Link] = weakref.WeakKeyDictionary()
+        self._pending: Future | None = None  # an update in the background
+        self.register_state_dict_pre_hook(_settle)
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -710,18 +818,45 @@ class AveragedModel(nn.Module):
         `found_inf` is a tensor of one element, such as GradScaler's: where it is not 0 the call does nothing and is
         not counted.
         """
+        self.synchronize()
         clock = _Clock(self.n_averaged, self.calls, self.update_every, self.start_step)
-        _check_found_inf(found_inf, clock)
         link = self._links.get(model)
         if link is None or not link.fresh():
             link = self._links[model] = self._make_link(model)
-        link.update([self.rule], clock, found_inf, self.rounding_seed)
+        _check_found_inf(found_inf, clock if link.staging is None else None)
+        if link.staging is None:
+            link.update([self.rule], clock, found_inf, self.rounding_seed)
+        else:
+            self._pending = link.staging.update([self.rule], clock, found_inf, self.rounding_seed)
+
+    def synchronize(self) -> None:
+        """Waits for an update that is under way in the background."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __getattr__(self, name: str) -> Any:
+        if self.__dict__.get("_pending") is not None and name in ("module", "n_averaged", "calls"):
+            self.synchronize()
+        return super().__getattr__(name)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        self.synchronize()  # parameters, buffers and the like all pass here
+        return super().named_modules(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "AveragedModel":
+        self.synchronize()
+        return super()._apply(*args, **kwargs)
 
     def _make_link(self, model: nn.Module) -> _Link:
         params, buffers = _tensors_of(self.module)
-        return _Link(model, [params | buffers], _follows_rule(params, buffers if self.use_buffers else {}), self)
+        link = _Link(model, [params | buffers], _follows_rule(params, buffers if self.use_buffers else {}), self)
+        crossing = [i for i, source in enumerate(link.sources) if _crosses(source, link.averages[0][i])]
+        link.staging = _Staging(link, crossing) if crossing else None
+        return link
 
     def __getstate__(self) -> dict[str, Any]:
+        self.synchronize()
         return self.__dict__ | {"_links": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -735,6 +870,10 @@ class AveragedModel(nn.Module):
 def _follows_rule(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> set[str]:
     averageable = (*_checks.FLOATS, torch.complex64, torch.complex128)
     return {name for name, t in (*params.items(), *buffers.items()) if t.dtype in averageable}
+
+
+def _settle(module: AveragedModel, *_: Any) -> None:
+    module.synchronize()
 
 
 def _adapt_state_dict(module: AveragedModel, state_dict: dict, prefix: str, *_: Any) -> None:
@@ -878,9 +1017,12 @@ class WeightAverager:
     @contextmanager
     def swapped(self, name: str) -> Iterator[nn.Module]:
         """The model holds the average `name` inside the block, and its own values, to the bit, after it, whatever
-        happens inside. Where dtypes are alike the two change places, so nothing is copied aside and what the block
-        does to the model (`update_bn`, say) stays in the average. Nesting, `update` and `load_state_dict` raise
-        RuntimeError inside; `state_dict` there is right."""
+        happens inside. Nesting, `update` and `load_state_dict` raise RuntimeError inside; `state_dict` there is right.
+
+        Where dtypes are alike the two change places, so nothing is copied aside and what the block does to the model
+        (`update_bn`, say) stays in the average. Where they differ the model's own values are kept aside, a temporary
+        copy of the model. It cannot be spared: as many as 65,537 fp32 numbers round to one bf16 number, so the 16 bits
+        that an fp32 average could lend while the model shows its rounded value do not tell which one it was."""
         self._refuse_inside("swapped")
         self._named(name)
         aside = self._swap_in(name)
@@ -894,26 +1036,20 @@ class WeightAverager:
     @torch.no_grad()
     def _swap_in(self, name: str) -> dict[str, Tensor]:
         link = self._current_link()
-        aside = {}
-        alike, sources, averages = [], [], []
-        for key, source, average in zip(link.names, link.sources, self._column(link, name)):
-            if source.dtype == average.dtype:
-                alike.append((source, average))
-            else:
-                aside[key] = source.clone()
-                sources.append(source)
-                averages.append(average)
-        _copy_all(sources, averages)
-        _swap_all(alike)
+        pairs = list(zip(link.names, link.sources, self._column(link, name)))
+        kept = [(key, source, average) for key, source, average in pairs if source.dtype != average.dtype]
+        aside = {key: torch.empty_like(source) for key, source, _ in kept}
+        _copy_all(list(aside.values()), [source for _, source, _ in kept])
+        _copy_all([source for _, source, _ in kept], [average for *_, average in kept])
+        _swap_all([(source, average) for key, source, average in pairs if key not in aside])
         return aside
 
     @torch.no_grad()
     def _swap_out(self, name: str, aside: Mapping[str, Tensor]) -> None:
         link = self._current_link()
         pairs = list(zip(link.names, link.sources, self._column(link, name)))
-        _copy_all(
-            [source for key, source, _ in pairs if key in aside], [aside[key] for key in link.names if key in aside]
-        )
+        kept = [key for key in link.names if key in aside]
+        _copy_all([source for key, source, _ in pairs if key in aside], [aside[key] for key in kept])
         _swap_all([(source, average) for key, source, average in pairs if key not in aside])
 
     def _column(self, link: _Link, name: str) -> list[Tensor]:

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import threading
 import weakref
 
 import pytest
@@ -633,6 +634,168 @@ def test_averages_under_no_grad_and_inference_mode(device):
     with torch.inference_mode():
         averaged.update_parameters(net)
     assert averaged.module.weight.grad_fn is None and averaged.n_averaged.item() == 2
+
+
+# ---- averages on the host of a model on a GPU, without the GPU ------------------------------------------------
+class _HeldBack(averaging._Transfer):
+    """Stands for the copy to pinned memory: it arrives when the test opens the gate, with what was taken aside."""
+
+    started: list  # of all transfers
+
+    def _open(self):
+        self.gate = threading.Event()
+
+    def start(self):
+        average_(self._snapshots, self._tensors, 1.0)
+        self._pinned.fill_(0xFF)  # what a reader would see who does not wait
+        self.started.append(self)
+
+    def finish(self):
+        assert self.gate.wait(10), "nobody opened the gate"
+        self._pinned.copy_(self._aside)
+
+
+@pytest.fixture
+def transfers(monkeypatch):
+    monkeypatch.setattr(_HeldBack, "started", started := [], raising=False)
+    monkeypatch.setattr(averaging, "_Transfer", _HeldBack)
+    monkeypatch.setattr(averaging, "_crosses", lambda *_: True)
+    monkeypatch.setattr(averaging, "_buffers", lambda _, n: [torch.empty(n, dtype=torch.uint8) for _ in range(2)])
+    yield started
+    for transfer in started:
+        transfer.gate.set()
+
+
+def _odd_model():
+    net = model(torch.bfloat16)
+    net[0].to(memory_format=torch.channels_last)
+    net.scale, net.empty = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.zeros(0, 3))
+    net.wave = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    net.every_other = nn.Parameter(torch.randn(3, 8)[:, ::2])
+    return net
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_average_on_the_host_does_not_hold_up_the_training(transfers, use_buffers):
+    """The next step changes the parameters while their copy is under way: what counts are the values of the update."""
+    net = _odd_model()
+    make = lambda: AveragedModel(net, EMA(0.5), dtype=torch.float32, use_buffers=use_buffers)  # noqa: E731
+    background, plain = make(), make()
+    for step in range(3):
+        train_step(net, step)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(averaging, "_crosses", lambda *_: False)
+            plain.update_parameters(net)
+        background.update_parameters(net)  # returns, though the gate is closed
+        assert background._pending is not None and not background._pending.done()
+        train_step(net, 100 + step)
+        transfers[-1].gate.set()
+        background.synchronize()
+        transfers[-1].gate.clear()
+        assert_same(tensors(background.module), tensors(plain.module))
+    assert len(transfers) == 3 and len({id(transfer) for transfer in transfers}) == 1
+
+
+READERS = {
+    "n_averaged": lambda average: average.n_averaged,
+    "forward": lambda average: average(torch.ones(1, 3)),
+    "module": lambda average: average.module.weight.clone(),
+    "state_dict": lambda average: average.state_dict()["module.weight"],
+    "deepcopy": lambda average: copy.deepcopy(average).module.weight,
+    "update": lambda average: average.update_parameters(nn.Linear(3, 2)),
+    "to": lambda average: average.to(torch.float64),
+    "load": lambda average: average.load_state_dict(average.state_dict()),
+    "parameters": lambda average: list(average.parameters()),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_who_reads_an_average_on_the_host_waits_for_it(transfers, reader):
+    net = nn.Linear(3, 2)
+    average = AveragedModel(net, EMA(0.5))
+    average.update_parameters(net)
+    pending = average._pending
+    threading.Timer(0.05, transfers[0].gate.set).start()
+    READERS[reader](average)
+    assert pending.done()
+
+
+def test_an_average_on_the_host_skips_what_is_not_due_and_what_overflowed(transfers):
+    net = nn.Linear(3, 2)
+    average = AveragedModel(net, EMA(0.5), update_every=2)
+    for step, found_inf in enumerate((None, None, torch.tensor([1.0]), torch.tensor([0.0]))):
+        train_step(net, step)
+        average.update_parameters(net, found_inf=found_inf)
+        if transfers:
+            transfers[-1].gate.set()
+    # the third call was due but overflowed, which the host cannot know; the fourth took its place
+    assert len(transfers) == 3
+    assert (average.n_averaged.item(), average.calls.item()) == (2, 3)
+
+
+def test_errors_in_the_background_are_raised_at_the_next_use(transfers, monkeypatch):
+    net = nn.Linear(3, 2)
+    average = AveragedModel(net, EMA(0.5))
+    average.update_parameters(net)
+    monkeypatch.setattr(averaging._Link, "update", lambda *_: 1 / 0)
+    transfers[0].gate.set()
+    with pytest.raises(ZeroDivisionError):
+        average(torch.ones(1, 3))
+
+
+# ---- several devices, without them -----------------------------------------------------------------------
+class _Elsewhere(torch.Tensor):
+    """Stands for a tensor on a second device."""
+
+    device = property(lambda self: torch.device("cpu:1"))
+
+
+def _on_two_devices(count):
+    return [torch.randn(5 + i).as_subclass(_Elsewhere if i % 2 else torch.Tensor) for i in range(count)]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The tables that reach the kernels."""
+    if fastreg.backends()["averaging"]["cpu"] != "usable":
+        pytest.skip("there are no C++ kernels")
+    seen = []
+    for name in ("_update_op", "_lerp_op", "_swap_op"):
+        kernel = getattr(averaging, name)["cpu"]
+        spy = lambda *args, kernel=kernel: (seen.append(args), kernel(*args))  # noqa: E731
+        monkeypatch.setattr(averaging, name, {"cpu": spy})
+    return seen
+
+
+def test_tensors_on_two_devices_take_a_launch_each(launches):
+    averages, params = _on_two_devices(7), _on_two_devices(7)
+    expected = [torch.lerp(a, p, 0.25) for a, p in zip(averages, params)]
+    average_(averages, params, 0.25)
+    assert [len(table) for table, *_ in launches] == [3, 4]  # the first tensor's device is the last
+    assert all(torch.equal(a, e) for a, e in zip(averages, expected))
+    averaging._swap_all(list(zip(averages, params)))
+    assert len(launches) == 4 and all(torch.equal(p, e) for p, e in zip(params, expected))
+    with pytest.raises(ValueError, match=r"averages\[0\] must be on the device of params\[0\], cpu:1, got cpu"):
+        average_(averages[:1], params[1:2] and [torch.randn(5).as_subclass(_Elsewhere)], 0.5)
+
+
+def test_a_model_on_two_devices_takes_a_launch_each_and_counts_once(launches):
+    link = object.__new__(averaging._Link)
+    link.sources, link.averages, link.copied = _on_two_devices(4), [_on_two_devices(4) for _ in range(2)], [False] * 4
+    link._parts, link._rules, link._written = None, (), []
+    clock = averaging._Clock(torch.tensor(0), torch.tensor(0), 1, 0)
+    exact = [[t.double() for t in column] for column in link.averages]
+    for n in range(3):
+        link.update([EMA(0.5), SWA()], clock, None, None)
+        for column, weight in zip(exact, (0.5 if n else 1.0, 1 / (n + 1))):
+            column[:] = [torch.lerp(e, s.double(), weight) for e, s in zip(column, link.sources)]
+        assert (clock.n_averaged, clock.calls) == (n + 1, n + 1)
+        assert len(launches) == 2 * (n + 1)
+        for source in link.sources:
+            source.normal_()
+    for column, e in zip(link.averages, exact):
+        for ours, theirs in zip(column, e):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
 # ---- WeightAverager --------------------------------------------------------------------------------------
