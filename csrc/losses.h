@@ -80,17 +80,25 @@ struct RowTerms {
   A target, spread, total, gamma, z_loss, scale;
 };
 
-// The loss of a row with one target class y.
+// The term of a target class. A class without a share has none in the loss even where its log p is -inf.
+template <class A>
+FASTREG_HD A target_loss(A target, A gamma, const Softmax<A>& softmax, A z_y) {
+  return target == 0 ? A(0) : target * focal_term(softmax.log_p(z_y), gamma);
+}
+
+// What of a row's loss is not about its target.
+template <class A>
+FASTREG_HD A z_loss_of(A z_loss, const Softmax<A>& softmax) {
+  const A lse = softmax.high + softmax.log_sum;
+  return z_loss == 0 ? A(0) : z_loss * lse * lse;
+}
+
+// The loss of a row with one target class y. Where there is another, its target_loss comes on top.
 template <class A>
 FASTREG_HD A row_loss(const RowTerms<A>& terms, const Softmax<A>& softmax, A z_y, A linear) {
-  // A class without a share has none in the loss even where its log p is -inf.
-  A loss = terms.target == 0 ? A(0) : terms.target * focal_term(softmax.log_p(z_y), terms.gamma);
+  A loss = target_loss(terms.target, terms.gamma, softmax, z_y);
   if (terms.spread != 0) loss += terms.spread * (terms.total * softmax.log_sum - linear);
-  if (terms.z_loss != 0) {
-    const A lse = softmax.high + softmax.log_sum;
-    loss += terms.z_loss * lse * lse;
-  }
-  return loss;
+  return loss + z_loss_of(terms.z_loss, softmax);
 }
 
 // The gradient of a row's loss times `grad` by x_c is p_c * slope - w_c * spread, and `at_target` for c = y.
@@ -100,16 +108,23 @@ struct RowGradient {
   A slope, spread, at_target;
 };
 
+// What a target class adds to the slope of a row whose gradient is asked of another one, as `others`.
+template <class A>
+FASTREG_HD A target_slope(A target, A gamma, const Softmax<A>& softmax, A z_y) {
+  return target == 0 ? A(0) : target * focal_slope(softmax.log_p(z_y), gamma);
+}
+
 template <class A>
 FASTREG_HD RowGradient<A> row_gradient(const RowTerms<A>& terms, const Softmax<A>& softmax, A z_y, A weight_y,
-                                       A grad) {
+                                       A grad, A others = 0) {
   grad *= terms.scale;
   const A log_p = softmax.log_p(z_y), target = grad * terms.target * focal_slope(log_p, terms.gamma);
   const A spread = grad * terms.spread;
-  A rest = terms.spread != 0 ? spread * terms.total : A(0);
+  A rest = grad * others;
+  if (terms.spread != 0) rest += spread * terms.total;
   if (terms.z_loss != 0) rest += grad * 2 * terms.z_loss * (softmax.high + softmax.log_sum);
   A at_target = target * expm1(log_p);
-  if (terms.spread != 0 || terms.z_loss != 0) at_target += rest * exp(log_p) - spread * weight_y;
+  if (spread != 0 || rest != 0) at_target += rest * exp(log_p) - spread * weight_y;
   return {target + rest, spread, at_target};
 }
 

@@ -367,8 +367,8 @@ def _as_dtype(vector: object, dtype: torch.dtype) -> object:
 
 _FEATURES = ("probabilities", "two targets", "label_smoothing with gamma")
 # What a backend's cross-entropy kernels do not serve, and which have cross_entropy_forward_extra.
-_LACKING = {"cpu": _FEATURES, "cuda": _FEATURES, "triton": _FEATURES}
-_ONE_PASS: tuple[str, ...] = ()
+_LACKING = {"cpu": (), "cuda": _FEATURES, "triton": _FEATURES}
+_ONE_PASS: tuple[str, ...] = ("cpu",)
 
 
 def _refuse(backend: str, input: Tensor, target: Tensor, indices: bool, pair: bool, smooth_focal: bool) -> str | None:
@@ -487,10 +487,10 @@ def _forward_extra_in_passes(backend: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
-    if factor.device.type != "cpu":
+    if backend in _ONE_PASS:
         _scale_gradient[backend](grad, factor)
-    elif (number := float(factor)) != 1:
-        grad.mul_(number)
+    else:
+        grad.mul_(factor)
     return grad
 
 

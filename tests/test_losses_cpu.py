@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastreg
 from fastreg import _backends, cross_entropy, sigmoid_focal_loss, use_backend
@@ -231,6 +232,88 @@ def test_every_instruction_set(level):
         command, env=os.environ | {"FASTREG_CPU_CAPABILITY": level}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+# ---- what else the pass makes ------------------------------------------------------------------------------
+
+KINDS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "focal": {"gamma": 2.0},
+    "focal with smoothing": {"gamma": 1.5, "label_smoothing": 0.1},
+    "adjusted": {"logit_adjustment": torch.linspace(-3, 0, 7001), "margin": torch.linspace(0, 1, 7001), "scale": 1.5},
+}
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that see more than `least` elements."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.names = least, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(isinstance(a, torch.Tensor) and a.numel() >= self.least for a in args):
+            self.names.append(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_whatever_is_wanted_takes_one_operator():
+    x, y = torch.randn(40, 30, requires_grad=True), torch.randint(30, (40,))
+    statistics = fastreg.longtail.ClassStatistics(30)
+    with Calls(x.numel()) as calls:
+        found = cross_entropy(x, y, outputs=True, statistics=statistics, grad_in_forward=True, label_smoothing=0.1)
+    assert calls.names.count("cross_entropy_forward_extra") == 1
+    assert set(calls.names) <= {"cross_entropy_forward_extra", "empty_like", "detach", "alias"}
+    with Calls(x.numel()) as calls:
+        found.loss.backward()
+    assert not any(name.startswith("cross_entropy") for name in calls.names)
+
+
+def targets_of(kind, rows, classes):
+    y, other = torch.randint(classes, (2, *rows))
+    y.view(-1)[0] = -100
+    if kind == "pair":
+        return y, other, torch.rand(rows)
+    return torch.rand(rows[0], classes, *rows[1:]) if kind == "probabilities" else y
+
+
+@pytest.mark.parametrize("kind", ["index", "pair", "probabilities"])
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_in_place_of_the_input(name, kind, dtype):
+    """The operator may write the gradient over its input: rows, columns, and rows so long that they are cut."""
+    for shape, order in (((5, 301), (0, 1)), ((2, 37, 300), (0, 1, 2)), ((2, 60, 9), (0, 2, 1)), ((2, 7001), (0, 1))):
+        torch.set_num_threads(2)
+        rows, classes = shape[:1] + shape[2:], shape[1]
+        options = {k: v[:classes] if isinstance(v, torch.Tensor) else v for k, v in KINDS[name].items()}
+        target = targets_of(kind, rows, classes)
+        both = target if isinstance(target, tuple) else (target, None, None)
+        memory = torch.randn([shape[k] for k in order]).to(dtype)  # order is its own inverse
+        x = memory.permute(order)
+        leaf = x.clone().requires_grad_()
+        loss = cross_entropy(leaf, target, **options)
+        loss.backward()
+        vectors = [options.get(k) for k in ("logit_adjustment", "margin")]
+        args = (both[0], None, None, *vectors, *both[1:], -100, 1, options.get("label_smoothing", 0.0),
+                options.get("gamma", 0.0), 1.0, options.get("scale", 1.0), 0.0, False, False)  # fmt: skip
+        argmax = x.argmax(1)
+        found = torch.ops.fastreg.cross_entropy_forward_extra.cpu(x, *args, True, True, x)
+        assert torch.equal(found[0], loss)
+        kept = both[0] != -100 if kind != "probabilities" else torch.ones(rows, dtype=torch.bool)
+        assert torch.equal(found[4][kept], argmax[kept])
+        # The same but for the rounding of one of two products before their difference.
+        torch.testing.assert_close(x, leaf.grad, rtol=torch.finfo(dtype).eps, atol=2.0**-24)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS[:-1])
+def test_scaling_a_gradient(dtype, layout):
+    for shape in ((3, 70), (2, 5, 9), (7, 20001)):
+        grad = with_layout(torch.randn(shape).to(dtype), layout)
+        expected = grad * torch.tensor(0.3, dtype=torch.float64).to(dtype if dtype == torch.float64 else torch.float32)
+        torch.ops.fastreg.scale_gradient_.cpu(grad, torch.tensor(0.3, dtype=torch.float64))
+        torch.testing.assert_close(grad, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
 
 # ---- sigmoid focal loss ------------------------------------------------------------------------------------

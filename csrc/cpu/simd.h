@@ -99,13 +99,17 @@ FASTREG_INLINE Vec<float> load(const Half* from) {
 FASTREG_INLINE void store(float* to, Vec<float> v) { __builtin_memcpy(to, &v, sizeof(v)); }
 FASTREG_INLINE void store(double* to, Vec<double> v) { __builtin_memcpy(to, &v, sizeof(v)); }
 
-// NaN costs two instructions more where it is possible.
+// The upper halves of the words are v as bf16. NaN costs two instructions more where it is possible.
+template <bool finite>
+FASTREG_INLINE Words rounded_to_bfloat16(Vec<float> v) {
+  const Words w = bits<Words>(v), rounded = w + 0x7fff + ((w >> 16) & 1);
+  if constexpr (finite) return rounded;
+  return v == v ? rounded : Words{} + 0x7fc00000;
+}
+
 template <bool finite>
 FASTREG_INLINE Halves to_bfloat16(Vec<float> v) {
-  const Words w = bits<Words>(v);
-  const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  if constexpr (finite) return narrow(rounded);
-  return narrow(v == v ? rounded : Words{} + 0x7fc0);
+  return narrow(rounded_to_bfloat16<finite>(v) >> 16);
 }
 
 FASTREG_INLINE void store(BFloat16* to, Vec<float> v) {
@@ -139,6 +143,36 @@ FASTREG_INLINE void store(T* to, V v) {
     __builtin_memcpy(to, &h, sizeof(h));
   } else {
     store(to, v);
+  }
+}
+
+// Two vectors at once, of 2 * lanes elements that follow one another. For bf16 the first vector has the even
+// ones and the second the odd ones: then nothing has to move across lanes, neither here nor in store_two.
+template <class V>
+struct Two {
+  V first, second;
+};
+
+template <class T>
+FASTREG_INLINE auto load_two(const T* from) {
+  const auto first = load(from);
+  return Two<std::remove_cv_t<decltype(first)>>{first, load(from + sizeof(first) / sizeof(first[0]))};
+}
+
+FASTREG_INLINE Two<Vec<float>> load_two(const BFloat16* from) {
+  const Words w = load_raw<Words>(from);
+  return {bits<Vec<float>>(w << 16), bits<Vec<float>>(w & 0xffff0000)};
+}
+
+template <bool finite, class T, class V>
+FASTREG_INLINE void store_two(T* to, Two<V> v) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const Words w =
+        rounded_to_bfloat16<finite>(v.first) >> 16 | (rounded_to_bfloat16<finite>(v.second) & 0xffff0000);
+    __builtin_memcpy(to, &w, sizeof(w));
+  } else {
+    store(to, v.first);
+    store(to + sizeof(v.first) / sizeof(v.first[0]), v.second);
   }
 }
 
@@ -257,6 +291,23 @@ struct ExpConstants<double> {
   static constexpr int bias = 1023, mantissa = 52;
 };
 
+// mantissa * 2^n, where shifted = n + magic.
+template <class A>
+FASTREG_INLINE Vec<A> times_power_of_two(Vec<A> mantissa, Vec<A> n, Vec<A> shifted) {
+#if FASTREG_VECTOR_BYTES == 64
+  if constexpr (sizeof(A) == 4)
+    return bits<Vec<A>>(_mm512_maskz_scalef_ps(0xffff, bits<__m512>(mantissa), bits<__m512>(n)));
+  else
+    return bits<Vec<A>>(_mm512_maskz_scalef_pd(0xff, bits<__m512d>(mantissa), bits<__m512d>(n)));
+#else
+  // In two steps, because 2^n itself may be subnormal.
+  using K = ExpConstants<A>;
+  const Int<A> power = bits<Int<A>>(shifted) - bits<Int<A>>(splat(K::magic)), half = power >> 1;
+  return mantissa * bits<Vec<A>>((half + K::bias) << K::mantissa) *
+         bits<Vec<A>>((power - half + K::bias) << K::mantissa);
+#endif
+}
+
 template <class A>
 struct Exp {
   Vec<A> shifted, n, r, q;
@@ -272,20 +323,8 @@ struct Exp {
     for (int i = degree - 1; i >= 0; --i) q = q * r + K::q[i];
   }
 
-  // 2^n * mantissa
   FASTREG_INLINE_MEMBER Vec<A> scaled(Vec<A> mantissa) const {
-#if FASTREG_VECTOR_BYTES == 64
-    if constexpr (sizeof(A) == 4)
-      return bits<Vec<A>>(_mm512_maskz_scalef_ps(0xffff, bits<__m512>(mantissa), bits<__m512>(n)));
-    else
-      return bits<Vec<A>>(_mm512_maskz_scalef_pd(0xff, bits<__m512d>(mantissa), bits<__m512d>(n)));
-#else
-    // In two steps, because 2^n itself may be subnormal.
-    using K = ExpConstants<A>;
-    const Int<A> power = bits<Int<A>>(shifted) - bits<Int<A>>(splat(K::magic)), half = power >> 1;
-    return mantissa * bits<Vec<A>>((half + K::bias) << K::mantissa) *
-           bits<Vec<A>>((power - half + K::bias) << K::mantissa);
-#endif
+    return times_power_of_two<A>(mantissa, n, shifted);
   }
 };
 
@@ -293,6 +332,19 @@ template <class A>
 FASTREG_INLINE Vec<A> exp_of(Vec<A> x) {
   const Exp<A> e(x);
   return e.scaled((e.q * e.r + A(1)) * e.r + A(1));
+}
+
+// 2^x for x <= 1, NaN included, to be rounded to T, which has 8 or 11 digits: the relative error, 1e-4 or
+// 3e-6, is a twentieth or a hundredth of the rounding's.
+template <class T>
+FASTREG_INLINE Vec<float> coarse_exp2(Vec<float> x) {
+  constexpr bool eight = std::is_same_v<T, BFloat16>;
+  x = larger(splat(-150.0f), x);
+  const Vec<float> shifted = x + ExpConstants<float>::magic, n = shifted - ExpConstants<float>::magic,
+                   r = x - n;
+  const Vec<float> q =
+      eight ? 0.24221098f + 0.0550091019f * r : 0.240241042f + (0.0559068767f + 0.0095827006f * r) * r;
+  return times_power_of_two<float>(1.0f + ((eight ? 0.693282888f : 0.693124107f) + q * r) * r, n, shifted);
 }
 
 // exp(x) - 1, right where x is near 0: 2^n * exp(r) - 1 = (2^n - 1) + 2^n * (exp(r) - 1).
