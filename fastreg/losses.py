@@ -367,8 +367,8 @@ def _as_dtype(vector: object, dtype: torch.dtype) -> object:
 
 _FEATURES = ("probabilities", "two targets", "label_smoothing with gamma")
 # What a backend's cross-entropy kernels do not serve, and which have cross_entropy_forward_extra.
-_LACKING = {"cpu": (), "cuda": _FEATURES, "triton": _FEATURES}
-_ONE_PASS: tuple[str, ...] = ("cpu",)
+_LACKING = {"cpu": (), "cuda": _FEATURES, "triton": ()}
+_ONE_PASS: tuple[str, ...] = ("cpu", "triton")
 
 
 def _refuse(backend: str, input: Tensor, target: Tensor, indices: bool, pair: bool, smooth_focal: bool) -> str | None:

@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -31,24 +32,37 @@ ours = pytest.mark.parametrize(
     "backend", [pytest.param("triton", marks=needs_interpreter), pytest.param("cuda", marks=needs_cudahost)]
 )
 
+triton = pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_interpreter)])
+
 
 def run(backend, x, target, grad_loss=None, fp32_loss=False, **options):
     """Forward and backward of one call; the gradient of the loss defaults to ones."""
-    kernels, o = BACKENDS[backend](), SimpleNamespace(**{**PLAIN, **options})
-    tensors = (x, target, o.weight, o.alpha, o.logit_adjustment, o.margin, None, None)
-    numbers = (
-        o.ignore_index,
-        REDUCTIONS.index(o.reduction),
-        o.label_smoothing,
-        o.gamma,
-        o.alpha_scale,
-        o.scale,
-        o.z_loss,
-    )
-    loss, lse, denominator = kernels.cross_entropy_forward(*tensors, *numbers, o.all_ignored == "zero", fp32_loss)
+    kernels, (tensors, numbers, zero) = BACKENDS[backend](), arguments(x, target, **options)
+    loss, lse, denominator = kernels.cross_entropy_forward(*tensors, *numbers, zero, fp32_loss)
     grad_loss = torch.ones_like(loss) if grad_loss is None else grad_loss.to(loss.dtype)
     grad = kernels.cross_entropy_backward(grad_loss, *tensors, lse, denominator, *numbers)
     return SimpleNamespace(loss=loss, lse=lse, denominator=denominator, grad=grad)
+
+
+def run_extra(backend, x, target, grad=None, losses=True, argmax=True, **options):
+    """The forward that knows more; the gradient goes into `grad`."""
+    kernels, (tensors, numbers, zero) = BACKENDS[backend](), arguments(x, target, **options)
+    loss, lse, denominator, losses, argmax = kernels.cross_entropy_forward_extra(
+        *tensors, *numbers, zero, False, losses, argmax, grad
+    )
+    return SimpleNamespace(loss=loss, lse=lse, denominator=denominator, losses=losses, argmax=argmax, grad=grad)
+
+
+def arguments(x, target, **options):
+    """The operators' tensors and numbers, and zero_if_empty. A target of three is (a, b, share)."""
+    o = SimpleNamespace(**{**PLAIN, **options})
+    target, other, share = target if isinstance(target, tuple) else (target, None, None)
+    if share is not None:
+        share = share.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    tensors = (x, target, o.weight, o.alpha, o.logit_adjustment, o.margin, other, share)
+    reduction = REDUCTIONS.index(o.reduction)
+    numbers = (o.ignore_index, reduction, o.label_smoothing, o.gamma, o.alpha_scale, o.scale, o.z_loss)
+    return tensors, numbers, o.all_ignored == "zero"
 
 
 def expect(x, target, grad_loss=None, **options):
@@ -58,7 +72,13 @@ def expect(x, target, grad_loss=None, **options):
     o = {name: value.to(x.dtype) if isinstance(value, torch.Tensor) else value for name, value in o.items()}
     o["alpha"] = alpha_scale if alpha is None else alpha.to(x.dtype) * alpha_scale
     x = x.detach().clone().requires_grad_()
-    loss = cross_entropy_reference(x, target.long(), o.pop("weight"), **o)
+    if isinstance(target, tuple):
+        target = (target[0].long(), target[1].long(), target[2].to(x.dtype))
+    elif target.is_floating_point():
+        o["ignore_index"] = -100
+    else:
+        target = target.long()
+    loss = cross_entropy_reference(x, target, o.pop("weight"), **o)
     loss.backward(torch.ones_like(loss) if grad_loss is None else grad_loss.to(loss.dtype))
     return SimpleNamespace(loss=loss.detach(), grad=x.grad)
 
@@ -83,6 +103,21 @@ def inputs(shape, dtype=torch.float32, layout="contiguous", spread=3.0):
     x = with_layout((torch.randn(shape) * spread).to(dtype), layout)
     target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
     return x, target
+
+
+def probabilities(x, dtype=None):
+    """Rows of x's shape that sum to about 1, with zeros among them."""
+    q = torch.rand(x.shape) * (torch.rand(x.shape) < 0.5)
+    return (q / q.sum(1, keepdim=True).clamp(min=1)).to(dtype or x.dtype)
+
+
+def pair(target, classes):
+    """(a, b, share) with shares of 0 and 1 among them, and rows whose two targets are one."""
+    other, share = torch.randint(0, classes, target.shape), torch.rand(target.shape)
+    flat = share.view(-1)
+    flat[:1], flat[1:2] = 0.0, 1.0
+    other.view(-1)[2:3] = target.reshape(-1)[2:3]
+    return target, other, share
 
 
 def vectors(classes):
@@ -145,6 +180,184 @@ def test_every_option(backend, name, reduction):
         x, target = inputs(shape, dtype)
         grad_loss = torch.randn(target.shape if reduction == "none" else ())
         check(backend, x, target, grad_loss, reduction=reduction, **OPTIONS[name](shape[1]))
+
+
+DENSE = {
+    "pair": lambda c: dict(),
+    "pair-all": lambda c: dict(**vectors(c), gamma=1.5, scale=2.0, z_loss=1e-2, ignore_index=0, alpha_scale=2.0),
+    "pair-smooth": lambda c: dict(**vectors(c), label_smoothing=0.2, ignore_index=1),
+    "smooth-focal": lambda c: dict(label_smoothing=0.1, gamma=2.0, ignore_index=0),
+    "smooth-focal-all": lambda c: dict(**vectors(c), label_smoothing=0.2, gamma=0.5, scale=2.0, z_loss=1e-2),
+    "pair-smooth-focal": lambda c: dict(**vectors(c), label_smoothing=0.1, gamma=1.0, ignore_index=0),
+    "probabilities": lambda c: dict(),
+    "probabilities-all": lambda c: dict(
+        **vectors(c), gamma=2.0, label_smoothing=0.1, scale=2.0, z_loss=1e-2, alpha_scale=2.0
+    ),
+    "probabilities-smooth": lambda c: dict(label_smoothing=0.3, weight=vectors(c)["weight"]),
+}
+
+
+def target_for(name, x, target, dtype=None):
+    if name.startswith("pair"):
+        return pair(target, x.shape[1])
+    return probabilities(x, dtype) if name.startswith("probabilities") else target
+
+
+@triton
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", DENSE)
+def test_every_kind_of_target(backend, name, reduction):
+    """Two targets with a share, probabilities, smoothing with gamma; whole rows and rows that no block holds."""
+    shapes = [((40, 12), torch.float32), ((5, 77), torch.bfloat16), ((3, 9, 20), torch.float64)]
+    shapes += [((2, 10001), torch.float32), ((1, 16384), torch.bfloat16), ((1, 1100, 33), torch.float32)]
+    for shape, dtype in shapes if reduction == "mean" else shapes[1:4:2]:
+        x, target = inputs(shape, dtype)
+        grad_loss = torch.randn(target.shape if reduction == "none" else ())
+        check(backend, x, target_for(name, x, target), grad_loss, reduction=reduction, **DENSE[name](shape[1]))
+
+
+@triton
+def test_layouts_of_probabilities_and_pairs(backend):
+    for shape in ((6, 40), (3, 1001), (5, 33, 6)):
+        for layout, other in (("transposed", "contiguous"), ("strided", "sliced"), ("offset", "offset")):
+            for dtype, kept in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+                x, target = inputs(shape, dtype, layout)
+                check(backend, x, with_layout(probabilities(x, kept), other), gamma=1.0)
+                a, b, share = pair(target, shape[1])
+                twice = with_layout(a, "strided"), with_layout(b.int(), "transposed"), share[:1].expand(share.shape)
+                check(backend, x, twice, label_smoothing=0.1)
+
+
+@triton
+@pytest.mark.parametrize("name", ["probabilities", "pair", "smooth-focal"])
+def test_a_class_without_a_share_may_be_impossible(backend, name):
+    """A share of 0 of a class with p = 0 adds nothing; a share above 0 makes the loss infinite, as in PyTorch."""
+    for shape in ((4, 10), (1, 20000)):
+        x, target = inputs(shape)
+        options = DENSE[name](shape[1])
+        if name == "pair":
+            target = torch.zeros_like(target), torch.ones_like(target), torch.zeros(target.shape)
+        elif name == "probabilities":
+            target = probabilities(x)
+            target[:, 0] = 0
+        else:
+            options["weight"] = torch.ones(shape[1])
+            options["weight"][0] = 0
+            target.fill_(1)
+        x[:, 0] = -torch.inf
+        got = check(backend, x, target, reduction="none", **options)
+        assert got.loss.isfinite().all() and got.grad.isfinite().all()
+        x[:, 1] = -torch.inf
+        if name == "probabilities":
+            target[:, 1] = 0.5
+        assert run(backend, x, target, reduction="none", **options).loss.isposinf().all()
+
+
+@triton
+def test_probabilities_that_are_certain_keep_their_digits(backend):
+    x = torch.zeros(3, 2, dtype=torch.bfloat16)
+    x[:, 0] = torch.tensor([2.0, 7.0, 10.0])
+    target = torch.tensor([[1.0, 0.0]] * 3)
+    for gamma in (0.0, 1.0):
+        got = run(backend, x, target, reduction="sum", gamma=gamma).grad[:, 0].double()
+        want = expect(x.double(), target, reduction="sum", gamma=gamma).grad[:, 0]
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=0)
+
+
+# ---- what the forward knows besides the loss ---------------------------------------------------------------
+
+
+EXTRA_SHAPES = [(3, 1), (40, 12), (9, 1000), (5, 1025), (3, 8142), (1, 17001), (3, 9, 20), (1, 2500, 8)]
+
+
+@triton
+@pytest.mark.parametrize("shape", EXTRA_SHAPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_forward_tells_losses_argmax_and_gradient(backend, shape, reduction):
+    names = ["plain", *OPTIONS, *DENSE]
+    for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float64)):
+        name = names[(EXTRA_SHAPES.index(shape) + 7 * i + 3 * REDUCTIONS.index(reduction)) % len(names)]
+        x, target = inputs(shape, dtype)
+        x = x.round() if i == 0 else x  # several largest ones
+        target = target_for(name, x, target)
+        options = (OPTIONS | DENSE)[name](shape[1]) if name != "plain" else {}
+        apart = run(backend, x, target, reduction=reduction, **options)
+        losses = run(backend, x, target, reduction="none", fp32_loss=True, **options).loss
+        y = x.clone()
+        got = run_extra(backend, y, target, torch.empty_like(y) if i == 1 else y, reduction=reduction, **options)
+        # the same formula, its sums in the order of another tile
+        unit, wide = torch.finfo(dtype).eps, 64 * torch.finfo(got.lse.dtype).eps
+        assert_same = partial(torch.testing.assert_close, equal_nan=True)
+        assert_same(got.loss, apart.loss, rtol=unit + wide, atol=wide)
+        assert_same(got.lse.sum(0), apart.lse.sum(0), rtol=wide, atol=wide)
+        assert_same(got.denominator, apart.denominator, rtol=wide, atol=0)
+        assert_same(got.losses, losses.to(got.losses.dtype), rtol=wide, atol=wide)
+        largest = apart.grad.nan_to_num(0, 0, 0).abs().max().item()
+        assert_same(got.grad, apart.grad, rtol=2 * unit, atol=wide * largest)
+        kept = torch.ones(losses.shape, dtype=torch.bool)
+        if not name.startswith("probabilities"):
+            for a in target[:2] if isinstance(target, tuple) else (target,):
+                kept &= a != options.get("ignore_index", -100)
+        assert torch.equal(got.argmax[kept], x.argmax(1)[kept])
+
+
+@triton
+def test_extras_come_alone_too(backend):
+    x, target = inputs((20, 300))
+    want = run(backend, x, target)
+    for losses, argmax, grad in ((True, False, False), (False, True, False), (False, False, True)):
+        got = run_extra(backend, x, target, torch.empty_like(x) if grad else None, losses, argmax)
+        assert torch.equal(got.loss, want.loss)
+        assert got.losses.shape == ((20,) if losses else (0,)) and got.argmax.shape == ((20,) if argmax else (0,))
+        assert got.argmax.dtype == torch.int64
+        if grad:
+            torch.testing.assert_close(got.grad, want.grad)
+
+
+@triton
+def test_argmax_is_the_lowest_among_equals_wherever_it_stands(backend):
+    for shape in ((6, 50), (4, 5001), (2, 70001), (2, 700, 40)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, target = torch.zeros(shape, dtype=dtype), torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
+            for row in range(shape[0]):
+                x[row, -1] = x[row, row * shape[1] // shape[0] + 1] = 1.0
+            got = run_extra(backend, x, target, logit_adjustment=torch.randn(shape[1]))
+            assert torch.equal(got.argmax, x.argmax(1))
+            assert (run_extra(backend, torch.full(shape, -torch.inf, dtype=dtype), target).argmax == 0).all()
+
+
+@triton
+@pytest.mark.parametrize("shape", [(6, 10), (3, 20001), (3, 700, 4)], ids=str)
+def test_the_gradient_of_ignored_rows_is_zero_in_place(backend, shape):
+    x, target = inputs(shape)
+    target[1] = -100
+    x[1] = torch.nan
+    for options in ({}, dict(gamma=2.0, label_smoothing=0.1)):
+        y = x.clone()
+        got = run_extra(backend, y, target, y, **options)
+        assert got.loss.isfinite() and (y[1] == 0).all() and y.isfinite().all() and (got.losses[1] == 0).all()
+        assert got.argmax.amin() >= 0 and got.argmax.amax() < shape[1]
+    y = x.clone()
+    run_extra(backend, y, target.fill_(-100), y)
+    assert (y == 0).all()
+
+
+@triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_scale_gradient(backend, dtype):
+    for layout in ("contiguous", "transposed", "offset", "sliced"):
+        for shape in ((0, 3), (5, 7), (40, 1001)):
+            x = with_layout(torch.randn(shape).to(dtype), layout)
+            if x.is_contiguous() or layout != "sliced" or backend == "triton":
+                want = (x.double() * 0.3).to(dtype)
+                kernels = BACKENDS[backend]()
+                same = x.clone()
+                kernels.scale_gradient_(x, torch.ones((), dtype=dtype))
+                assert torch.equal(x, same)
+                factor = torch.tensor(0.3, dtype=dtype)
+                want = (x.double() * factor.double()).to(dtype)
+                kernels.scale_gradient_(x, factor)
+                torch.testing.assert_close(x, want, rtol=torch.finfo(dtype).eps, atol=0)
 
 
 @ours
@@ -396,36 +609,87 @@ def test_sigmoid_focal_bytes(indices):
 BYTE_SHAPES = [(64, 10), (16, 1000), (4, 20, 300), (64, 100), (4, 8142), (2, 50257), (2, 2200, 40)]
 
 
+BUDGET_OPTIONS = {"plain": lambda c: {}, **OPTIONS, **DENSE}
+
+
 @needs_interpreter
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("plain", shape) for shape in BYTE_SHAPES]
+    [(name, shape) for name in ("plain", "probabilities") for shape in BYTE_SHAPES]
+    + [(name, BYTE_SHAPES[1]) for name in BUDGET_OPTIONS if name not in ("plain", "probabilities")]
     + [
-        pytest.param(name, shape, marks=[pytest.mark.slow] * (shape not in BYTE_SHAPES[1:3]))
-        for name in OPTIONS
+        pytest.param(name, shape, marks=pytest.mark.slow)
+        for name in BUDGET_OPTIONS
         for shape in BYTE_SHAPES
+        if shape != BYTE_SHAPES[1] and name not in ("plain", "probabilities")
     ],
     ids=str,
 )
 def test_bytes(name, shape):
-    """Forward: the logits once. Backward: the logits once, the gradient once. Vectors are all that comes on top."""
+    """At most 1.02 times the budget: forward, the logits (and probabilities) once; backward, the same and the gradient
+    written once. Rows that no block holds, if every class has a share, are read a second time each way. Vectors of one
+    element per row or class are all that comes on top."""
     from tests.proving.traffic import traffic
 
     x, target = inputs(shape)
-    options = OPTIONS[name](shape[1]) if name != "plain" else {}
+    target = target_for(name, x, target)
+    options = BUDGET_OPTIONS[name](shape[1])
     options.pop("ignore_index", None)
     with traffic() as log:
         run("triton", x, target, **options)
-    for launch in log:
-        backward = launch.kernel == "_backward"
-        assert (launch.writes(x) == 0).all()
-        if launch.kernel in ("_forward", "_backward"):
-            reads = launch.reads(x)
-            assert (reads >= 1).all()
-            again = reads.sum().item() - x.numel()  # a row's target, by each program that does not hold the whole row
-            assert again <= (0.02 * x.numel() if shape[1] > 2048 else 0)
-        assert launch.stored - backward * x.nbytes <= 16 * target.numel() + 0.02 * x.nbytes + 64
-    assert log.kernels.count("_backward") == 1 and len(log) <= 4
+    probabilities = name.startswith("probabilities")
+    # a tile of 8,192 elements; of 8 rows, where rows lie side by side
+    twice = shape[1] > (8192 if len(shape) == 2 else 1024) and (probabilities or "smooth-focal" in name)
+    backward = log.kernels.index("_dense", 1 + log.kernels.index("_dense")) if twice else log.kernels.index("_backward")
+    rows = x.numel() // shape[1]
+    small = 16 * sum(launch.kernel in ("_forward", "_backward", "_dense") for launch in log) * rows + 4096
+    for launches, written in ((log[:backward], 0), (log[backward:], x.nbytes)):
+        reads, writes = (sum(getattr(launch, kind)(x) for launch in launches) for kind in ("reads", "writes"))
+        assert (reads >= 1).all() and (writes == 0).all()
+        assert reads.sum() <= (1.02 * (1 + twice) if shape[1] > 1024 else 1 + twice) * x.numel()
+        if probabilities:
+            assert sum(launch.reads(target) for launch in launches).sum() <= (1 + twice) * x.numel() * 1.02
+        budget = (1 + twice) * (1 + probabilities) * x.nbytes + written
+        assert sum(launch.stored for launch in launches) <= written + 0.02 * budget + small
+    assert len(log) <= (7 if twice else 4)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ["plain", "all", "pair", "smooth-focal", "probabilities"])
+def test_bytes_of_the_gradient_in_the_forward(name):
+    """One read and one write of rows that fit on the chip, argmax and losses included; longer rows a second read."""
+    from tests.proving.traffic import traffic
+
+    cases = [((16, 1000), torch.float32, 1), ((2, 8001), torch.bfloat16, 1), ((2, 17, 64), torch.float32, 1)]
+    for shape, dtype, times in (*cases, ((100, 40), torch.float32, 1), ((1, 20000), torch.bfloat16, 2)):
+        x, target = inputs(shape, dtype)
+        target, options = target_for(name, x, target), BUDGET_OPTIONS[name](shape[1])
+        options.pop("ignore_index", None)
+        times += times == 2 and name in ("smooth-focal", "probabilities")
+        for in_place in (True, False):
+            y = x.clone()
+            grad = y if in_place else torch.empty_like(y)
+            with traffic() as log:
+                run_extra("triton", y, target, grad, **options)
+            assert (log.writes(grad) == 1).all() and (log.reads(y) >= 1).all()
+            assert log.reads(y).sum() <= 1.02 * times * y.numel()
+            assert log.stored - grad.nbytes <= 0.02 * grad.nbytes + 64 * target_rows(x) + 64
+
+
+def target_rows(x):
+    return x.numel() // x.shape[1]
+
+
+@needs_interpreter
+def test_a_gradient_times_one_costs_nothing():
+    from tests.proving.traffic import traffic
+
+    grad = torch.randn(40, 1001)
+    with traffic() as log:
+        _triton().scale_gradient_(grad, torch.ones(()))
+        assert (log.reads(grad) == 0).all() and log.stored == 0
+        _triton().scale_gradient_(grad, torch.full((), 2.0))
+    assert (log.reads(grad) == 1).all() and (log.writes(grad) == 1).all()
 
 
 @needs_interpreter
@@ -498,6 +762,56 @@ def compile_options():
     for name in OPTIONS:
         for shape in ((4096, 1000), (4096, 32000)):
             _compile_call(shape, torch.bfloat16, **OPTIONS[name](shape[1]))
+
+
+def compile_dense():
+    """Two loads of 16 bytes per thread and tensor: every class has its own logarithms."""
+    for name in ("probabilities", "probabilities-all", "smooth-focal", "smooth-focal-all"):
+        for shape, dtype in (
+            ((4096, 1000), torch.bfloat16),
+            ((4096, 8192), torch.bfloat16),
+            ((512, 32000), torch.float32),
+        ):
+            target = torch.zeros(shape[0], dtype=torch.int64)
+            x = torch.empty(shape, dtype=dtype)
+            run("triton", x, x if name.startswith("prob") else target, **DENSE[name](shape[1]))
+
+
+def compile_pairs():
+    target = torch.zeros(4096, dtype=torch.int64)
+    for name in ("pair", "pair-all", "pair-smooth"):
+        for classes in (1000, 32000):
+            x = torch.empty(4096, classes, dtype=torch.bfloat16)
+            run("triton", x, (target, target, torch.empty(4096)), **DENSE[name](classes))
+
+
+def compile_extra():
+    """The gradient in the forward, with the argmax: rows that stay in registers, and rows read twice."""
+    for name, shape, dtype in (
+        ("plain", (4096, 1000), torch.bfloat16), ("all", (4096, 1000), torch.bfloat16),
+        ("plain", (4096, 16384), torch.bfloat16), ("plain", (4096, 8192), torch.float32),
+        ("all-smooth", (4096, 8192), torch.bfloat16), ("plain", (4096, 32000), torch.bfloat16),
+        ("all", (4096, 32000), torch.bfloat16), ("plain", (8, 24, 4096), torch.bfloat16),
+        ("smooth-focal", (4096, 1000), torch.bfloat16),
+    ):  # fmt: skip
+        x, target = torch.empty(shape, dtype=dtype), torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
+        run_extra("triton", x, target, torch.empty_like(x), **BUDGET_OPTIONS[name](shape[1]))
+    _triton().scale_gradient_(torch.empty(4096, 1000), torch.ones(()))
+
+
+@needs_ptxas
+@pytest.mark.parametrize("calls", ["compile_dense", "compile_pairs", "compile_extra"])
+@pytest.mark.slow
+def test_all_options_keep_to_registers_and_wide_accesses(calls):
+    (launches,) = cubin.launch_facts(f"tests.test_losses_gpu:{calls}").values()
+    for facts in launches:
+        assert facts.spills == 0, facts
+        if facts.kernel in ("_forward", "_backward", "_dense", "_scale_gradient"):
+            assert facts.loads.get(128, 0) >= 2, facts
+        if facts.kernel in ("_backward", "_scale_gradient") or (
+            facts.kernel == "_forward" and calls == "compile_extra"
+        ):
+            assert facts.stores.get(128, 0) >= 2, facts
 
 
 @needs_ptxas

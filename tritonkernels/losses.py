@@ -8,10 +8,18 @@ and its gradient is elementwise in x once three numbers per row, A, B = ε/C and
 
     scale·(A·p_i − B·v_i − D·[i = y])
 
-Bytes     forward: the logits once. Backward: the logits once, the gradient written once. Beside them only vectors
-          with one element per row or per class. Ignored rows of contiguous classes are not read.
+A second target brings a term like that of the first, and a D of its own. Where every class has a share q_c of its own,
+in probabilities and in smoothing with γ, the gradient is scale·(S·p_i − q_i·v_i·F_i), F_c being the focal slope of
+class c and S = Σ_c q_c·v_c·F_c, which is known only after logsumexp(z): rows that fit on a chip wait there, longer ones
+are read a second time.
+
+Bytes     forward: the logits (and probabilities) once. Backward: the logits once, the gradient written once. The
+          gradient in the forward: the logits once, or, if a row is too long to stay on the chip, once more right after
+          the first time, from L2; and the gradient written once. Beside them only vectors with one element per row or
+          per class. Ignored rows of contiguous classes are not read.
 Launches  forward: 1 when one program can do everything; else rows, then the sum of the programs' losses. Rows that
-          are split over programs add a merge. Backward: 1.
+          are split over programs add a merge. Backward: 1. The gradient in the forward: what the rows count in the
+          mean, ahead of all. Long rows in which every class has a share: their sums, each way, and the losses.
 Tiles     [rows, classes], one kernel for all layouts. Short rows: several rows per program, from one load. Longer
           rows: a loop over blocks of classes with a running (maximum, sum) per lane, merged once at the end. Few and
           long rows: the blocks are dealt out to several programs. (N, C, D): the rows of a tile are neighbours
@@ -34,13 +42,15 @@ import triton.language as tl
 
 SUM_BLOCK = 1024  # sums of programs that a program of the second stage adds
 NONE, MEAN = tl.constexpr(0), tl.constexpr(1)  # reductions; the third is the sum
+NOWHERE = tl.constexpr(2**31 - 1)  # a class above all others
+RESIDENT = 16384  # elements of a row that is kept in registers to be used twice
 
 # The assertion on targets stays on, without one per integer addition. Sizes are plain values, so that the last,
 # smaller batch of an epoch compiles nothing: what the compiler must know comes through UNIT.
 _kernel = triton.jit(
     debug=True,
     do_not_specialize=["n", "inner", "outer", "classes", "phase", "splits", "blocks_per_split", "ignore_index"]
-    + [f"{tensor}_{axis}" for tensor in "xgtrl" for axis in ("outer", "inner", "class")],
+    + [f"{tensor}_{axis}" for tensor in "xgtosrl" for axis in ("outer", "inner", "class")],
 )
 
 
@@ -103,13 +113,51 @@ def _rows_of(inner, outer, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _targets(target, offset, live, classes, ignore_index):
-    """Target class per row (0 where there is none), the rows that count, and those whose class exists."""
-    y = tl.load(target + offset, mask=live, other=0).to(tl.int64)
+def _load_class(pointer, live, classes, ignore_index):
+    """The class that each row names, which rows count, and of which rows that class exists."""
+    y = tl.load(pointer, mask=live, other=0).to(tl.int64)
     kept = live & (y != ignore_index)
-    inside = kept & (y >= 0) & (y < classes)
-    tl.device_assert(inside | (kept == 0), "cross_entropy: target out of range")
-    return tl.where(inside, y, 0).to(tl.int32), kept, inside
+    return y, kept, kept & (y >= 0) & (y < classes)
+
+
+@triton.jit
+def _targets(target, other, share, margin, at, other_at, share_at, live, classes, ignore_index,
+             TYPE: tl.constexpr, PROBS: tl.constexpr):  # fmt: skip
+    """Of each row: its target class (0 where there is none), the other one, the share of the first, what the margin
+    takes off the logits of both; which rows count, and of which the classes exist."""
+    m, m2, s, y2 = None, None, None, None
+    if PROBS:
+        y, kept, inside = tl.zeros_like(at).to(tl.int32) - 1, live, live
+    else:
+        y, kept, inside = _load_class(target + at, live, classes, ignore_index)
+        if other is not None:
+            y2, kept2, inside2 = _load_class(other + other_at, live, classes, ignore_index)
+            kept, inside = kept & kept2, inside & inside2
+            y2 = tl.where(inside, y2, 0).to(tl.int32)
+            s = tl.load(share + share_at, mask=live, other=0.0).to(TYPE)
+        tl.device_assert(inside | (kept == 0), "cross_entropy: target out of range")
+        y = tl.where(inside, y, 0).to(tl.int32)
+        if margin is not None:
+            m = tl.load(margin + y, mask=inside, other=0.0).to(TYPE)
+            if other is not None:
+                m *= s
+                m2 = (1.0 - s) * tl.load(margin + y2, mask=inside, other=0.0).to(TYPE)
+                both = y == y2
+                m, m2 = tl.where(both, m + m2, m), tl.where(both, m + m2, m2)
+    return y, y2, s, m, m2, kept, inside
+
+
+@triton.jit
+def _count(kept, inside, y, y2, s, weight, TYPE: tl.constexpr, PROBS: tl.constexpr):
+    """What each row counts in a mean."""
+    count = tl.where(kept, 1.0, 0.0).to(TYPE)
+    if weight is not None and not PROBS:
+        w = tl.load(weight + y, mask=inside, other=0.0).to(TYPE)
+        if y2 is not None:
+            w2 = tl.load(weight + y2, mask=inside, other=0.0).to(TYPE)
+            w = tl.where(s == 0.0, 0.0, s * w) + tl.where(s == 1.0, 0.0, (1.0 - s) * w2)
+        count *= w
+    return count
 
 
 @triton.jit
@@ -132,28 +180,58 @@ def _edges(first, count, classes, PEEL: tl.constexpr):
 
 
 @triton.jit
-def _logits(pointer, mask, c, y, adjustment, margin, scale, TYPE: tl.constexpr, SCALED: tl.constexpr):
-    """z of a tile; −inf where the mask is off, after every transformation. `margin` is that of the row's target."""
-    z = tl.load(pointer, mask=mask, other=float("-inf")).to(TYPE)
+def _load(pointer, mask, TYPE: tl.constexpr):
+    return tl.load(pointer, mask=mask, other=float("-inf")).to(TYPE)
+
+
+@triton.jit
+def _probabilities(target, offset, phase, classes, column, step, mask, FAST: tl.constexpr, PEEL: tl.constexpr,
+                   TYPE: tl.constexpr, WANTED: tl.constexpr):  # fmt: skip
+    """The target's tile, where it is WANTED."""
+    if WANTED:
+        start, _, _ = _span(target, offset, phase, classes, PEEL)
+        at = column if FAST == "class" else column.to(tl.int64) * step
+        return tl.load(start[:, None] + at[None, :], mask=mask, other=0.0).to(TYPE)
+    else:
+        return None
+
+
+@triton.jit
+def _probability_edges(target, offset, c, mask, TYPE: tl.constexpr, WANTED: tl.constexpr):
+    if WANTED:
+        return tl.load((target + offset)[:, None] + c, mask=mask, other=0.0).to(TYPE)
+    else:
+        return None
+
+
+@triton.jit
+def _adjust(z, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE: tl.constexpr, SCALED: tl.constexpr,
+            PROBS: tl.constexpr):  # fmt: skip
+    """From a tile of x to z; −inf where the mask is off, after every transformation."""
     if adjustment is not None:
         z += tl.load(adjustment + c, mask=mask, other=0.0).to(TYPE)
     if margin is not None:
-        z -= tl.where(c == y[:, None], margin[:, None], 0.0)
+        if PROBS:
+            z -= q * tl.load(margin + c, mask=mask, other=0.0).to(TYPE)
+        else:
+            if y2 is not None:
+                z -= tl.where((c == y2[:, None]) & (c != y[:, None]), m_y2[:, None], 0.0)
+            z -= tl.where(c == y[:, None], m_y[:, None], 0.0)
     if SCALED:
         z *= scale
-    if SCALED or adjustment is not None:
+    if SCALED or adjustment is not None or (PROBS and margin is not None):
         z = tl.where(mask, z, float("-inf"))
     return z
 
 
 @triton.jit
-def _target_logit(pointer, inside, y, step, adjustment, margin, scale, TYPE: tl.constexpr, SCALED: tl.constexpr):
-    """z_y of each row, from memory; NaN where the class does not exist."""
+def _target_logit(pointer, inside, y, step, adjustment, m_y, scale, TYPE: tl.constexpr, SCALED: tl.constexpr):
+    """z of a target of each row, from memory; NaN where the class does not exist."""
     z = tl.load(pointer + y.to(tl.int64) * step, mask=inside, other=float("nan")).to(TYPE)
     if adjustment is not None:
         z += tl.load(adjustment + y, mask=inside, other=0.0).to(TYPE)
-    if margin is not None:
-        z -= margin
+    if m_y is not None:
+        z -= m_y
     if SCALED:
         z *= scale
     return z
@@ -180,151 +258,276 @@ def _merge(m, s, m2, s2):
     return top, s * tl.exp(m - top) + s2 * tl.exp(m2 - top)
 
 
+@triton.jit
+def _largest(x, c, NOWHERE: tl.constexpr):
+    """The largest x of each row and the lowest class that has it. (NaN is no candidate.)"""
+    top = tl.max(x, 1)
+    return top, tl.min(tl.where(x == top[:, None], c, NOWHERE), 1)
+
+
+@triton.jit
+def _larger(x, c, x2, c2):
+    return tl.maximum(x, x2), tl.where((x2 > x) | ((x2 == x) & (c2 < c)), c2, c)
+
+
+# ---- rows whose every class has a share of its own: probabilities, or smoothing with gamma --------------------------
+
+
+@triton.jit
+def _shares(q, c, mask, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE: tl.constexpr,
+            SMOOTH: tl.constexpr, PROBS: tl.constexpr):  # fmt: skip
+    """q_c·v_c of a tile, 0 where the mask is off."""
+    if not PROBS:
+        if y2 is None:
+            q = tl.where(c == y[:, None], 1.0, 0.0).to(TYPE)
+        else:
+            q = tl.where(c == y[:, None], s[:, None], 0.0) + tl.where(c == y2[:, None], 1.0 - s[:, None], 0.0)
+    if SMOOTH:
+        q = q * (1.0 - smoothing) + smoothing / classes
+    v = _class_factor(weight, alpha, alpha_scale, c, mask, TYPE)
+    return tl.where(mask & (q != 0.0) & (v != 0.0), q * v, 0.0)
+
+
+@triton.jit
+def _dense_sums(z, qv, high, log_sum, gamma, FOCAL: tl.constexpr):
+    """Σ_c q_c·v_c·(1 − p_c)^γ·(−log p_c) of each row, and S = Σ_c q_c·v_c·F_c."""
+    log_p = (z - high[:, None]) - log_sum[:, None]
+    if FOCAL:
+        power, slope = _focal(log_p, gamma)
+        return tl.sum(tl.where(qv == 0.0, 0.0, qv * power * -log_p), 1), tl.sum(qv * slope, 1)
+    else:
+        return tl.sum(tl.where(qv == 0.0, 0.0, qv * -log_p), 1), tl.sum(qv, 1)
+
+
+@triton.jit
+def _dense_slope(z, qv, high, log_sum, g, slopes, gamma, z_loss, FOCAL: tl.constexpr, Z_LOSS: tl.constexpr):
+    """The gradient of a tile, S·p_i − q_i·v_i·F_i, from its rows' S."""
+    log_p = (z - high[:, None]) - log_sum[:, None]
+    p = tl.exp(log_p)
+    total = slopes[:, None]
+    if Z_LOSS:
+        total += 2.0 * z_loss * (high + log_sum)[:, None]
+    if FOCAL:
+        _, slope = _focal(log_p, gamma)
+        t = qv * slope
+        return g[:, None] * ((total - t) * p - t * _one_minus_exp(log_p))  # the digits that p_i − 1 would lose
+    else:
+        return g[:, None] * (total * p - qv)
+
+
 # ---- forward -------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _finish_rows(
-    m, s, deviation, zy, pivot, y, kept, inside, r, rows,
-    weight, alpha, v_sum, loss, lse, denominator, partial,
-    classes, smoothing, gamma, alpha_scale, z_loss,
-    REDUCTION: tl.constexpr, SMOOTH: tl.constexpr, FOCAL: tl.constexpr, Z_LOSS: tl.constexpr,
-    ZERO_IF_EMPTY: tl.constexpr, ALONE: tl.constexpr, TYPE: tl.constexpr,
+def _row_value(
+    m, log_s, deviation, zy, zy2, pivot, y, y2, s, inside, weight, alpha, v_sum,
+    classes, smoothing, gamma, alpha_scale,
+    SMOOTH: tl.constexpr, FOCAL: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """From (maximum, sum) of each row to its loss; then the loss itself, or this program's share of the sum."""
-    log_s = tl.log(s)
-    nll = (m - zy) + log_s
-    term = nll
-    if FOCAL:
-        power, _ = _focal(-nll, gamma)
-        term = power * nll
-    factor = _class_factor(weight, alpha, alpha_scale, y, inside, TYPE)
-    if SMOOTH:
-        factor *= 1.0 - smoothing
-    value = tl.where(factor == 0.0, 0.0, factor * term)  # a class without a share has none, were its log p −inf
+    """The loss of each row, from what is known of it, without z_loss."""
+    value = _target_term(m, log_s, zy, y, inside, s, weight, alpha, alpha_scale, smoothing, gamma,
+                         SMOOTH, FOCAL, TYPE)  # fmt: skip
+    if y2 is not None:
+        value += _target_term(m, log_s, zy2, y2, inside, 1.0 - s, weight, alpha, alpha_scale, smoothing, gamma,
+                              SMOOTH, FOCAL, TYPE)  # fmt: skip
     if SMOOTH:
         total = tl.full([], 1.0, TYPE) * classes
         if v_sum is not None:
             total = tl.load(v_sum)
-        even = total * ((m - pivot) + log_s) - deviation
-        value += smoothing / classes * alpha_scale * even
+        value += smoothing / classes * alpha_scale * (total * ((m - pivot) + log_s) - deviation)
+    return value
+
+
+@triton.jit
+def _target_term(m, log_s, zy, y, inside, s, weight, alpha, alpha_scale, smoothing, gamma,
+                 SMOOTH: tl.constexpr, FOCAL: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
+    term = (m - zy) + log_s
+    if FOCAL:
+        power, _ = _focal(-term, gamma)
+        term = power * term
+    factor = _class_factor(weight, alpha, alpha_scale, y, inside, TYPE)
+    if s is not None:
+        factor = tl.where(s == 0.0, 0.0, factor * s)
+    if SMOOTH:
+        factor *= 1.0 - smoothing
+    return tl.where(factor == 0.0, 0.0, factor * term)  # a class without a share has none, were its log p −inf
+
+
+@triton.jit
+def _deliver(
+    value, count, m, log_s, kept, r, rows, loss, losses, denominator, partial, z_loss,
+    REDUCTION: tl.constexpr, Z_LOSS: tl.constexpr, ZERO_IF_EMPTY: tl.constexpr, ALONE: tl.constexpr,
+    TYPE: tl.constexpr,
+):  # fmt: skip
+    """From each row's loss to the loss itself, or to this program's share of the sum."""
     if Z_LOSS:
         value += z_loss * (m + log_s) * (m + log_s)
     value = tl.where(kept, value, 0.0)
     live = r >= 0
-    tl.store(lse + r, tl.where(kept, m, 0.0), mask=live)
-    tl.store(lse + rows + r, tl.where(kept, log_s, 0.0), mask=live)
+    if losses is not None:
+        tl.store(losses + r, value, mask=live)
     if REDUCTION == NONE:
         tl.store(loss + r, value.to(loss.dtype.element_ty), mask=live)
         if tl.program_id(0) == 0:
             tl.store(denominator, tl.full([], 1.0, TYPE))
+    elif ALONE:
+        _write_loss(tl.sum(value), tl.sum(count), loss, denominator, REDUCTION, ZERO_IF_EMPTY)
     else:
-        count = tl.where(kept, 1.0, 0.0).to(TYPE)
-        if weight is not None:
-            count *= tl.load(weight + y, mask=inside, other=0.0).to(TYPE)
-        if ALONE:
-            _write_loss(tl.sum(value), tl.sum(count), loss, denominator, REDUCTION, ZERO_IF_EMPTY)
-        else:
-            pid = tl.program_id(0)
-            tl.store(partial + pid, tl.sum(value))
-            tl.store(partial + tl.num_programs(0) + pid, tl.sum(count))
+        pid = tl.program_id(0)
+        tl.store(partial + pid, tl.sum(value))
+        tl.store(partial + tl.num_programs(0) + pid, tl.sum(count))
+
+
+@triton.jit
+def _divisor(count, REDUCTION: tl.constexpr, ZERO_IF_EMPTY: tl.constexpr):
+    divisor = count if REDUCTION == MEAN else tl.full([], 1.0, count.dtype)
+    if ZERO_IF_EMPTY:
+        divisor = tl.where(divisor == 0.0, 1.0, divisor)
+    return divisor
 
 
 @triton.jit
 def _write_loss(total, count, loss, denominator, REDUCTION: tl.constexpr, ZERO_IF_EMPTY: tl.constexpr):
-    divisor = count if REDUCTION == MEAN else tl.full([], 1.0, count.dtype)
-    if ZERO_IF_EMPTY:
-        divisor = tl.where(divisor == 0.0, 1.0, divisor)
+    divisor = _divisor(count, REDUCTION, ZERO_IF_EMPTY)
     tl.store(denominator, divisor)
     tl.store(loss, (total / divisor).to(loss.dtype.element_ty))
 
 
+@triton.jit
+def _store_row(to, value, kept, r):
+    if to is not None:
+        tl.store(to + r, tl.where(kept, value, 0), mask=r >= 0)
+
+
 @_kernel
 def _forward(
-    x, target, weight, alpha, adjustment, margin, v_sum, loss, lse, denominator, partial,
+    x, target, other, share, weight, alpha, adjustment, margin, v_sum, counted,
+    loss, lse, denominator, losses, argmax, grad, partial,
     inner, outer, classes, phase,
-    x_outer, x_inner, x_class, t_outer, t_inner, r_outer, r_inner,
+    x_outer, x_inner, x_class, t_outer, t_inner, t_class, o_outer, o_inner, s_outer, s_inner,
+    g_outer, g_inner, g_class, r_outer, r_inner,
     ignore_index, smoothing: tl.float64, gamma: tl.float64, alpha_scale: tl.float64, scale: tl.float64,
     z_loss: tl.float64,
     blocks_per_split,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
-    FAST: tl.constexpr, UNIT: tl.constexpr, PEEL: tl.constexpr, TYPE: tl.constexpr,
+    FAST: tl.constexpr, UNIT: tl.constexpr, PEEL: tl.constexpr, TYPE: tl.constexpr, PROBS: tl.constexpr,
     REDUCTION: tl.constexpr, SMOOTH: tl.constexpr, FOCAL: tl.constexpr, SCALED: tl.constexpr,
     Z_LOSS: tl.constexpr, ZERO_IF_EMPTY: tl.constexpr, ALONE: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows: their losses (WHOLE: the classes fit in one block), or with SPLIT their partial sums."""
+    """One tile of rows: their losses and, where asked for, their gradient (WHOLE: the classes fit in one block, and are
+    read once for both); with SPLIT their partial sums. Rows that are not whole and in which every class has a share get
+    their log-sum-exp here and their losses from _dense."""
+    DENSE: tl.constexpr = PROBS or (SMOOTH and FOCAL)
+    LINEAR: tl.constexpr = SMOOTH and not DENSE
     smoothing, gamma, z_loss = tl.full([], smoothing, TYPE), tl.full([], gamma, TYPE), tl.full([], z_loss, TYPE)
     alpha_scale, scale = tl.full([], alpha_scale, TYPE), tl.full([], scale, TYPE)
     lowest = tl.full([], LOWEST, TYPE)  # where maxima start: −inf − (−inf) must not arise
+    g_outer, g_inner, g_class = _units(inner, classes, g_outer, g_inner, g_class, FAST, UNIT)[2:]
+    if PROBS:
+        t_outer, t_inner, t_class = _units(inner, classes, t_outer, t_inner, t_class, FAST, UNIT)[2:]
     inner, classes, x_outer, x_inner, x_class = _units(inner, classes, x_outer, x_inner, x_class, FAST, UNIT)
     o, i, live = _rows_of(inner, outer, ROWS)
-    y, kept, inside = _targets(target, o * t_outer + i * t_inner, live, classes, ignore_index)
-    m_y = None
-    if margin is not None:
-        m_y = tl.load(margin + y, mask=inside, other=0.0).to(TYPE)
+    t_at = o * t_outer + (i if PROBS and FAST == "row" else i * t_inner)
+    y, y2, s, m_y, m_y2, kept, inside = _targets(
+        target, other, share, margin, t_at, o * o_outer + i * o_inner, o * s_outer + i * s_inner, live, classes,
+        ignore_index, TYPE, PROBS)  # fmt: skip
     offset = o * x_outer + (i if FAST == "row" else i * x_inner)
     read = live if FAST == "row" else kept  # a mask from memory, along the fast axis, would break the vectors
     start, first, count = _span(x, offset, phase, classes, PEEL)
     lane = tl.arange(0, BLOCK)
     step = lane if FAST == "class" else lane.to(tl.int64) * x_class
+    zy2 = None
 
     if WHOLE:
         c = first + lane[None, :]
         mask = read[:, None] & (lane[None, :] < count)
-        z = _logits(start[:, None] + step[None, :], mask, c, y, adjustment, m_y, scale, TYPE, SCALED)
+        raw = _load(start[:, None] + step[None, :], mask, TYPE)
+        q = _probabilities(target, t_at, phase, classes, lane, t_class, mask, FAST, PEEL, TYPE, PROBS)
+        if argmax is not None:
+            best, best_c = _largest(raw, c, NOWHERE)
+        z = _adjust(raw, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
         m = tl.maximum(tl.max(z, 1), lowest)
-        s = tl.sum(tl.exp(z - m[:, None]), 1)
-        zy = _pick(z, mask, c, y)
-    elif SMOOTH or not SPLIT:
+        total = tl.sum(tl.exp(z - m[:, None]), 1)
+        if not DENSE:
+            zy = _pick(z, mask, c, y)
+            if y2 is not None:
+                zy2 = _pick(z, mask, c, y2)
+    elif not DENSE and (SMOOTH or not SPLIT):
         zy = _target_logit(x + offset, inside, y, x_class, adjustment, m_y, scale, TYPE, SCALED)
+        if y2 is not None:
+            zy2 = _target_logit(x + offset, inside, y2, x_class, adjustment, m_y2, scale, TYPE, SCALED)
     if PEEL:
         ce, mask_e = _edges(first, count, classes, PEEL)
         mask_e = mask_e & read[:, None]
         if SPLIT:
             mask_e = mask_e & (tl.program_id(1) == 0)
-        ze = _logits((x + offset)[:, None] + ce, mask_e, ce, y, adjustment, m_y, scale, TYPE, SCALED)
+        raw_e = _load((x + offset)[:, None] + ce, mask_e, TYPE)
+        qe = _probability_edges(target, t_at, ce, mask_e, TYPE, PROBS)
+        ze = _adjust(raw_e, mask_e, ce, y, y2, qe, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
         m_e = tl.maximum(tl.max(ze, 1), lowest)
         s_e = tl.sum(tl.exp(ze - m_e[:, None]), 1)
+        if argmax is not None:
+            best_e, best_ce = _largest(raw_e, ce, NOWHERE)
         if WHOLE:
-            m, s = _merge(m, s, m_e, s_e)
-            zy += _pick(ze, mask_e, ce, y)
-    if WHOLE:
+            m, total = _merge(m, total, m_e, s_e)
+            if argmax is not None:
+                best, best_c = _larger(best, best_c, best_e, best_ce)
+            if not DENSE:
+                zy += _pick(ze, mask_e, ce, y)
+                if y2 is not None:
+                    zy2 += _pick(ze, mask_e, ce, y2)
+    if WHOLE and not DENSE:
         zy = tl.where(inside, zy, float("nan"))
-    if SMOOTH or not SPLIT:
+    if not DENSE and (SMOOTH or not SPLIT):
         pivot = tl.where(tl.abs(zy) <= -lowest, zy, 0.0)
 
     if WHOLE:
-        if SMOOTH:
+        if LINEAR:
             deviation = tl.sum(_deviation(z, pivot[:, None], mask, c, weight, alpha, TYPE), 1)
     else:
         ms = tl.full([ROWS, BLOCK // FOLD], lowest, TYPE)
         ss = tl.zeros([ROWS, BLOCK // FOLD], TYPE)
-        if SMOOTH:
+        if LINEAR:
             ds = tl.zeros([ROWS, BLOCK // FOLD], TYPE)
         begin = tl.program_id(1) * blocks_per_split * BLOCK
         end = tl.minimum(begin + blocks_per_split * BLOCK, classes)
+        if argmax is not None:
+            bests = tl.full([ROWS, BLOCK // FOLD], float("-inf"), TYPE)
+            best_cs = first + begin + tl.zeros([ROWS, 1], tl.int32) + tl.arange(0, BLOCK // FOLD)[None, :]
         for b in range(begin, end, BLOCK):
             c = first + (b + lane)[None, :]
             mask = read[:, None] & ((b + lane)[None, :] < count)
             at = b if FAST == "class" else b * x_class.to(tl.int64)
-            z = _logits((start + at)[:, None] + step[None, :], mask, c, y, adjustment, m_y, scale, TYPE, SCALED)
+            raw = _load((start + at)[:, None] + step[None, :], mask, TYPE)
+            q_b = _probabilities(target, t_at, phase, classes, b + lane, t_class, mask, FAST, PEEL, TYPE,
+                                 PROBS and margin is not None)  # fmt: skip
+            z = _adjust(raw, mask, c, y, y2, q_b, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
             # FOLD elements that one thread holds share a maximum: 1 + 1/FOLD exponentials each, no exchange.
             zf = tl.reshape(z, (ROWS, FOLD, BLOCK // FOLD))
             top = tl.maximum(ms, tl.max(zf, 1))
             ss = ss * tl.exp(ms - top) + tl.sum(tl.exp(zf - top[:, None, :]), 1)
             ms = top
-            if SMOOTH:
+            if LINEAR:
                 d = _deviation(z, pivot[:, None], mask, c, weight, alpha, TYPE)
                 ds += tl.sum(tl.reshape(d, (ROWS, FOLD, BLOCK // FOLD)), 1)
+            if argmax is not None:
+                found, strip = tl.max(tl.reshape(raw, (ROWS, FOLD, BLOCK // FOLD)), 1, return_indices=True)
+                found_c = first + b + strip * (BLOCK // FOLD) + tl.arange(0, BLOCK // FOLD)[None, :]
+                best_cs = tl.where(found > bests, found_c, best_cs)
+                bests = tl.where(found > bests, found, bests)
         m = tl.max(ms, 1)
-        s = tl.sum(ss * tl.exp(ms - m[:, None]), 1)
+        total = tl.sum(ss * tl.exp(ms - m[:, None]), 1)
+        if argmax is not None:
+            best, best_c = _largest(bests, best_cs, NOWHERE)
         if PEEL:
-            m, s = _merge(m, s, m_e, s_e)
-        if SMOOTH:
+            m, total = _merge(m, total, m_e, s_e)
+            if argmax is not None:
+                best, best_c = _larger(best, best_c, best_e, best_ce)
+        if LINEAR:
             deviation = tl.sum(ds, 1)
-    if SMOOTH and PEEL:
+    if LINEAR and PEEL:
         deviation += tl.sum(_deviation(ze, pivot[:, None], mask_e, ce, weight, alpha, TYPE), 1)
-    if not SMOOTH:
+    if not LINEAR:
         deviation = m
 
     r = tl.where(live, o * r_outer + i * r_inner, -1)
@@ -333,37 +536,96 @@ def _forward(
         at = partial + tl.program_id(1) * rows + r
         plane = tl.num_programs(1) * rows
         tl.store(at, m, mask=live)
-        tl.store(at + plane, s, mask=live)
-        if SMOOTH:
+        tl.store(at + plane, total, mask=live)
+        if LINEAR:
             tl.store(at + 2 * plane, deviation, mask=live)
+        if argmax is not None:
+            tl.store(at + 3 * plane, best, mask=live)
+            tl.store(argmax + tl.program_id(1) * rows + r, best_c.to(tl.int64), mask=live)
     else:
-        _finish_rows(m, s, deviation, zy, pivot, y, kept, inside, r, rows, weight, alpha, v_sum, loss, lse, denominator,
-                     partial, classes, smoothing, gamma, alpha_scale, z_loss,
-                     REDUCTION, SMOOTH, FOCAL, Z_LOSS, ZERO_IF_EMPTY, ALONE, TYPE)  # fmt: skip
+        log_s = tl.log(total)
+        _store_row(lse, m, kept, r)
+        _store_row(lse + rows, log_s, kept, r)
+        if argmax is not None:
+            _store_row(argmax, tl.minimum(best_c, classes - 1).to(tl.int64), kept, r)
+        if not DENSE:
+            value = _row_value(m, log_s, deviation, zy, zy2, pivot, y, y2, s, inside, weight, alpha, v_sum, classes,
+                               smoothing, gamma, alpha_scale, SMOOTH, FOCAL, TYPE)  # fmt: skip
+        elif WHOLE:
+            qv = _shares(q, c, mask, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
+            value, slopes = _dense_sums(z, qv, m, log_s, gamma, FOCAL)
+            if PEEL:
+                qve = _shares(qe, ce, mask_e, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH,
+                              PROBS)  # fmt: skip
+                value_e, slopes_e = _dense_sums(ze, qve, m, log_s, gamma, FOCAL)
+                value += value_e
+                slopes += slopes_e
+        if WHOLE or not DENSE:
+            counts = _count(kept, inside, y, y2, s, weight, TYPE, PROBS)
+            _deliver(value, counts, m, log_s, kept, r, rows, loss, losses, denominator, partial, z_loss,
+                     REDUCTION, Z_LOSS, ZERO_IF_EMPTY, ALONE, TYPE)  # fmt: skip
+        if grad is not None:
+            number = tl.sum(counts)
+            if counted is not None:
+                number = tl.load(counted).to(TYPE)
+            g = tl.zeros_like(m) + scale / _divisor(number, REDUCTION, ZERO_IF_EMPTY)
+            to = o * g_outer + (i if FAST == "row" else i * g_inner)
+            out, _, _ = _span(grad, to, phase, classes, PEEL)
+            out_step = lane if FAST == "class" else lane.to(tl.int64) * g_class
+            if not DENSE:
+                steep, even, at_y, at_y2 = _row_gradient(
+                    g, m, log_s, zy, zy2, y, y2, s, inside, weight, alpha, v_sum, classes, smoothing, gamma,
+                    alpha_scale, z_loss, TYPE, SMOOTH, FOCAL, Z_LOSS)  # fmt: skip
+            if WHOLE:
+                if DENSE:
+                    dx = _dense_slope(z, qv, m, log_s, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
+                else:
+                    dx = _slope(z, c, mask, m, log_s, y, y2, at_y, at_y2, steep, even, weight, alpha, TYPE, SMOOTH)
+                dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
+                tl.store(out[:, None] + out_step[None, :], dx, mask=live[:, None] & (lane[None, :] < count))
+            else:  # the row once more, soon enough to find it in L2
+                for b in range(0, classes, BLOCK):
+                    c = first + (b + lane)[None, :]
+                    in_row = (b + lane)[None, :] < count
+                    mask = read[:, None] & in_row
+                    at = b if FAST == "class" else b * x_class.to(tl.int64)
+                    z = _load((start + at)[:, None] + step[None, :], mask, TYPE)
+                    z = _adjust(z, mask, c, y, y2, None, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
+                    dx = _slope(z, c, mask, m, log_s, y, y2, at_y, at_y2, steep, even, weight, alpha, TYPE, SMOOTH)
+                    dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
+                    out_at = b if FAST == "class" else b * g_class.to(tl.int64)
+                    tl.store((out + out_at)[:, None] + out_step[None, :], dx, mask=live[:, None] & in_row)
+            if PEEL:
+                _, edge = _edges(first, count, classes, PEEL)
+                if DENSE:
+                    dx = _dense_slope(ze, qve, m, log_s, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
+                else:
+                    dx = _slope(ze, ce, mask_e, m, log_s, y, y2, at_y, at_y2, steep, even, weight, alpha, TYPE, SMOOTH)
+                dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
+                tl.store((grad + to)[:, None] + ce, dx, mask=live[:, None] & edge)
 
 
 @_kernel
 def _merge_splits(
-    x, target, weight, alpha, adjustment, margin, v_sum, loss, lse, denominator, partial, splits_partial,
+    x, target, other, share, weight, alpha, adjustment, margin, v_sum,
+    loss, lse, denominator, losses, argmax, target_logits, partial, splits_partial, splits_argmax,
     inner, outer, classes, splits,
-    x_outer, x_inner, x_class, t_outer, t_inner, r_outer, r_inner,
+    x_outer, x_inner, x_class, t_outer, t_inner, o_outer, o_inner, s_outer, s_inner, r_outer, r_inner,
     ignore_index, smoothing: tl.float64, gamma: tl.float64, alpha_scale: tl.float64, scale: tl.float64,
     z_loss: tl.float64,
-    ROWS: tl.constexpr, SPLITS: tl.constexpr, TYPE: tl.constexpr, REDUCTION: tl.constexpr, SMOOTH: tl.constexpr,
-    FOCAL: tl.constexpr, SCALED: tl.constexpr, Z_LOSS: tl.constexpr, ZERO_IF_EMPTY: tl.constexpr,
-    ALONE: tl.constexpr, LOWEST: tl.constexpr,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, TYPE: tl.constexpr, PROBS: tl.constexpr, REDUCTION: tl.constexpr,
+    SMOOTH: tl.constexpr, FOCAL: tl.constexpr, SCALED: tl.constexpr, Z_LOSS: tl.constexpr,
+    ZERO_IF_EMPTY: tl.constexpr, ALONE: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial sums of rows that several programs read, always in the same order."""
+    DENSE: tl.constexpr = PROBS or (SMOOTH and FOCAL)
     smoothing, gamma, z_loss = tl.full([], smoothing, TYPE), tl.full([], gamma, TYPE), tl.full([], z_loss, TYPE)
     alpha_scale, scale = tl.full([], alpha_scale, TYPE), tl.full([], scale, TYPE)
-    lowest = tl.full([], LOWEST, TYPE)  # where maxima start: −inf − (−inf) must not arise
+    lowest = tl.full([], LOWEST, TYPE)
     o, i, live = _rows_of(inner, outer, ROWS)
-    y, kept, inside = _targets(target, o * t_outer + i * t_inner, live, classes, ignore_index)
-    m_y = None
-    if margin is not None:
-        m_y = tl.load(margin + y, mask=inside, other=0.0).to(TYPE)
-    zy = _target_logit(x + o * x_outer + i * x_inner, inside, y, x_class, adjustment, m_y, scale, TYPE, SCALED)
-    pivot = tl.where(tl.abs(zy) <= -lowest, zy, 0.0)
+    y, y2, s, m_y, m_y2, kept, inside = _targets(
+        target, other, share, margin, o * t_outer + i * t_inner, o * o_outer + i * o_inner, o * s_outer + i * s_inner,
+        live, classes, ignore_index, TYPE, PROBS)  # fmt: skip
     r = tl.where(live, o * r_outer + i * r_inner, -1)
     rows = outer.to(tl.int64) * inner
     split = tl.arange(0, SPLITS)[None, :]
@@ -371,13 +633,134 @@ def _merge_splits(
     mask = live[:, None] & (split < splits)
     ms = tl.load(at, mask=mask, other=LOWEST)
     m = tl.max(ms, 1)
-    s = tl.sum(tl.load(at + splits * rows, mask=mask, other=0.0) * tl.exp(ms - m[:, None]), 1)
-    deviation = m
-    if SMOOTH:
-        deviation = tl.sum(tl.load(at + 2 * splits * rows, mask=mask, other=0.0), 1)
-    _finish_rows(m, s, deviation, zy, pivot, y, kept, inside, r, rows, weight, alpha, v_sum, loss, lse, denominator,
-                 partial, classes, smoothing, gamma, alpha_scale, z_loss,
-                 REDUCTION, SMOOTH, FOCAL, Z_LOSS, ZERO_IF_EMPTY, ALONE, TYPE)  # fmt: skip
+    log_s = tl.log(tl.sum(tl.load(at + splits * rows, mask=mask, other=0.0) * tl.exp(ms - m[:, None]), 1))
+    _store_row(lse, m, kept, r)
+    _store_row(lse + rows, log_s, kept, r)
+    if argmax is not None:
+        best = tl.load(at + 3 * splits * rows, mask=mask, other=float("-inf"))
+        best_c = tl.load(splits_argmax + split * rows + r[:, None], mask=mask, other=NOWHERE)
+        _, best_c = _largest(best, best_c, NOWHERE)
+        _store_row(argmax, tl.minimum(best_c, classes - 1), kept, r)
+    if not DENSE:
+        at_x = x + o * x_outer + i * x_inner
+        zy = _target_logit(at_x, inside, y, x_class, adjustment, m_y, scale, TYPE, SCALED)
+        _store_row(target_logits, zy, kept, r)
+        zy2 = None
+        if y2 is not None:
+            zy2 = _target_logit(at_x, inside, y2, x_class, adjustment, m_y2, scale, TYPE, SCALED)
+            if target_logits is not None:
+                _store_row(target_logits + rows, zy2, kept, r)
+        deviation = m
+        if SMOOTH:
+            deviation = tl.sum(tl.load(at + 2 * splits * rows, mask=mask, other=0.0), 1)
+        pivot = tl.where(tl.abs(zy) <= -lowest, zy, 0.0)
+        value = _row_value(m, log_s, deviation, zy, zy2, pivot, y, y2, s, inside, weight, alpha, v_sum, classes,
+                           smoothing, gamma, alpha_scale, SMOOTH, FOCAL, TYPE)  # fmt: skip
+        counts = _count(kept, inside, y, y2, s, weight, TYPE, PROBS)
+        _deliver(value, counts, m, log_s, kept, r, rows, loss, losses, denominator, partial, z_loss,
+                 REDUCTION, Z_LOSS, ZERO_IF_EMPTY, ALONE, TYPE)  # fmt: skip
+
+
+@_kernel
+def _dense(
+    x, target, other, share, weight, alpha, adjustment, margin, lse, sums,
+    inner, outer, classes, phase,
+    x_outer, x_inner, x_class, t_outer, t_inner, t_class, o_outer, o_inner, s_outer, s_inner, r_outer, r_inner,
+    ignore_index, smoothing: tl.float64, gamma: tl.float64, alpha_scale: tl.float64, scale: tl.float64,
+    blocks_per_split,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr, UNIT: tl.constexpr, PEEL: tl.constexpr,
+    TYPE: tl.constexpr, PROBS: tl.constexpr, SMOOTH: tl.constexpr, FOCAL: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Rows too long for one block, in which every class has a share: what _dense_sums adds up, per split and row."""
+    smoothing, gamma = tl.full([], smoothing, TYPE), tl.full([], gamma, TYPE)
+    alpha_scale, scale = tl.full([], alpha_scale, TYPE), tl.full([], scale, TYPE)
+    if PROBS:
+        t_outer, t_inner, t_class = _units(inner, classes, t_outer, t_inner, t_class, FAST, UNIT)[2:]
+    inner, classes, x_outer, x_inner, x_class = _units(inner, classes, x_outer, x_inner, x_class, FAST, UNIT)
+    o, i, live = _rows_of(inner, outer, ROWS)
+    t_at = o * t_outer + (i if PROBS and FAST == "row" else i * t_inner)
+    y, y2, s, m_y, m_y2, kept, _ = _targets(
+        target, other, share, margin, t_at, o * o_outer + i * o_inner, o * s_outer + i * s_inner, live, classes,
+        ignore_index, TYPE, PROBS)  # fmt: skip
+    r = tl.where(live, o * r_outer + i * r_inner, -1)
+    rows = outer.to(tl.int64) * inner
+    high = tl.load(lse + r, mask=live, other=0.0)
+    log_sum = tl.load(lse + rows + r, mask=live, other=0.0)
+    offset = o * x_outer + (i if FAST == "row" else i * x_inner)
+    read = live if FAST == "row" else kept
+    start, first, count = _span(x, offset, phase, classes, PEEL)
+    lane = tl.arange(0, BLOCK)
+    step = lane if FAST == "class" else lane.to(tl.int64) * x_class
+    value, slopes = tl.zeros_like(high), tl.zeros_like(high)
+    begin = tl.program_id(1) * blocks_per_split * BLOCK
+    end = tl.minimum(begin + blocks_per_split * BLOCK, classes)
+    for b in range(begin, end, BLOCK):
+        c = first + (b + lane)[None, :]
+        mask = read[:, None] & ((b + lane)[None, :] < count)
+        at = b if FAST == "class" else b * x_class.to(tl.int64)
+        z = _load((start + at)[:, None] + step[None, :], mask, TYPE)
+        q = _probabilities(target, t_at, phase, classes, b + lane, t_class, mask, FAST, PEEL, TYPE, PROBS)
+        z = _adjust(z, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
+        qv = _shares(q, c, mask, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
+        more, more_slopes = _dense_sums(z, qv, high, log_sum, gamma, FOCAL)
+        value += more
+        slopes += more_slopes
+    if PEEL:
+        ce, mask_e = _edges(first, count, classes, PEEL)
+        mask_e = mask_e & read[:, None] & (tl.program_id(1) == 0)
+        z = _load((x + offset)[:, None] + ce, mask_e, TYPE)
+        q_e = _probability_edges(target, t_at, ce, mask_e, TYPE, PROBS)
+        z = _adjust(z, mask_e, ce, y, y2, q_e, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
+        qv = _shares(q_e, ce, mask_e, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
+        more, more_slopes = _dense_sums(z, qv, high, log_sum, gamma, FOCAL)
+        value += more
+        slopes += more_slopes
+    at = sums + tl.program_id(1) * rows + r
+    tl.store(at, value, mask=live)
+    tl.store(at + tl.num_programs(1) * rows, slopes, mask=live)
+
+
+@_kernel
+def _finish_dense(
+    target, other, share, weight, sums, loss, lse, denominator, losses, partial,
+    inner, outer, classes, splits,
+    t_outer, t_inner, o_outer, o_inner, s_outer, s_inner, r_outer, r_inner,
+    ignore_index, z_loss: tl.float64,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, TYPE: tl.constexpr, PROBS: tl.constexpr, REDUCTION: tl.constexpr,
+    Z_LOSS: tl.constexpr, ZERO_IF_EMPTY: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    z_loss = tl.full([], z_loss, TYPE)
+    o, i, live = _rows_of(inner, outer, ROWS)
+    y, y2, s, _, _, kept, inside = _targets(
+        target, other, share, None, o * t_outer + i * t_inner, o * o_outer + i * o_inner, o * s_outer + i * s_inner,
+        live, classes, ignore_index, TYPE, PROBS)  # fmt: skip
+    r = tl.where(live, o * r_outer + i * r_inner, -1)
+    rows = outer.to(tl.int64) * inner
+    high = tl.load(lse + r, mask=live, other=0.0)
+    log_sum = tl.load(lse + rows + r, mask=live, other=0.0)
+    value = _over_splits(sums, r, rows, live, splits, SPLITS)
+    counts = _count(kept, inside, y, y2, s, weight, TYPE, PROBS)
+    _deliver(value, counts, high, log_sum, kept, r, rows, loss, losses, denominator, partial, z_loss,
+             REDUCTION, Z_LOSS, ZERO_IF_EMPTY, ALONE, TYPE)  # fmt: skip
+
+
+@triton.jit
+def _over_splits(sums, r, rows, live, splits, SPLITS: tl.constexpr):
+    split = tl.arange(0, SPLITS)[None, :]
+    return tl.sum(tl.load(sums + split * rows + r[:, None], mask=live[:, None] & (split < splits), other=0.0), 1)
+
+
+@_kernel
+def _count_rows(
+    target, other, share, weight, partial, inner, outer, classes, t_outer, t_inner, o_outer, o_inner, s_outer, s_inner,
+    ignore_index, ROWS: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """What a program's rows count in a mean: the gradient is divided by it before the last row has been read."""
+    o, i, live = _rows_of(inner, outer, ROWS)
+    y, y2, s, _, _, kept, inside = _targets(
+        target, other, share, None, o * t_outer + i * t_inner, o * o_outer + i * o_inner, o * s_outer + i * s_inner,
+        live, classes, ignore_index, TYPE, False)  # fmt: skip
+    tl.store(partial + tl.program_id(0), tl.sum(_count(kept, inside, y, y2, s, weight, TYPE, False)))
 
 
 @triton.jit
@@ -403,8 +786,63 @@ def _sum_partials(
 
 
 @triton.jit
-def _slope(z, c, mask, high, log_sum, y, at_target, a, b, weight, alpha, scale,
-           TYPE: tl.constexpr, SMOOTH: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+def _row_gradient(
+    g, high, log_sum, zy, zy2, y, y2, s, inside, weight, alpha, v_sum, classes, smoothing, gamma, alpha_scale, z_loss,
+    TYPE: tl.constexpr, SMOOTH: tl.constexpr, FOCAL: tl.constexpr, Z_LOSS: tl.constexpr,
+):  # fmt: skip
+    """The numbers of _slope: A, B, and the gradient at the targets, with the digits that p_y − 1 would lose."""
+    b = tl.zeros_like(g)
+    rest = tl.zeros_like(g)
+    if SMOOTH:
+        b = g * smoothing / classes * alpha_scale
+        total = tl.full([], 1.0, TYPE) * classes
+        if v_sum is not None:
+            total = tl.load(v_sum)
+        rest += b * total
+    if Z_LOSS:
+        rest += g * 2.0 * z_loss * (high + log_sum)
+    d, log_p = _target_slope(g, high, log_sum, zy, y, inside, s, weight, alpha, alpha_scale, smoothing, gamma,
+                             SMOOTH, FOCAL, TYPE)  # fmt: skip
+    if y2 is None:
+        at_y = _at_target(rest, d, log_p, b, y, inside, weight, alpha, SMOOTH, TYPE)
+        return d + rest, b, at_y, None
+    else:
+        d2, log_p2 = _target_slope(g, high, log_sum, zy2, y2, inside, 1.0 - s, weight, alpha, alpha_scale, smoothing,
+                                   gamma, SMOOTH, FOCAL, TYPE)  # fmt: skip
+        both = d + d2
+        same = y == y2
+        d, d2 = tl.where(same, both, d), tl.where(same, 0.0, d2)
+        at_y = _at_target(rest + d2, d, log_p, b, y, inside, weight, alpha, SMOOTH, TYPE)
+        at_y2 = _at_target(rest + d, d2, log_p2, b, y2, inside, weight, alpha, SMOOTH, TYPE)
+        return both + rest, b, at_y, at_y2
+
+
+@triton.jit
+def _target_slope(g, high, log_sum, zy, y, inside, s, weight, alpha, alpha_scale, smoothing, gamma,
+                  SMOOTH: tl.constexpr, FOCAL: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
+    log_p = (zy - high) - log_sum
+    d = g * _class_factor(weight, alpha, alpha_scale, y, inside, TYPE)
+    if s is not None:
+        d = tl.where(s == 0.0, 0.0, d * s)
+    if FOCAL:
+        _, factor = _focal(log_p, gamma)
+        d *= factor
+    if SMOOTH:
+        d *= 1.0 - smoothing
+    return d, log_p
+
+
+@triton.jit
+def _at_target(rest, d, log_p, b, y, inside, weight, alpha, SMOOTH: tl.constexpr, TYPE: tl.constexpr):
+    at = rest * tl.exp(log_p) - d * _one_minus_exp(log_p)
+    if SMOOTH:
+        at -= b * _class_factor(weight, alpha, 1.0, y, inside, TYPE)
+    return at
+
+
+@triton.jit
+def _slope(z, c, mask, high, log_sum, y, y2, at_y, at_y2, a, b, weight, alpha,
+           TYPE: tl.constexpr, SMOOTH: tl.constexpr):  # fmt: skip
     """The gradient of a tile from its rows' numbers."""
     g = a[:, None] * tl.exp((z - high[:, None]) - log_sum[:, None])
     if SMOOTH:
@@ -412,29 +850,36 @@ def _slope(z, c, mask, high, log_sum, y, at_target, a, b, weight, alpha, scale,
             g -= b[:, None]
         else:
             g -= b[:, None] * _class_factor(weight, alpha, 1.0, c, mask, TYPE)
-    return tl.where(c == y[:, None], at_target[:, None], g)
+    if y2 is not None:
+        g = tl.where(c == y2[:, None], at_y2[:, None], g)
+    return tl.where(c == y[:, None], at_y[:, None], g)
 
 
 @_kernel
 def _backward(
-    grad_loss, x, target, weight, alpha, adjustment, margin, v_sum, lse, denominator, grad,
-    inner, outer, classes, phase,
-    x_outer, x_inner, x_class, g_outer, g_inner, g_class, t_outer, t_inner, r_outer, r_inner, l_outer, l_inner,
+    grad_loss, x, target, other, share, weight, alpha, adjustment, margin, v_sum, lse, denominator, target_logits, sums,
+    grad,
+    inner, outer, classes, phase, splits,
+    x_outer, x_inner, x_class, g_outer, g_inner, g_class, t_outer, t_inner, t_class, o_outer, o_inner, s_outer, s_inner,
+    r_outer, r_inner, l_outer, l_inner,
     ignore_index, smoothing: tl.float64, gamma: tl.float64, alpha_scale: tl.float64, scale: tl.float64,
     z_loss: tl.float64,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-    FAST: tl.constexpr, UNIT: tl.constexpr, PEEL: tl.constexpr, TYPE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SPLITS: tl.constexpr,
+    FAST: tl.constexpr, UNIT: tl.constexpr, PEEL: tl.constexpr, TYPE: tl.constexpr, PROBS: tl.constexpr,
     SMOOTH: tl.constexpr, FOCAL: tl.constexpr, SCALED: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
+    DENSE: tl.constexpr = PROBS or (SMOOTH and FOCAL)
     smoothing, gamma, z_loss = tl.full([], smoothing, TYPE), tl.full([], gamma, TYPE), tl.full([], z_loss, TYPE)
     alpha_scale, scale = tl.full([], alpha_scale, TYPE), tl.full([], scale, TYPE)
     g_outer, g_inner, g_class = _units(inner, classes, g_outer, g_inner, g_class, FAST, UNIT)[2:]
+    if PROBS:
+        t_outer, t_inner, t_class = _units(inner, classes, t_outer, t_inner, t_class, FAST, UNIT)[2:]
     inner, classes, x_outer, x_inner, x_class = _units(inner, classes, x_outer, x_inner, x_class, FAST, UNIT)
     o, i, live = _rows_of(inner, outer, ROWS)
-    y, kept, inside = _targets(target, o * t_outer + i * t_inner, live, classes, ignore_index)
-    m_y = None
-    if margin is not None:
-        m_y = tl.load(margin + y, mask=inside, other=0.0).to(TYPE)
+    t_at = o * t_outer + (i if PROBS and FAST == "row" else i * t_inner)
+    y, y2, s, m_y, m_y2, kept, inside = _targets(
+        target, other, share, margin, t_at, o * o_outer + i * o_inner, o * s_outer + i * s_inner, live, classes,
+        ignore_index, TYPE, PROBS)  # fmt: skip
     offset = o * x_outer + (i if FAST == "row" else i * x_inner)
     to = o * g_outer + (i if FAST == "row" else i * g_inner)
     read = live if FAST == "row" else kept
@@ -448,55 +893,86 @@ def _backward(
         step, out_step = col, col
     else:
         step, out_step = col.to(tl.int64) * x_class, col.to(tl.int64) * g_class
-    z = _logits(start[:, None] + step[None, :], mask, c, y, adjustment, m_y, scale, TYPE, SCALED)
+    z = _load(start[:, None] + step[None, :], mask, TYPE)
+    q = _probabilities(target, t_at, phase, classes, col, t_class, mask, FAST, PEEL, TYPE, PROBS)
+    z = _adjust(z, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
     if PEEL:
         ce, edge = _edges(first, count, classes, PEEL)
         edge = edge & (tl.program_id(1) == 0)
         mask_e = edge & read[:, None]
-        ze = _logits((x + offset)[:, None] + ce, mask_e, ce, y, adjustment, m_y, scale, TYPE, SCALED)
-    if WHOLE:
-        zy = _pick(z, mask, c, y)
+        ze = _load((x + offset)[:, None] + ce, mask_e, TYPE)
+        qe = _probability_edges(target, t_at, ce, mask_e, TYPE, PROBS)
+        ze = _adjust(ze, mask_e, ce, y, y2, qe, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
+
+    r = o * r_outer + i * r_inner
+    rows = outer.to(tl.int64) * inner
+    high = tl.load(lse + r, mask=live, other=0.0)
+    log_sum = tl.load(lse + rows + r, mask=live, other=0.0)
+    g = tl.zeros_like(high) + scale
+    if grad_loss is not None:
+        g *= tl.load(grad_loss + o * l_outer + i * l_inner, mask=live, other=0.0).to(TYPE)
+    g = g / tl.load(denominator)
+    if DENSE:
+        qv = _shares(q, c, mask, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
         if PEEL:
-            zy += _pick(ze, mask_e, ce, y)
-        zy = tl.where(inside, zy, float("nan"))
+            qve = _shares(qe, ce, mask_e, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH,
+                          PROBS)  # fmt: skip
+        if WHOLE:
+            _, slopes = _dense_sums(z, qv, high, log_sum, gamma, FOCAL)
+            if PEEL:
+                _, slopes_e = _dense_sums(ze, qve, high, log_sum, gamma, FOCAL)
+                slopes += slopes_e
+        else:
+            slopes = _over_splits(sums + splits * rows, r, rows, live, splits, SPLITS)
+        dx = _dense_slope(z, qv, high, log_sum, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
     else:
-        zy = _target_logit(x + offset, inside, y, x_class, adjustment, m_y, scale, TYPE, SCALED)
-
-    # a·p_i − b·v_i, and at the target a·p_y − b·v_y − d with the digits that p_y − 1 would lose
-    lse += o * r_outer + i * r_inner
-    high = tl.load(lse, mask=live, other=0.0)
-    log_sum = tl.load(lse + outer.to(tl.int64) * inner, mask=live, other=0.0)
-    g = tl.load(grad_loss + o * l_outer + i * l_inner, mask=live, other=0.0).to(TYPE)
-    g = g / tl.load(denominator) * scale
-    log_p = (zy - high) - log_sum
-    v_y = _class_factor(weight, alpha, alpha_scale, y, inside, TYPE)
-    d = g * v_y
-    if FOCAL:
-        _, factor = _focal(log_p, gamma)
-        d *= factor
-    b = tl.zeros_like(d)
-    rest = tl.zeros_like(d)
-    if SMOOTH:
-        d *= 1.0 - smoothing
-        b = g * smoothing / classes * alpha_scale
-        total = tl.full([], 1.0, TYPE) * classes
-        if v_sum is not None:
-            total = tl.load(v_sum)
-        rest += b * total
-    if Z_LOSS:
-        rest += g * 2.0 * z_loss * (high + log_sum)
-    at_target = rest * tl.exp(log_p) - d * _one_minus_exp(log_p)
-    if SMOOTH:
-        at_target -= b * _class_factor(weight, alpha, 1.0, y, inside, TYPE)
-    a = d + rest
-
-    dx = _slope(z, c, mask, high, log_sum, y, at_target, a, b, weight, alpha, scale, TYPE, SMOOTH, SCALED)
+        zy2 = None
+        if WHOLE:
+            zy = _pick(z, mask, c, y)
+            if PEEL:
+                zy += _pick(ze, mask_e, ce, y)
+            zy = tl.where(inside, zy, float("nan"))
+            if y2 is not None:
+                zy2 = _pick(z, mask, c, y2)
+                if PEEL:
+                    zy2 += _pick(ze, mask_e, ce, y2)
+        elif target_logits is not None:  # x may be written meanwhile
+            zy = tl.load(target_logits + r, mask=live, other=0.0)
+            if y2 is not None:
+                zy2 = tl.load(target_logits + rows + r, mask=live, other=0.0)
+        else:
+            zy = _target_logit(x + offset, inside, y, x_class, adjustment, m_y, scale, TYPE, SCALED)
+            if y2 is not None:
+                zy2 = _target_logit(x + offset, inside, y2, x_class, adjustment, m_y2, scale, TYPE, SCALED)
+        a, b, at_y, at_y2 = _row_gradient(
+            g, high, log_sum, zy, zy2, y, y2, s, inside, weight, alpha, v_sum, classes, smoothing, gamma, alpha_scale,
+            z_loss, TYPE, SMOOTH, FOCAL, Z_LOSS)  # fmt: skip
+        dx = _slope(z, c, mask, high, log_sum, y, y2, at_y, at_y2, a, b, weight, alpha, TYPE, SMOOTH)
     dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
     tl.store(out[:, None] + out_step[None, :], dx, mask=live[:, None] & inside_row)
     if PEEL:
-        dx = _slope(ze, ce, mask_e, high, log_sum, y, at_target, a, b, weight, alpha, scale, TYPE, SMOOTH, SCALED)
+        if DENSE:
+            dx = _dense_slope(ze, qve, high, log_sum, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
+        else:
+            dx = _slope(ze, ce, mask_e, high, log_sum, y, y2, at_y, at_y2, a, b, weight, alpha, TYPE, SMOOTH)
         dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
         tl.store((grad + to)[:, None] + ce, dx, mask=live[:, None] & edge)
+
+
+@_kernel
+def _scale_gradient(grad, factor, n, BLOCK: tl.constexpr, VECTOR: tl.constexpr, TYPE: tl.constexpr):
+    """grad *= factor, which memory is spared where the factor is 1."""
+    by = tl.load(factor).to(TYPE)
+    if by != 1.0:
+        whole = tl.multiple_of(n // VECTOR * VECTOR, VECTOR)
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = i < whole
+        value = tl.load(grad + i, mask=mask, other=0.0).to(TYPE) * by
+        tl.store(grad + i, value.to(grad.dtype.element_ty), mask=mask)
+        i = whole + tl.arange(0, VECTOR)
+        mask = (i < n) & (tl.program_id(0) == 0)
+        value = tl.load(grad + i, mask=mask, other=0.0).to(TYPE) * by
+        tl.store(grad + i, value.to(grad.dtype.element_ty), mask=mask)
 
 
 # ---- sigmoid focal loss --------------------------------------------------------------------------------------
@@ -613,7 +1089,7 @@ class _Layout:
 
 
 def _layout(tensors: list[torch.Tensor]) -> _Layout:
-    """The layout that serves all of `tensors`, each (N, C, D) and of one dtype."""
+    """The layout that serves all of `tensors`, each (N, C, D)."""
     x = tensors[0]
     n, classes, d = x.shape
     vector = 16 // x.element_size()
@@ -627,7 +1103,7 @@ def _layout(tensors: list[torch.Tensor]) -> _Layout:
     if by_class:
         pitches = [size for t in tensors for size in (t.stride(0), t.stride(2) if d > 1 else 0, classes)]
         unit = math.gcd(*pitches, vector) if phases == {0} else 1
-        alike = len(phases) == 1 and len({t.stride() for t in tensors}) == 1
+        alike = len(phases) == 1 and len({(t.stride(), t.dtype) for t in tensors}) == 1
         if unit < vector and classes >= 4 * vector and alike:
             return _Layout(inner_dim, "class", 1, vector, phases.pop())
         return _Layout(inner_dim, "class", unit, 0, 0)
@@ -649,7 +1125,15 @@ def _power_of_2(n: int) -> int:
 
 
 def _tile(
-    layout: _Layout, inner: int, outer: int, classes: int, itemsize: int, limit: int, thin: bool = False
+    layout: _Layout,
+    inner: int,
+    outer: int,
+    classes: int,
+    itemsize: int,
+    limit: int,
+    thin: bool = False,
+    whole: int = 0,
+    half: bool = False,
 ) -> _Tile:
     """Block sizes from arithmetic; nothing here has been tuned on a GPU yet.
 
@@ -659,23 +1143,31 @@ def _tile(
     that lie side by side in memory make lines of 128 bytes.
     Longer rows are read in blocks of `limit`, and dealt out to several programs if rows are few. `thin` halves what a
     thread holds, for loops that read per-class vectors beside the logits and would run out of registers.
+
+    Where a row is needed twice, tiles of up to `whole` elements hold whole rows, in up to 16 warps; rows side by side
+    then give up some of their lines, down to a sector of 32 bytes. `half` halves what a thread holds in every tile.
     """
     width = _power_of_2(classes)
     lanes = 1 if layout.fast != "row" else min(_power_of_2(inner), 128 // itemsize)
     wanted = 2 * _multiprocessors()
-    if lanes * width * itemsize > limit:
-        block = max(1, limit // (lanes * itemsize * (2 if thin else 1)))
+    whole = min(whole * itemsize, 65536)
+    fewest = min(lanes, 32 // itemsize)
+    if fewest * width * itemsize <= whole:
+        while lanes * width * itemsize > max(limit, whole):
+            lanes //= 2
+    if lanes * width * itemsize > max(limit, whole):
+        block = max(1, limit // (lanes * itemsize * (2 if thin or half else 1)))
         programs = -(-inner // lanes) * outer
         blocks = -(-classes // block)
         splits = min(blocks, max(1, wanted // max(1, programs)), 1024)
-        return _Tile(lanes, block, False, max(1, limit // 2048), splits, min(2 if thin else 4, block))
+        return _Tile(lanes, block, False, max(1, limit // 2048), splits, min(2 if thin or half else 4, block))
     rows = lanes
     total = inner * outer
     while rows < inner and 2 * rows * width * itemsize <= limit // 2 and total > 2 * rows * wanted:
         rows *= 2
     if total * width * itemsize <= limit and outer == 1:
         rows = _power_of_2(max(1, inner))  # one program does it all, and no second launch is needed
-    return _Tile(rows, width, True, min(8, max(1, rows * width * itemsize // 2048)), 1)
+    return _Tile(rows, width, True, min(16, max(1, rows * width * itemsize // (1024 if half else 2048))), 1)
 
 
 @functools.cache
@@ -683,11 +1175,11 @@ def _multiprocessors() -> int:
     return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
 
 
-def _vectors(weight, alpha, logit_adjustment, margin, label_smoothing, accumulate):
-    """The per-class vectors, contiguous, and the sum of v_c (without alpha's scalar) if smoothing asks for it."""
+def _vectors(weight, alpha, logit_adjustment, margin, linear, accumulate):
+    """The per-class vectors, contiguous, and the sum of v_c (without alpha's scalar) if a closed form asks for it."""
     vectors = [v if v is None else v.contiguous() for v in (weight, alpha, logit_adjustment, margin)]
     factors = [v.to(accumulate) for v in vectors[:2] if v is not None]
-    if not (label_smoothing and factors):
+    if not (linear and factors):
         return *vectors, None
     return *vectors, math.prod(factors).sum()
 
@@ -706,11 +1198,6 @@ def _in_units(strides, layout):
     return outer // layout.unit, inner, classes // layout.unit
 
 
-def _check_options(other_target, target):
-    if other_target is not None or target.is_floating_point():
-        raise NotImplementedError("the Triton kernels take one class index per row")
-
-
 def _accumulate(input):
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
@@ -727,56 +1214,177 @@ def _classes(t: torch.Tensor) -> torch.Tensor:
     return t if t.dim() == 3 else t.unsqueeze(2)
 
 
-def cross_entropy_forward(
+class _Call:
+    """What every launch of one call is told, and how its tensors lie."""
+
+    def __init__(self, tensors, lse, grad, ignore_index, label_smoothing, gamma, alpha_scale, scale, z_loss):
+        input, target, *vectors, other, share = tensors
+        self.input, self.accumulate = input, lse.dtype
+        self.probabilities = target.is_floating_point()
+        self.dense = self.probabilities or (label_smoothing != 0 and gamma != 0)
+        self.x, self.grad = _classes(input), None if grad is None else _classes(grad)
+        self.target = _classes(target) if self.probabilities else _rows(target)
+        tiles = [self.x, self.grad, self.target if self.probabilities else None]
+        self.layout = layout = _layout([t for t in tiles if t is not None])
+        inner_dim = layout.inner_dim
+        self.classes, self.inner, self.outer = (self.x.shape[dim] for dim in (1, inner_dim, 2 - inner_dim))
+        self.vectors = _vectors(*vectors, label_smoothing and not self.dense, lse.dtype)
+        self.targets = (self.target, other, share)
+        sizes = (self.inner, self.outer, self.classes)
+        self.plain_sizes = sizes
+        if layout.fast == "class":
+            self.sizes = (self.inner, self.outer, self.classes // layout.unit)
+        else:
+            self.sizes = (self.inner // layout.unit, self.outer, self.classes)
+        self.x_strides = _strides(self.x, inner_dim)
+        self.x_units = _in_units(self.x_strides, layout)
+        self.grad_units = (0, 0, 0) if grad is None else _in_units(_strides(self.grad, inner_dim), layout)
+        steps = _strides(self.target, inner_dim)
+        self.target_units = _in_units(steps, layout) if self.probabilities else (*steps, 0)
+        self.target_strides = steps[:2]
+        pair = (0, 0, 0, 0)
+        if other is not None:
+            pair = (*_strides(_rows(other), inner_dim), *_strides(_rows(share), inner_dim))
+        self.pair_strides = pair
+        self.row_strides = _strides(_rows(lse[0]), inner_dim)
+        self.grad_loss_strides = lambda grad_loss: _strides(_rows(grad_loss), inner_dim)
+        self.ignore_index, self.z_loss = ignore_index, z_loss
+        self.options = (ignore_index, label_smoothing, gamma, alpha_scale, scale)
+        self.flags = dict(
+            TYPE=_triton_type(lse.dtype), PROBS=self.probabilities,
+            SMOOTH=label_smoothing != 0, FOCAL=gamma != 0, SCALED=scale != 1,
+        )  # fmt: skip
+        self.layout_flags = dict(FAST=layout.fast, UNIT=layout.unit, PEEL=layout.peel)
+
+    def tile(self, limit: int, **options) -> _Tile:
+        if self.dense:  # every class has its own logarithms and, mostly, a probability beside its logit
+            options |= dict(half=True, whole=RESIDENT // 2)
+        return _tile(self.layout, self.inner, self.outer, self.classes, self.input.element_size(), limit, **options)
+
+    def blocks(self, rows: int) -> int:
+        """Programs of so many rows."""
+        return max(1, -(-self.inner // rows)) * max(1, self.outer)
+
+    def empty(self, *shape, dtype=None):
+        return torch.empty(shape, dtype=dtype or self.accumulate, device=self.input.device)
+
+    def dense_sums(self, lse) -> torch.Tensor:
+        """_dense_sums of rows that no block holds: (2, splits, rows)."""
+        tile = self.tile(16384)
+        sums = self.empty(2, tile.splits, self.outer * self.inner)
+        _dense[(self.blocks(tile.rows), tile.splits)](
+            self.x, *self.targets, *self.vectors[:4], lse, sums,
+            *self.sizes, self.layout.phase, *self.x_units, *self.target_units, *self.pair_strides, *self.row_strides,
+            *self.options, -(-self.classes // tile.block // tile.splits),
+            ROWS=tile.rows, BLOCK=tile.block, **self.layout_flags, **self.flags,
+            num_warps=tile.warps, sanitize_overflow=False,
+        )  # fmt: skip
+        return sums
+
+    def counted(self) -> torch.Tensor:
+        """What all rows count in the mean."""
+        rows = SUM_BLOCK
+        partial, out = self.empty(self.blocks(rows)), self.empty()
+        _count_rows[(partial.shape[0],)](
+            *self.targets, self.vectors[0], partial, *self.plain_sizes, *self.target_strides, *self.pair_strides,
+            self.ignore_index, ROWS=rows, TYPE=self.flags["TYPE"], num_warps=4, sanitize_overflow=False,
+        )  # fmt: skip
+        if partial.shape[0] == 1:
+            return partial
+
+        def add(partial, out, programs, last):
+            _sum[(programs,)](partial, None, out, partial.shape[-1], 1.0, BLOCK=SUM_BLOCK, LAST=last,
+                              TYPE=self.flags["TYPE"], num_warps=4)  # fmt: skip
+
+        _in_stages(add, partial, out)
+        return out
+
+    def backward(self, grad_loss, reduction, lse, denominator, target_logits=None, sums=None) -> None:
+        tile = self.tile(8192)
+        if self.dense and not tile.whole and sums is None:
+            sums = self.dense_sums(lse)
+        splits = 1 if sums is None else sums.shape[1]
+        each = grad_loss is not None and reduction == 0
+        _backward[(self.blocks(tile.rows), -(-self.classes // tile.block))](
+            grad_loss, self.x, *self.targets, *self.vectors, lse, denominator,
+            None if tile.whole else target_logits, None if tile.whole else sums, self.grad,
+            *self.sizes, self.layout.phase, splits, *self.x_units, *self.grad_units, *self.target_units,
+            *self.pair_strides, *self.row_strides, *(self.grad_loss_strides(grad_loss) if each else (0, 0)),
+            *self.options, self.z_loss,
+            ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole, SPLITS=_power_of_2(splits),
+            **self.layout_flags, **self.flags, Z_LOSS=self.z_loss != 0,
+            num_warps=tile.warps, sanitize_overflow=False,
+        )  # fmt: skip
+
+
+def cross_entropy_forward(*args):
+    loss, lse, denominator, _, _ = cross_entropy_forward_extra(*args, False, False, None)
+    return loss, lse, denominator
+
+
+def cross_entropy_forward_extra(
     input, target, weight, alpha, logit_adjustment, margin, other_target, share,
     ignore_index, reduction, label_smoothing, gamma, alpha_scale, scale, z_loss, zero_if_empty, fp32_loss,
+    want_losses, want_argmax, grad_input,
 ):  # fmt: skip
-    _check_options(other_target, target)
     accumulate = _accumulate(input)
     rows = [input.shape[0], *input.shape[2:]]
     loss = input.new_empty([] if reduction else rows, dtype=accumulate if fp32_loss else input.dtype)
     lse = input.new_empty([2, *rows], dtype=accumulate)
     denominator = input.new_empty([], dtype=accumulate)
+    losses = input.new_empty(rows, dtype=accumulate) if want_losses else None
+    argmax = input.new_empty(rows, dtype=torch.int64) if want_argmax else None
 
-    x, target = _classes(input), _rows(target)
-    layout = _layout([x])
-    classes, inner, outer = x.shape[1], x.shape[layout.inner_dim], x.shape[2 - layout.inner_dim]
-    thin = logit_adjustment is not None or (label_smoothing != 0 and (weight is not None or alpha is not None))
-    tile = _tile(layout, inner, outer, classes, input.element_size(), limit=16384, thin=thin)
-    blocks = max(1, -(-inner // tile.rows)) * max(1, outer)
+    tensors = (input, target, weight, alpha, logit_adjustment, margin, other_target, share)
+    grad = grad_input if grad_input is not None and grad_input.numel() else None
+    call = _Call(tensors, lse, grad, ignore_index, label_smoothing, gamma, alpha_scale, scale, z_loss)
+    linear = label_smoothing != 0 and not call.dense
+    vectors = weight is not None or alpha is not None
+    thin = logit_adjustment is not None or (linear and vectors)
+    tile = call.tile(16384, thin=thin, half=want_argmax, whole=RESIDENT if grad is not None else 0)
     split = tile.splits > 1
+    later = call.dense and not tile.whole  # the losses come from _dense
     merge_rows = 16
-    programs = max(1, -(-inner // merge_rows)) * max(1, outer) if split else blocks
+    programs = call.blocks(merge_rows if split or later else tile.rows)
     alone = programs == 1
-    empty = functools.partial(torch.empty, dtype=accumulate, device=input.device)
-    partial = None if alone or reduction == 0 else empty(2, programs)
-    parts = empty(2 + bool(label_smoothing), tile.splits, outer * inner) if split else None
-
-    *vectors, v_sum = _vectors(weight, alpha, logit_adjustment, margin, label_smoothing, accumulate)
-    strides = _strides(x, layout.inner_dim)
-    rows_strides = (*_strides(target, layout.inner_dim), *_strides(_rows(lse[0]), layout.inner_dim))
-    options = (ignore_index, label_smoothing, gamma, alpha_scale, scale, z_loss)
-    flags = dict(
-        TYPE=_triton_type(accumulate),
-        REDUCTION=reduction, SMOOTH=label_smoothing != 0, FOCAL=gamma != 0, SCALED=scale != 1, Z_LOSS=z_loss != 0,
-        ZERO_IF_EMPTY=zero_if_empty, ALONE=alone, LOWEST=torch.finfo(accumulate).min,
-    )  # fmt: skip
-    unit = layout.unit
-    sizes = (inner, outer, classes // unit) if layout.fast == "class" else (inner // unit, outer, classes)
-    class_blocks = -(-classes // tile.block)
+    partial = None if alone or reduction == 0 else call.empty(2, programs)
+    parts = call.empty(4, tile.splits, call.outer * call.inner) if split else None
+    parts_argmax = call.empty(*parts.shape[1:], dtype=torch.int64) if split and want_argmax else None
+    in_forward = grad is not None and not (split or later)
+    target_logits = call.empty(2, *rows) if grad is not None and split and not call.dense else None
+    means = reduction == MEAN.value
+    flags = call.flags | dict(REDUCTION=reduction, Z_LOSS=z_loss != 0, ZERO_IF_EMPTY=zero_if_empty, ALONE=alone)
+    lowest = torch.finfo(accumulate).min
     with torch.cuda.device_of(input):
-        _forward[(blocks, tile.splits)](
-            x, target, *vectors, v_sum, loss, lse, denominator, parts if split else partial,
-            *sizes, layout.phase, *_in_units(strides, layout), *rows_strides, *options,
-            -(-class_blocks // tile.splits),
-            ROWS=tile.rows, BLOCK=tile.block, FOLD=tile.fold, WHOLE=tile.whole, SPLIT=split,
-            FAST=layout.fast, UNIT=unit, PEEL=layout.peel, **flags, num_warps=tile.warps, sanitize_overflow=False,
+        counted = None
+        if in_forward and means and not alone:
+            # Rows of probabilities all count 1, so that no device has to add them up.
+            counted = call.empty().fill_(math.prod(rows)) if call.probabilities else call.counted()
+        _forward[(call.blocks(tile.rows), tile.splits)](
+            call.x, *call.targets, *call.vectors, counted,
+            loss, lse, denominator, losses, parts_argmax if split else argmax,
+            call.grad if in_forward else None, parts if split else partial,
+            *call.sizes, call.layout.phase, *call.x_units, *call.target_units, *call.pair_strides, *call.grad_units,
+            *call.row_strides, *call.options, z_loss, -(-call.classes // tile.block // tile.splits),
+            ROWS=tile.rows, BLOCK=tile.block, FOLD=tile.fold, WHOLE=tile.whole, SPLIT=split, **call.layout_flags,
+            **flags, LOWEST=lowest, num_warps=tile.warps, sanitize_overflow=False,
         )  # fmt: skip
         if split:
             _merge_splits[(programs,)](
-                x, target, *vectors, v_sum, loss, lse, denominator, partial, parts,
-                inner, outer, classes, tile.splits, *strides, *rows_strides, *options,
-                ROWS=merge_rows, SPLITS=_power_of_2(tile.splits), **flags, num_warps=4, sanitize_overflow=False,
+                call.x, *call.targets, *call.vectors, loss, lse, denominator, losses, argmax, target_logits, partial,
+                parts, parts_argmax, *call.plain_sizes, tile.splits, *call.x_strides, *call.target_strides,
+                *call.pair_strides, *call.row_strides, *call.options, z_loss,
+                ROWS=merge_rows, SPLITS=_power_of_2(tile.splits), **flags, LOWEST=lowest,
+                num_warps=4, sanitize_overflow=False,
+            )  # fmt: skip
+        sums = None
+        if later:
+            sums = call.dense_sums(lse)
+            _finish_dense[(programs,)](
+                *call.targets, call.vectors[0], sums, loss, lse, denominator, losses, partial,
+                *call.plain_sizes, sums.shape[1], *call.target_strides, *call.pair_strides, *call.row_strides,
+                ignore_index, z_loss, ROWS=merge_rows, SPLITS=_power_of_2(sums.shape[1]),
+                **{name: flags[name] for name in _FINISH}, num_warps=4, sanitize_overflow=False,
             )  # fmt: skip
         if partial is not None:
 
@@ -787,7 +1395,16 @@ def cross_entropy_forward(
                 )  # fmt: skip
 
             _in_stages(add, partial, None)
-    return loss, lse, denominator
+        if grad is not None and not in_forward:
+            call.backward(None, reduction, lse, denominator, target_logits, sums)
+    if losses is None:
+        losses = lse.new_empty(0)
+    if argmax is None:
+        argmax = lse.new_empty(0, dtype=torch.int64)
+    return loss, lse, denominator, losses, argmax
+
+
+_FINISH = ("TYPE", "PROBS", "REDUCTION", "Z_LOSS", "ZERO_IF_EMPTY", "ALONE")
 
 
 def _in_stages(add, partial, out):
@@ -804,35 +1421,26 @@ def cross_entropy_backward(
     grad_loss, input, target, weight, alpha, logit_adjustment, margin, other_target, share, lse, denominator,
     ignore_index, reduction, label_smoothing, gamma, alpha_scale, scale, z_loss,
 ):  # fmt: skip
-    _check_options(other_target, target)
     grad_input = torch.empty_like(input)
-    if input.numel() == 0:
-        return grad_input
-    accumulate = lse.dtype
-    x, grad, target = _classes(input), _classes(grad_input), _rows(target)
-    layout = _layout([x, grad])
-    classes, inner, outer = x.shape[1], x.shape[layout.inner_dim], x.shape[2 - layout.inner_dim]
-    tile = _tile(layout, inner, outer, classes, input.element_size(), limit=8192)
-    blocks = -(-inner // tile.rows) * outer
-    *vectors, v_sum = _vectors(weight, alpha, logit_adjustment, margin, label_smoothing, accumulate)
-    unit = layout.unit
-    sizes = (inner, outer, classes // unit) if layout.fast == "class" else (inner // unit, outer, classes)
-    with torch.cuda.device_of(input):
-        _backward[(blocks, -(-classes // tile.block))](
-            grad_loss, x, target, *vectors, v_sum, lse, denominator, grad, *sizes, layout.phase,
-            *_in_units(_strides(x, layout.inner_dim), layout),
-            *_in_units(_strides(grad, layout.inner_dim), layout),
-            *_strides(target, layout.inner_dim),
-            *_strides(_rows(lse[0]), layout.inner_dim),
-            *((0, 0) if reduction else _strides(_rows(grad_loss), layout.inner_dim)),
-            ignore_index, label_smoothing, gamma, alpha_scale, scale, z_loss,
-            ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole,
-            FAST=layout.fast, UNIT=unit, PEEL=layout.peel,
-            TYPE=_triton_type(accumulate),
-            SMOOTH=label_smoothing != 0, FOCAL=gamma != 0, SCALED=scale != 1, Z_LOSS=z_loss != 0,
-            num_warps=tile.warps, sanitize_overflow=False,
-        )  # fmt: skip
+    if input.numel():
+        tensors = (input, target, weight, alpha, logit_adjustment, margin, other_target, share)
+        call = _Call(tensors, lse, grad_input, ignore_index, label_smoothing, gamma, alpha_scale, scale, z_loss)
+        with torch.cuda.device_of(input):
+            call.backward(grad_loss, reduction, lse, denominator)
     return grad_input
+
+
+def scale_gradient_(grad, factor):
+    if not torch.ops.aten.is_non_overlapping_and_dense(grad):
+        grad.mul_(factor)  # in every case a pass, and right
+    elif grad.numel():
+        vector = 16 // grad.element_size()
+        block = 512 * vector
+        with torch.cuda.device_of(grad):
+            _scale_gradient[(-(-grad.numel() // block),)](
+                grad, factor, grad.numel(), BLOCK=block, VECTOR=vector, TYPE=_triton_type(_accumulate(grad)),
+                num_warps=4, sanitize_overflow=False,
+            )  # fmt: skip
 
 
 def _sigmoid_launch(x, target, weight, normalizer, grad_loss, out, alpha, gamma, reduce, factor):
