@@ -103,6 +103,9 @@ FASTREG_HD double factor_of(Norm norm, double cap, double target, Margins m, dou
   return exp2(log_cap - tau * log_norm + log2(norm.scale));
 }
 
+// norm^(1 - tau).
+FASTREG_HD double power_below(double norm, double tau) { return tau == 1 ? 1 : exp2((1 - tau) * log2(norm)); }
+
 // A cap that cannot be one never binds.
 FASTREG_HD double usable_cap(double cap) { return cap >= 0 ? cap : HUGE_VAL; }
 }  // namespace fastreg::max_norm

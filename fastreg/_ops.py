@@ -139,6 +139,35 @@ _define(
     "max_norm",
 )
 
+
+# Rows that lie one after the other, (rows, length), out of place. caps is fp64, one per row or one for all. norms is
+# fp64: of max_norm_forward the norm of each row that was scaled, -1 for the others. slopes is what a cap's gradient
+# has for each row.
+def _rows_vector(input):
+    return input.new_empty(input.shape[:1], dtype=torch.float64)
+
+
+_define(
+    "max_norm_forward",
+    "(Tensor input, Tensor caps, float p, float tau) -> (Tensor output, Tensor norms)",
+    lambda input, caps, p, tau: (torch.empty_like(input), _rows_vector(input)),
+    "max_norm",
+)
+_define(
+    "max_norm_backward",
+    "(Tensor grad_output, Tensor input, Tensor caps, Tensor norms, float p, float tau) -> "
+    "(Tensor grad_input, Tensor slopes)",
+    lambda grad_output, input, *rest: (torch.empty_like(input), _rows_vector(input)),
+    "max_norm",
+)
+_define("row_norms", "(Tensor input, float p) -> Tensor norms", lambda input, p: _rows_vector(input), "max_norm")
+_define(
+    "row_norms_backward",
+    "(Tensor grad, Tensor input, Tensor norms, float p) -> Tensor grad_input",
+    lambda grad, input, norms, p: torch.empty_like(input),
+    "max_norm",
+)
+
 # ---- GroupNorm ---------------------------------------------------------------------------------------------
 # activation is an index into ACTIVATIONS. stats holds mean and rstd, (2, N, G), in fp32 (fp64 for fp64), and is
 # empty unless asked for. wanted is a sum of 1 (input), 2 (weight), 4 (bias), 8 (residual); a gradient that is not
@@ -203,6 +232,26 @@ _define(
 )
 _define("fgm_restore", "(Tensor table, Tensor chunks, int chunk) -> ()", lambda *args: None, "penalties")
 
+
+# ---- noise -----------------------------------------------------------------------------------------------
+# drop_path: x is dense, its samples one after the other in memory; mask holds zeros and others, one per sample or one
+# for all; residual lies as x does. soft_threshold: x and grad are contiguous runs of `run` elements (the last may be
+# shorter), of which run r has the threshold tau[r // channels * sample_step + r % channels * channel_step]; tau is
+# fp32, or fp64 for fp64 x, and so are sums, the gradient of tau run by run.
+_define(
+    "drop_path",
+    "(Tensor x, Tensor mask, float p, Tensor? residual) -> Tensor",
+    lambda x, *rest: torch.empty_like(x),
+    "noise",
+)
+_RUNS = "Tensor tau, int run, int channels, int sample_step, int channel_step"
+_define("soft_threshold", f"(Tensor x, {_RUNS}) -> Tensor", lambda x, *rest: torch.empty_like(x), "noise")
+_define(
+    "soft_threshold_backward",
+    f"(Tensor grad, Tensor x, {_RUNS}) -> (Tensor grad_x, Tensor sums)",
+    lambda grad, x, tau, run, *rest: (torch.empty_like(x), tau.new_empty((x.numel() + run - 1) // run)),
+    "noise",
+)
 
 # ---- averaging -------------------------------------------------------------------------------------------
 # `table`, `chunks` and `chunk` are a plan's; a row is (elements, codes, address of the parameter, addresses of its

@@ -15,8 +15,9 @@ norm exceeds it by more than that. A row that is scaled is rounded to the neares
 rounded values, and if that is above the cap, the factor shrinks by twice the excess; rounding towards zero is the
 last resort, which cannot fail.
 
-The kernels: csrc/max_norm.h for what is decided per row, csrc/cpu/max_norm.cpp, tritonkernels/max_norm.py. One launch
-serves all rows of all tensors, reads each element once and writes rows over the cap alone.
+The kernels: csrc/max_norm.h for what is decided per row, csrc/cpu/max_norm.cpp, csrc/cuda/max_norm.cu,
+tritonkernels/max_norm.py. One launch serves all rows of all tensors, reads each element once and writes rows over the
+cap alone. `max_norm` and `row_norms` are differentiable and out of place: their kernels take a matrix of rows.
 """
 
 import functools
@@ -30,10 +31,12 @@ from torch import Tensor, nn
 from . import _backends, _checks, _ops, _plan
 
 _kernels = _ops.kernels("max_norm_rows")
+_forward, _backward = _ops.kernels("max_norm_forward"), _ops.kernels("max_norm_backward")
+_norms_forward, _norms_backward = _ops.kernels("row_norms"), _ops.kernels("row_norms_backward")
 for _name in ("max_norm_", "project_lp_ball_", "tau_normalize_"):
-    _backends.register(_name, kernels=("cpu", "triton"))
+    _backends.register(_name, kernels=("cpu", "cuda", "triton"))
 for _name in ("max_norm", "row_norms"):
-    _backends.register(_name)
+    _backends.register(_name, kernels=("cpu",))
 
 Cap = float | Tensor
 _ULP = 2.0**-53
@@ -95,7 +98,16 @@ def max_norm(input: Tensor, max_norm: Cap, *, p: float = 2.0, dim: int = 0, tau:
     (cap,) = _caps([input], max_norm, "max_norm", dim)
     _check_order(p)
     _checks.in_range("tau", tau, 0.0, _LARGEST)
-    return max_norm_reference(input, cap, p=p, dim=dim, tau=tau)
+    cap_grad = isinstance(cap, Tensor) and cap.requires_grad
+    backend = _backends.choose("max_norm", input.device.type, _refuse_rows, input, p, cap_grad, cap)
+    if backend == "reference" or not input.numel():
+        return max_norm_reference(input, cap, p=p, dim=dim, tau=tau)
+    if not isinstance(cap, Tensor):
+        cap = torch.full((1,), cap, dtype=torch.float64, device=input.device)
+    if torch.is_grad_enabled() and (input.requires_grad or cap_grad):
+        return _MaxNorm.apply(input, cap, float(p), dim, tau, backend)
+    rows, back = _as_rows(input, dim)
+    return back(_forward[backend](rows, cap.double().reshape(-1), float(p), tau)[0])
 
 
 def project_lp_ball_(
@@ -134,7 +146,13 @@ def row_norms(tensor: Tensor, p: float = 2.0, dim: int = 0) -> Tensor:
     _check_tensor("tensor", tensor)
     _rows_dim(tensor, dim)
     _check_order(p)
-    return row_norms_reference(tensor, p, dim)
+    backend = _backends.choose("row_norms", tensor.device.type, _refuse_rows, tensor, p)
+    if backend == "reference" or not tensor.numel():
+        return row_norms_reference(tensor, p, dim)
+    rows, _ = _as_rows(tensor, dim)
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return _RowNorms.apply(rows, float(p), backend).to(_norm_dtype(tensor))
+    return _norms_forward[backend](rows, float(p)).to(_norm_dtype(tensor))
 
 
 def max_norm_threshold(tensor: Tensor, thresh: float, p: float = 2.0, dim: int = 0) -> Tensor:
@@ -145,6 +163,63 @@ def max_norm_threshold(tensor: Tensor, thresh: float, p: float = 2.0, dim: int =
     _check_order(p)
     _checks.in_range("thresh", thresh, 0.0, _LARGEST)
     return _threshold(tensor, thresh, p, dim).to(_norm_dtype(tensor))
+
+
+def _refuse_rows(backend: str, tensor: Tensor, p: float, cap_grad: bool = False, cap: Cap | None = None) -> str | None:
+    if p == math.inf and torch.is_grad_enabled() and (tensor.requires_grad or cap_grad):
+        return "it has no gradient for p = inf"
+    return _backends.unusual(tensor, cap if isinstance(cap, Tensor) else None)
+
+
+def _as_rows(tensor: Tensor, dim: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The tensor as a matrix of rows that lie one after the other, copied if need be, and the way back."""
+    if tensor.dim() < 2:
+        return tensor.reshape(-1, 1), lambda rows: rows.reshape(tensor.shape)
+    moved = tensor.movedim(dim, 0)
+    return moved.flatten(1).contiguous(), lambda rows: rows.reshape(moved.shape).movedim(0, dim)
+
+
+class _MaxNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, cap, p, dim, tau, backend):
+        rows, back = _as_rows(input, dim)
+        output, norms = _forward[backend](rows, cap.double().reshape(-1), p, tau)
+        ctx.save_for_backward(input, cap, norms)
+        ctx.options = (p, dim, tau, backend)
+        return back(output)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, cap, norms = ctx.saved_tensors
+        p, dim, tau, backend = ctx.options
+        needed = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph: a second derivative may be asked for
+            output = max_norm_reference(input, cap, p=p, dim=dim, tau=tau)
+            asked = [tensor for tensor, need in zip((input, cap), needed) if need]
+            made = iter(torch.autograd.grad(output, asked, grad_output, create_graph=True))
+            return *(next(made) if need else None for need in needed), None, None, None, None
+        (rows, back), (grad_rows, _) = _as_rows(input, dim), _as_rows(grad_output, dim)
+        grad, slopes = _backward[backend](grad_rows, rows, cap.double().reshape(-1), norms, p, tau)
+        grad_cap = slopes.sum_to_size(cap.numel()).reshape(cap.shape).to(cap.dtype) if needed[1] else None
+        return back(grad), grad_cap, None, None, None, None
+
+
+class _RowNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, p, backend):
+        norms = _norms_forward[backend](rows, p)
+        ctx.save_for_backward(rows, norms)
+        ctx.p, ctx.backend = p, backend
+        return norms
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, norms = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            norms = _norms(_rows(rows, 0), ctx.p)
+            return torch.autograd.grad(norms, rows, grad, create_graph=True)[0], None, None
+        return _norms_backward[ctx.backend](grad.contiguous(), rows, norms, ctx.p), None, None
 
 
 # ---- constraints on a model's weights --------------------------------------------------------------------
@@ -433,6 +508,8 @@ def _refuse(backend: str, tensors: list[Tensor], dim: int, kind: str) -> str | N
             return f"one of the tensors is of a subclass, {type(tensor).__name__}"
         if tensor.dim() > _INNER + 1 and len(_box(tensor, dim)) > _INNER:
             return f"a row of a tensor with strides {tensor.stride()} spans more than {_INNER} dimensions of memory"
+        if backend == "cuda" and tensor.numel() >= 2**32 and not tensor.is_contiguous():
+            return "rows that are no run of memory may have up to 2^32 elements"
         rows = tensor.shape[dim] if tensor.dim() > 1 else 1
         if backend == "triton" and kind == "l1_ball" and tensor.numel() > _WIDTHS[-1] * rows:
             return f"it projects rows of up to {_WIDTHS[-1]} elements onto the l1 ball"

@@ -7,15 +7,21 @@
 Sources: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016; Zhao et al., "Deep Residual Shrinkage Networks
 for Fault Diagnosis", IEEE TII 2020; Ishida et al., "Do We Need Zero Training Loss After Achieving Zero Training
 Error?", ICML 2020.
+
+The kernels (csrc/cpu/noise.cpp, csrc/cuda/noise.cu, tritonkernels/noise.py) make one pass over their tensors each way:
+drop_path reads x where the branch is kept, and the residual; the backward of soft_threshold reads x and the gradient,
+writes x's, and sums tau's over each run of elements that share a threshold.
 """
 
 import torch
 from torch import Tensor
 
-from . import _backends, _checks
+from . import _backends, _checks, _ops, _plan
 
+_drop_path = _ops.kernels("drop_path")
+_shrink, _shrink_backward = _ops.kernels("soft_threshold"), _ops.kernels("soft_threshold_backward")
 for _name in ("drop_path", "soft_threshold"):
-    _backends.register(_name)
+    _backends.register(_name, kernels=("cpu",))
 
 
 def drop_path(
@@ -49,7 +55,41 @@ def drop_path(
     if not training or p == 0.0:
         return x if residual is None else x + residual
     mask = x.new_empty(x.shape[:1] if mode == "row" else [1]).bernoulli_(1.0 - p)
-    return drop_path_reference(x, mask, p, residual)
+    backend = _backends.choose("drop_path", x.device.type, lambda _: _backends.unusual(x, residual))
+    if backend == "reference" or not x.numel():
+        return drop_path_reference(x, mask, p, residual)
+    if not _plan.is_dense(x) or (mode == "row" and x.shape[0] > 1 and x.stride(0) != x[0].numel()):
+        x = x.contiguous()
+    residual = None if residual is None else _with_strides(x.stride(), residual)
+    if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
+        return _DropPath.apply(x, residual, mask, p, backend)
+    return _drop_path[backend](x, mask, p, residual)
+
+
+def _with_strides(strides: tuple[int, ...], tensor: Tensor) -> Tensor:
+    """`tensor` laid in memory with these strides, copied if need be."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+class _DropPath(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, mask, p, backend):
+        ctx.save_for_backward(mask)
+        ctx.strides, ctx.p, ctx.backend = x.stride(), p, backend
+        return _drop_path[backend](x, mask, p, residual)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:  # linear in x: the gradient is the same operation
+            if torch.is_grad_enabled() and grad.requires_grad and not torch.compiler.is_compiling():
+                grad_x = drop_path_reference(grad, mask, ctx.p)
+            else:
+                grad_x = _drop_path[ctx.backend](_with_strides(ctx.strides, grad), mask, ctx.p, None)
+        return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None
 
 
 def linear_drop_rates(depth: int, p: float) -> list[float]:
@@ -74,10 +114,67 @@ def soft_threshold(x: Tensor, tau: float | Tensor) -> Tensor:
     _check_float("x", x)
     if not isinstance(tau, Tensor):
         _checks.in_range("tau", tau, 0.0)
-        return soft_threshold_reference(x, x.new_full((), tau))
+        tau = x.new_full((), tau)
     _check_float("tau", tau)
     _checks.same_device("tau", tau, "x", x)
-    return soft_threshold_reference(x, _align_threshold(x, tau))
+    tau = _align_threshold(x, tau)
+    backend = _backends.choose("soft_threshold", x.device.type, _refuse_shrink, x, tau)
+    if backend == "reference" or not x.numel():
+        return soft_threshold_reference(x, tau)
+    if torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad):
+        return _SoftThreshold.apply(x, tau, backend)
+    return _like(x, _shrink[backend](x.contiguous(), *_runs(x, tau)))
+
+
+def _refuse_shrink(backend: str, x: Tensor, tau: Tensor) -> str | None:
+    if reason := _backends.unusual(x, tau):
+        return reason
+    if _backends.forced() is None and tau.numel() > 1 and x.numel() < 4 * x.shape[0] * x.shape[1]:
+        return "fewer than 4 elements share a threshold"
+    return None
+
+
+_RUN = 4096  # elements that are summed together where one threshold serves all
+
+
+def _runs(x: Tensor, tau: Tensor) -> tuple[Tensor, int, int, int, int]:
+    """tau flat in the dtype of computation, and how the runs of elements of x find theirs in it: see _ops.py."""
+    flat = tau.to(torch.float64 if x.dtype == torch.float64 else torch.float32).reshape(-1)
+    if tau.numel() == 1:
+        return flat, _RUN, 1, 0, 0
+    samples, channels = tau.shape[:2]
+    return flat, x[0, 0].numel(), x.shape[1], channels * (samples > 1), int(channels > 1)
+
+
+def _like(x: Tensor, out: Tensor) -> Tensor:
+    """`out` with x's strides, where those are dense."""
+    return out if x.is_contiguous() else torch.empty_like(x).copy_(out)
+
+
+class _SoftThreshold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, tau, backend):
+        ctx.save_for_backward(x, tau)
+        ctx.backend = backend
+        return _like(x, _shrink[backend](x.contiguous(), *_runs(x, tau)))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, tau = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph: a second derivative may be asked for
+            needed = ctx.needs_input_grad[:2]
+            asked = [tensor for tensor, need in zip((x, tau), needed) if need]
+            made = iter(torch.autograd.grad(soft_threshold_reference(x, tau), asked, grad, create_graph=True))
+            return *(next(made) if need else None for need in needed), None
+        runs = _runs(x, tau)
+        grad_x, sums = _shrink_backward[ctx.backend](grad.contiguous(), x.contiguous(), *runs)
+        grad_tau = None
+        if ctx.needs_input_grad[1]:
+            if tau.numel() > 1:
+                sums = sums.reshape(x.shape[:2]).sum_to_size(tau.shape[:2])
+            grad_tau = (sums if tau.numel() > 1 else sums.sum()).reshape(tau.shape).to(tau.dtype)
+        return _like(x, grad_x), grad_tau, None
 
 
 def _align_threshold(x: Tensor, tau: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Max-norm: the guarantees of the projection in every dtype, its edge cases, and the classes over it."""
 
 import math
+from contextlib import nullcontext
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,10 +13,17 @@ from torch import nn
 import fastreg
 from fastreg import _backends
 from fastreg.testing import DTYPES, ODD_SIZES
+from tests import test_max_norm_gpu
+from tests.machine import HAS_CUDA, cudahost_missing, device_of
 
 BACKENDS = [b for b in ("reference", "cpu") if _backends.missing("max_norm_", b) is None]
 if _backends.interpreting() and _backends.missing("max_norm_", "triton") is None:
     BACKENDS.append("triton")
+ON_HOST = "cuda on the host"  # the CUDA kernels, compiled for the CPU, in place of the C++ ones
+if "cpu" in BACKENDS and cudahost_missing() is None:
+    BACKENDS.append(ON_HOST)
+if HAS_CUDA:
+    BACKENDS += [b for b in ("cuda", "triton") if _backends.missing("max_norm_", b) is None]
 # The backend is forced for a whole test, all examples of a property included.
 SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -25,12 +34,17 @@ LEFT_OUT = {"length": set(ODD_SIZES) - {1, 7, 129, 1000}, "layout": {"offset", "
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request):
-    if request.param == "triton" and hasattr(request.node, "callspec"):
+def backend(request, monkeypatch):
+    device = device_of(request.param)
+    if request.param == "triton" and device == "cpu" and hasattr(request.node, "callspec"):
         for name, value in request.node.callspec.params.items():
             if name in LEFT_OUT and value in LEFT_OUT[name]:
                 pytest.skip("left out in the interpreter")
-    with fastreg.use_backend(request.param):
+    if request.param == ON_HOST:
+        monkeypatch.setitem(import_module("fastreg.max_norm")._kernels, "cpu", test_max_norm_gpu.max_norm_rows)
+    # On a GPU, all that a test makes stands there.
+    stands = torch.device(device) if device == "cuda" else nullcontext()
+    with stands, fastreg.use_backend("cpu" if request.param == ON_HOST else request.param):
         yield request.param
 
 

@@ -176,7 +176,7 @@ def test_soft_threshold_special_values():
 
 
 def test_soft_threshold_derivatives():
-    x = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     tau = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(fastreg.soft_threshold, (x, tau))
     assert torch.autograd.gradgradcheck(lambda x, t: fastreg.soft_threshold(x, t) ** 2, (x, tau))

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -39,6 +40,13 @@ struct Passes {
   // How many |x| - top are above theta, and their sum.
   double (*gaps)(int64_t code, const void* x, int64_t n, double top, double theta, double* count);
   void (*decay)(int64_t code, void* x, int64_t n, double keep);
+  // x rounded towards zero to the dtype.
+  double (*lower)(int64_t code, double x);
+  // The sum of g * x * inverse.
+  double (*dot)(int64_t code, const void* x, const void* g, int64_t n, double inverse);
+  // out = a * g + b * slope, without g if it is null; slope = sign(x) * (|x| * inverse)^(p - 1).
+  void (*combine)(int64_t code, const void* x, const void* g, void* out, int64_t n, double p, double inverse,
+                  double a, double b);
 };
 }  // namespace fastreg::max_norm
 
@@ -58,10 +66,10 @@ constexpr int64_t kLong = 1 << 18;   // rows longer than this are shared among t
 int64_t size_of(int64_t code) { return code == kDouble ? 8 : code == kFloat ? 4 : 2; }
 
 // Memory of a thread for one row.
-char* scratch(int which, int64_t bytes) {
-  thread_local std::vector<char> memory[2];
-  if (static_cast<int64_t>(memory[which].size()) < bytes) memory[which].resize(bytes);
-  return memory[which].data();
+char* scratch(int64_t bytes) {
+  thread_local std::vector<char> memory;
+  if (static_cast<int64_t>(memory.size()) < bytes) memory.resize(bytes);
+  return memory.data();
 }
 
 // A row as one run of elements, with the passes over it taken segment by segment: in parallel if it is long,
@@ -151,36 +159,34 @@ struct Row {
   }
 };
 
-// Does what `kind` says to one row; `settled` is scratch for it. Returns whether the row has changed.
-bool treat(const Row& row, Kind kind, double cap, double tau, char* settled) {
+// Does what `kind` says to one row, and writes it to `out`, which may be where it lies, if it changes.
+// Returns whether it does, and where asked its norm.
+bool treat(const Row& row, Kind kind, double cap, double tau, char* out, double* norm_out = nullptr) {
   Norm norm;
   if (!row.norm(&norm)) return false;
   const Margins m = margins(row.n, row.p);
   const bool bounded = kind != Kind::normalize && tau == 1;
   const double bound = cap * (1 - m.below), target = cap * (1 - m.aim - rounding_margin(row.n, row.code));
   Change how{kind, 1 / norm.scale, 0};
-  double top = 0;
   if (kind == Kind::cap || kind == Kind::normalize) {
     how.b = factor_of(norm, cap, target, m, tau, kind);
     if (how.b < 0) return false;
   } else {
     if (!is_over(norm, cap, m)) return false;
-    top = row.largest();
-    how.a = kind == Kind::l1_ball ? top : bound;
-    how.b = kind == Kind::l1_ball ? row.theta(top, target) : 0;
+    how.a = kind == Kind::l1_ball ? row.largest() : row.passes.lower(row.code, bound);
+    how.b = kind == Kind::l1_ball ? row.theta(how.a, target) : 0;
   }
-  const double sum = row.change(settled, how, kind == Kind::linf_ball);
-  if (bounded && row.code != kDouble && kind != Kind::linf_ball) {
-    const double ratio = row.norm_of(sum, settled) / bound;
-    if (ratio > 1) {
-      Change lower = how;
-      if (kind == Kind::cap)
-        lower.b /= 2 * ratio - 1;
-      else
-        lower.b = row.theta(top, target / (2 * ratio - 1));
-      if (row.norm_of(row.change(settled, lower, false), settled) > bound) row.change(settled, how, true);
-    }
+  if (norm_out) *norm_out = norm.scale * norm.s;
+  double sum = row.change(out, how, false);
+  if (!bounded || row.code == kDouble || kind == Kind::linf_ball) return true;
+  // Above the bound after rounding: what was rounded is scaled once more, at last towards zero.
+  const Row rounded{row.passes, row.code, row.n, out, row.sum, row.p};
+  double ratio = row.norm_of(sum, out) / bound;
+  if (ratio > 1) {
+    sum = rounded.change(out, {Kind::cap, 1, 1 / (2 * ratio - 1)}, false);
+    ratio = row.norm_of(sum, out) / bound;
   }
+  if (ratio > 1) rounded.change(out, {Kind::cap, 1, (1 - 8 * 0x1p-53) / ratio}, true);
   return true;
 }
 
@@ -225,15 +231,13 @@ bool treat_row(const Launch& launch, const Passes& passes, const int64_t* tensor
     });
   };
   if (!runs) {
-    data = scratch(0, n * bytes);
+    data = scratch(n * bytes);
     copy(false);
   }
   if (launch.decay != 0) passes.decay(code, data, n, 1 - launch.decay);
   const double cap = usable_cap(launch.caps[tensor[kCap] + index * tensor[kCapStep]]);
   const Row row{passes, code, n, data, order_of(launch.p), launch.p};
-  char* settled = scratch(1, n * bytes);
-  const bool over = treat(row, launch.kind, cap, launch.tau, settled);
-  if (over) std::memcpy(data, settled, n * bytes);
+  const bool over = treat(row, launch.kind, cap, launch.tau, data);
   if (!runs && (over || launch.decay != 0)) copy(true);
   return over;
 }
@@ -268,9 +272,141 @@ Tensor max_norm_rows(const Tensor& table, const Tensor& chunks, int64_t /*chunk*
   *static_cast<int64_t*>(out.mutable_data_ptr()) = count;
   return out;
 }
+
+// ---- rows that lie one after the other, out of place ----------------------------------------------------
+namespace {
+struct Matrix {
+  char* data;
+  int64_t rows, length, code, row_bytes;
+
+  explicit Matrix(const Tensor& tensor)
+      : data(static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()))),
+        rows(tensor.size(0)),
+        length(tensor.size(1)),
+        code(code_of(tensor.scalar_type())),
+        row_bytes(length * size_of(code)) {}
+
+  static int64_t code_of(ScalarType dtype) {
+    switch (dtype) {
+      case ScalarType::Half:
+        return kHalf;
+      case ScalarType::BFloat16:
+        return kBFloat16;
+      case ScalarType::Double:
+        return kDouble;
+      default:
+        return kFloat;
+    }
+  }
+
+  // body(row number), in parallel unless the passes over a row are.
+  template <class Body>
+  void each(const Body& body) const {
+    if (length > kLong) {
+      for (int64_t r = 0; r < rows; ++r) body(r);
+      return;
+    }
+    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, length)),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t r = begin; r < end; ++r) body(r);
+                                });
+  }
+};
+
+const double* doubles_of(const Tensor& tensor) { return static_cast<const double*>(tensor.const_data_ptr()); }
+double* doubles_of(Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
+}  // namespace
+
+std::tuple<Tensor, Tensor> max_norm_forward(const Tensor& input, const Tensor& caps, double p, double tau) {
+  const Passes passes = FASTREG_PICK(max_norm_passes)();
+  const Matrix from(input);
+  Tensor output = new_like(input), norms = new_tensor({from.rows}, ScalarType::Double);
+  const Matrix to(output);
+  const double* cap = doubles_of(caps);
+  const int64_t step = caps.size(0) > 1;
+  double* norm = doubles_of(norms);
+  from.each([&](int64_t r) {
+    const Row row{passes, from.code, from.length, from.data + r * from.row_bytes, order_of(p), p};
+    char* out = to.data + r * to.row_bytes;
+    norm[r] = -1;
+    if (!treat(row, Kind::cap, usable_cap(cap[r * step]), tau, out, norm + r))
+      std::memcpy(out, row.data, from.row_bytes);
+  });
+  return {output, norms};
+}
+
+std::tuple<Tensor, Tensor> max_norm_backward(const Tensor& grad_output, const Tensor& input,
+                                             const Tensor& caps, const Tensor& norms, double p, double tau) {
+  const Passes passes = FASTREG_PICK(max_norm_passes)();
+  const Matrix x(input), g(grad_output);
+  Tensor grad_input = new_like(input), slopes = new_tensor({x.rows}, ScalarType::Double);
+  const Matrix out(grad_input);
+  const double *cap = doubles_of(caps), *norm = doubles_of(norms);
+  const int64_t step = caps.size(0) > 1;
+  double* slope = doubles_of(slopes);
+  x.each([&](int64_t r) {
+    const Row row{passes, x.code, x.length, x.data + r * x.row_bytes, Order::one, p};
+    char *gs = g.data + r * g.row_bytes, *to = out.data + r * out.row_bytes;
+    slope[r] = 0;
+    if (norm[r] < 0) {  // the row stayed
+      std::memcpy(to, gs, x.row_bytes);
+      return;
+    }
+    const double inverse = 1 / norm[r];
+    const double along = row.collect([&](int64_t i, int64_t m) {
+      return passes.dot(x.code, row.at(i), gs + i * size_of(x.code), m, inverse);
+    });
+    slope[r] = along * power_below(norm[r], tau);
+    const double factor = usable_cap(cap[r * step]) * power_below(norm[r], tau) * inverse;
+    row.collect([&](int64_t i, int64_t m) {
+      passes.combine(x.code, row.at(i), gs + i * size_of(x.code), to + i * size_of(x.code), m, p, inverse,
+                     factor, -factor * tau * along);
+      return 0.0;
+    });
+  });
+  return {grad_input, slopes};
+}
+
+Tensor row_norms(const Tensor& input, double p) {
+  const Passes passes = FASTREG_PICK(max_norm_passes)();
+  const Matrix x(input);
+  Tensor norms = new_tensor({x.rows}, ScalarType::Double);
+  double* out = doubles_of(norms);
+  x.each([&](int64_t r) {
+    const Row row{passes, x.code, x.length, x.data + r * x.row_bytes, order_of(p), p};
+    Norm norm;
+    // Of a row with NaN or inf, that.
+    out[r] = row.norm(&norm) ? norm.scale * norm.s
+                             : Row{passes, x.code, x.length, row.data, Order::one, 1}.reduce(1, 1);
+  });
+  return norms;
+}
+
+Tensor row_norms_backward(const Tensor& grad, const Tensor& input, const Tensor& norms, double p) {
+  const Passes passes = FASTREG_PICK(max_norm_passes)();
+  const Matrix x(input);
+  Tensor grad_input = new_like(input);
+  const Matrix out(grad_input);
+  const double *g = doubles_of(grad), *norm = doubles_of(norms);
+  x.each([&](int64_t r) {
+    const Row row{passes, x.code, x.length, x.data + r * x.row_bytes, Order::one, p};
+    char* to = out.data + r * out.row_bytes;
+    const bool zero = norm[r] == 0;
+    row.collect([&](int64_t i, int64_t m) {
+      passes.combine(x.code, row.at(i), nullptr, to + i * size_of(x.code), m, zero ? 1 : p,
+                     zero ? 1 : 1 / norm[r], 0, zero ? 0 : g[r]);
+      return 0.0;
+    });
+  });
+  return grad_input;
+}
 }  // namespace fastreg
 
 STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+  m.impl("max_norm_forward.cpu", TORCH_BOX(&fastreg::max_norm_forward));
+  m.impl("max_norm_backward.cpu", TORCH_BOX(&fastreg::max_norm_backward));
+  m.impl("row_norms.cpu", TORCH_BOX(&fastreg::row_norms));
+  m.impl("row_norms_backward.cpu", TORCH_BOX(&fastreg::row_norms_backward));
   m.impl("max_norm_rows.cpu", TORCH_BOX(&fastreg::max_norm_rows));
 }
 
@@ -401,6 +537,77 @@ void decay_typed(T* x, int64_t n, double keep) {
   }
 }
 
+template <class T>
+double dot_typed(const T* x, const T* g, int64_t n, double inverse) {
+  Doubles total[4] = {};
+  for_pairs(x, n, [&](Pair v, int slot, int64_t at, int64_t m) __attribute__((always_inline)) {
+    const Pair w = m == kPair ? pair_of(g + at) : first_of(g + at, m);
+    total[slot] += w.low * (v.low * inverse);
+    total[slot + 1] += w.high * (v.high * inverse);
+  });
+  return horizontal_sum((total[0] + total[1]) + (total[2] + total[3]));
+}
+
+enum class Slope { sign, linear, power };
+
+template <Slope slope>
+FASTREG_INLINE Doubles slope_of(Doubles v, double p, double inverse) {
+  if constexpr (slope == Slope::linear) {
+    return v * inverse;
+  } else if constexpr (slope == Slope::sign) {
+    return v > 0 ? splat(1.0) : v < 0 ? splat(-1.0) : v * 0.0;
+  } else {
+    for (int64_t i = 0; i < lanes<double>; ++i) {
+      const double size = __builtin_pow(__builtin_fabs(v[i]) * inverse, p - 1);
+      v[i] = v[i] == 0 ? 0.0 : __builtin_copysign(size, v[i]);
+    }
+    return v;
+  }
+}
+
+template <class T, Slope slope, bool with_g>
+void combine_run(const T* x, const T* g, T* out, int64_t n, double p, double inverse, double a, double b) {
+  for_pairs(x, n, [&](Pair v, int, int64_t at, int64_t m) __attribute__((always_inline)) {
+    v.low = slope_of<slope>(v.low, p, inverse) * b;
+    v.high = slope_of<slope>(v.high, p, inverse) * b;
+    if constexpr (with_g) {
+      const Pair w = m == kPair ? pair_of(g + at) : first_of(g + at, m);
+      v.low += w.low * a;
+      v.high += w.high * a;
+    }
+    T block[kPair];
+    T* to = m == kPair ? out + at : block;
+    put(to, v);
+    if (to == block)
+      for (int64_t i = 0; i < m; ++i) out[at + i] = block[i];
+  });
+}
+
+template <class T>
+void combine_typed(const T* x, const T* g, T* out, int64_t n, double p, double inverse, double a, double b) {
+  const auto with = [&]<Slope slope>() {
+    if (g)
+      combine_run<T, slope, true>(x, g, out, n, p, inverse, a, b);
+    else
+      combine_run<T, slope, false>(x, g, out, n, p, inverse, a, b);
+  };
+  if (p == 2)
+    with.template operator()<Slope::linear>();
+  else if (p == 1)
+    with.template operator()<Slope::sign>();
+  else
+    with.template operator()<Slope::power>();
+}
+
+static double lower(int64_t code, double x) { FASTREG_BY_CODE(code, widened(rounded_down<T>(x))) }
+static double dot(int64_t code, const void* x, const void* g, int64_t n, double inverse) {
+  FASTREG_BY_CODE(code, dot_typed(static_cast<const T*>(x), static_cast<const T*>(g), n, inverse))
+}
+static void combine(int64_t code, const void* x, const void* g, void* out, int64_t n, double p,
+                    double inverse, double a, double b) {
+  FASTREG_BY_CODE(code, combine_typed(static_cast<const T*>(x), static_cast<const T*>(g),
+                                      static_cast<T*>(out), n, p, inverse, a, b))
+}
 static double change(int64_t code, const void* x, void* out, int64_t n, double p, Change how,
                      bool toward_zero) {
   FASTREG_BY_CODE(code, change_typed(static_cast<const T*>(x), static_cast<T*>(out), n, p, how, toward_zero))
@@ -412,7 +619,7 @@ static void decay(int64_t code, void* x, int64_t n,
                   double keep){FASTREG_BY_CODE(code, decay_typed(static_cast<T*>(x), n, keep))}
 
 max_norm::Passes max_norm_passes() {
-  return {reduce, change, gaps, decay};
+  return {reduce, change, gaps, decay, lower, dot, combine};
 }
 }  // namespace fastreg::FASTREG_ISA
 #endif

@@ -58,24 +58,29 @@ py::list metered(const Meter& meter) {
 py::object call(const Launcher& launcher, const Meter* meter, const py::args& given) {
   size_t expected = 0;
   for (int i = 0; i < launcher.count; ++i) expected += launcher.parameters[i].kind != Parameter::stream;
-  if (given.size() != expected)
+  if (given.size() < expected)
     throw py::type_error(std::string(launcher.name) + " takes " + std::to_string(expected) +
                          " arguments, not " + std::to_string(given.size()));
   std::vector<Value> values(launcher.count);
   std::vector<Buffer> buffers;
+  for (size_t i = 0; i < given.size(); ++i) {
+    if (!py::isinstance<py::array>(given[i])) {
+      if (i < expected) continue;
+      throw py::type_error(std::string(launcher.name) + ": past its " + std::to_string(expected) +
+                           " arguments only arrays may follow, which it reaches through addresses");
+    }
+    auto array = py::reinterpret_borrow<py::array>(given[i]);
+    // From the lowest to the highest address that its elements have, whatever the strides.
+    uintptr_t low = reinterpret_cast<uintptr_t>(array.data()), high = low + size_t(array.itemsize());
+    for (int d = 0; d < array.ndim(); ++d) high += size_t(array.shape(d) - 1) * size_t(array.strides(d));
+    if (array.size()) buffers.push_back({low, high - low, size_t(array.itemsize()), int(i)});
+  }
   size_t next = 0;
   for (int i = 0; i < launcher.count; ++i) {
     const Parameter& parameter = launcher.parameters[i];
     if (parameter.kind == Parameter::stream) continue;
     std::string what = std::string(launcher.name) + ": argument " + std::to_string(next);
     py::handle value = given[next++];
-    if (py::isinstance<py::array>(value)) {
-      auto array = py::reinterpret_borrow<py::array>(value);
-      // From the lowest to the highest address that its elements have, whatever the strides.
-      uintptr_t low = reinterpret_cast<uintptr_t>(array.data()), high = low + size_t(array.itemsize());
-      for (int d = 0; d < array.ndim(); ++d) high += size_t(array.shape(d) - 1) * size_t(array.strides(d));
-      if (array.size()) buffers.push_back({low, high - low, size_t(array.itemsize()), int(next - 1)});
-    }
     switch (parameter.kind) {
       case Parameter::integer:
         values[i].integer = value.cast<long long>();
