@@ -1,5 +1,9 @@
 """Weight averaging: an EMA of a whole model per call, and several averages at once."""
 
+import importlib.util
+import itertools
+import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -28,12 +32,9 @@ def resnet50():
     return [*shapes, (1000, 2048), (1000,)]
 
 
+SHAPES = {"resnet50": resnet50(), "1000x64": [(64,)] * 1000, "100M": [(4096, 1024)] * 24}
 CASES = {
-    "resnet50": (resnet50(), 1),
-    "1000x64": ([(64,)] * 1000, 1),
-    "100M": ([(4096, 1024)] * 24, 1),
-    "resnet50-2-averages": (resnet50(), 2),
-    "resnet50-4-averages": (resnet50(), 4),
+    name if k == 1 else f"{name}, {k} averages": (shapes, k) for name, shapes in SHAPES.items() for k in (1, 2, 3, 4)
 }
 
 
@@ -48,41 +49,52 @@ def shadows_of(data):
     return [[p.clone() for p in data.params] for _ in range(data.k)]
 
 
+def each(averages, update):
+    return {"forward": lambda: [update(average) for average in averages]}
+
+
 averaging = Bench("averaging", CASES, quick=("1000x64",), compare=False)
 averaging.inputs(model_and_averages)
 averaging.bytes(lambda data: {"forward": (1 + 2 * data.k) * nbytes(*data.params)})
 
 
+def averager_of(data, k):
+    averager = WeightAverager(data.model, {str(j): EMA(DECAY) for j in range(k)})
+    averager.update()
+    return averager
+
+
 @averaging.ours
 def ours(data):
-    averager = WeightAverager(data.model, {str(j): EMA(DECAY) for j in range(data.k)})
-    averager.update()
-    return {"forward": averager.update}
+    return {"forward": averager_of(data, data.k).update}
 
 
 @averaging.peer("fastreg, an averager each")
 def ours_apart(data):
-    averagers = [WeightAverager(data.model, {"ema": EMA(DECAY)}) for _ in range(data.k)]
-    return {"forward": lambda: [averager.update() for averager in averagers]}
+    return each([averager_of(data, 1) for _ in range(data.k)], WeightAverager.update)
+
+
+@averaging.peer("fastreg.AveragedModel")
+def module(data):
+    averages = [fastreg.AveragedModel(data.model, EMA(DECAY)) for _ in range(data.k)]
+    return each(averages, lambda average: average.update_parameters(data.model))
 
 
 @averaging.peer("fastreg.average_")
 def functional(data):
-    shadows = shadows_of(data)
-    return {"forward": lambda: [fastreg.average_(shadow, data.params, 1 - DECAY) for shadow in shadows]}
+    return each(shadows_of(data), lambda shadow: fastreg.average_(shadow, data.params, 1 - DECAY))
 
 
 @averaging.peer("torch._foreach_lerp_")
 def foreach(data):
-    shadows = shadows_of(data)
-    return {"forward": lambda: [torch._foreach_lerp_(shadow, data.params, 1 - DECAY) for shadow in shadows]}
+    return each(shadows_of(data), lambda shadow: torch._foreach_lerp_(shadow, data.params, 1 - DECAY))
 
 
 def torchs(data, **options):
     averages = [swa_utils.AveragedModel(data.model, **options) for _ in range(data.k)]
     for average in averages:
         average.update_parameters(data.model)
-    return {"forward": lambda: [average.update_parameters(data.model) for average in averages]}
+    return each(averages, lambda average: average.update_parameters(data.model))
 
 
 @averaging.peer("torch AveragedModel, EMA")
@@ -95,12 +107,19 @@ def torch_default(data):
     return torchs(data)
 
 
+def timm_model_ema():
+    """timm's module of averages, without the rest of timm, which needs torchvision."""
+    folder = Path(importlib.util.find_spec("timm").submodule_search_locations[0])
+    spec = importlib.util.spec_from_file_location("timm_model_ema", folder / "utils" / "model_ema.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @averaging.peer("timm ModelEmaV3", needs="timm")
 def timm(data):
-    from timm.utils import ModelEmaV3
-
-    averages = [ModelEmaV3(data.model, decay=DECAY) for _ in range(data.k)]
-    return {"forward": lambda: [average.update(data.model) for average in averages]}
+    averages = [timm_model_ema().ModelEmaV3(data.model, decay=DECAY) for _ in range(data.k)]
+    return each(averages, lambda average: average.update(data.model))
 
 
 @averaging.peer("ema-pytorch", needs="ema_pytorch")
@@ -110,18 +129,61 @@ def ema_pytorch(data):
     averages = [
         Peer(data.model, beta=DECAY, update_every=1, update_after_step=0, use_foreach=True) for _ in range(data.k)
     ]
-    return {"forward": lambda: [average.update() for average in averages]}
+    return each(averages, Peer.update)
 
 
-@averaging.peer("article")
-def article(data):
-    """The update of the article's EMAModel: a new tensor per parameter, copied into the average."""
-    shadows = shadows_of(data)
+def article(data, average_of):
+    """The update of the article's classes: a new tensor per parameter, copied into the average. `average_of` has the
+    average, the parameter, and how often the class counted: once per parameter, not per update."""
+    shadows, count = shadows_of(data), itertools.count(1)
 
     @torch.no_grad()
+    def update(shadow):
+        for average, param in zip(shadow, data.params):
+            average.copy_(average_of(average, param, next(count)))
+
+    return each(shadows, update)
+
+
+@averaging.peer("article's EMAModel")
+def article_ema(data):
+    return article(data, lambda average, param, _: DECAY * average + (1 - DECAY) * param)
+
+
+@averaging.peer("article's SWAModel")
+def article_swa(data):
+    return article(data, lambda average, param, n: average + (param - average) / n)
+
+
+@averaging.peer("article's T_ADEMAModel")
+def article_tanh(data):
+    def average_of(average, param, n):
+        decay = DECAY * math.tanh(n)
+        return decay * average + (1 - decay) * param
+
+    return article(data, average_of)
+
+
+# ---- the host's share of an update ---------------------------------------------------------------------------
+host = Bench("averaging_host", {"1000x64": ([(64,)] * 1000, 1)}, dtypes=(torch.float32,), registry="averaging")
+host.inputs(model_and_averages)
+host.bytes(lambda data: {"forward": 0})
+
+
+@host.ours
+def host_time(data):
+    """`WeightAverager.update` with the launch left out: finding that every tensor is where it was, and the call."""
+    averager, kernels = averager_of(data, data.k), fastreg.averaging._update_op
+    nothing = dict.fromkeys(kernels, lambda *_: None)
+
     def update():
-        for shadow in shadows:
-            for average, param in zip(shadow, data.params):
-                average.copy_(DECAY * average + (1 - DECAY) * param)
+        fastreg.averaging._update_op = nothing
+        averager.update()
+        fastreg.averaging._update_op = kernels
 
     return {"forward": update}
+
+
+@host.peer("data_ptr() of every parameter")
+def pointers(data):
+    return {"forward": lambda: [param.data_ptr() for param in data.params]}

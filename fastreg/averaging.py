@@ -460,6 +460,9 @@ def _check_averageable(params: Mapping[str, Tensor]) -> None:
         _check_pair(f"parameter {name!r}", local := _local(param), "itself", local)
 
 
+_owned_twice = getattr(torch._C, "ScriptList", list)
+
+
 class _Link:
     """The tensors of a model beside the averages of them, matched by name: what an update reads and writes.
 
@@ -510,6 +513,10 @@ class _Link:
         self._sharded = [t for t in everything if hasattr(t, "to_local")]
         self._rows = _plan.describe(self._watched())
         self._written = written or [target for column in self.averages for target in column]
+        # While C++ owns a tensor too, torch need not pass it from Python to C++ and back to look at it, which is half
+        # the time of `fresh` and of the versions. Only for what is ours: a model that such a list keeps alive, by a hook
+        # of one of its parameters, the garbage collector cannot free.
+        self._held = [] if owner is None else [_owned_twice(self._written), _owned_twice(list(known.values()))]
         self._parts: list[_Part] | None = None
         self._rules: Sequence[Rule] = ()
         self.staging: _Staging | None = None
@@ -1065,12 +1072,12 @@ class WeightAverager:
             raise RuntimeError(f"{what}: the model holds the average {self._swapped!r}; leave swapped() first")
 
     def _current_link(self) -> _Link:
-        if self._link is not None and not self._link.fresh():
-            _reshard(self._model)
         if self._link is None or not self._link.fresh():
-            self._link = _Link(
-                self._model, list(self._averages.values()), self._follows, None, list(self._versions.values())
-            )
+            _reshard(self._model)  # after which it may be fresh again
+            if self._link is None or not self._link.fresh():
+                self._link = _Link(
+                    self._model, list(self._averages.values()), self._follows, None, list(self._versions.values())
+                )
         return self._link
 
     def state_dict(self) -> dict[str, Any]:
