@@ -1,6 +1,7 @@
 """Weight averaging against fp64, against torch, and in the corners where others go wrong."""
 
 import copy
+import importlib.util
 import io
 import math
 import threading
@@ -262,6 +263,14 @@ def test_average_refuses_before_writing(averages, params, weight, error, message
     assert (witness == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore")  # quantised tensors are deprecated
+def test_quantised_tensors_are_refused():
+    quantised = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    for averages, params in (([quantised], [torch.ones(2)]), ([torch.ones(2)], [quantised])):
+        with pytest.raises(TypeError, match="dense tensor with data"):
+            average_(averages, params, 0.5)
+
+
 def test_averages_that_share_memory_are_refused():
     base = torch.zeros(10)
     with pytest.raises(ValueError, match="share memory"):
@@ -403,6 +412,117 @@ def test_integer_buffers_are_copied(device):
     assert not torch.equal(averaged.module[1].running_mean, net[1].running_mean)
 
 
+def test_dtypes_may_be_mixed_in_one_model(device):
+    net = nn.ModuleList([nn.Linear(9, 2).to(dtype) for dtype in FLOATS])
+    for dtype in (None, torch.float32, torch.float64):
+        averager = WeightAverager(net, {"ema": EMA(0.75), "swa": SWA()}, dtype=dtype)
+        exact = {}
+        for n in range(4):
+            train_step(net, n)
+            averager.update()
+            for name, weight in (("ema", 0.25), ("swa", 1 / (n + 1))):
+                now = [p.detach().double() for p in net.parameters()]
+                exact[name] = [torch.lerp(e, p, weight if n else 1.0) for e, p in zip(exact.get(name, now), now)]
+        for name, tensors_ in averager.state_dict()["averages"].items():
+            for ours, p, e in zip(tensors_.values(), net.parameters(), exact[name]):
+                assert ours.dtype == (dtype or p.dtype)
+                eps = max(torch.finfo(ours.dtype).eps, torch.finfo(torch.float32).eps)
+                bound = 4 * eps * 5  # a rounding of values of at most 5 per update
+                torch.testing.assert_close(ours.double(), e, rtol=0, atol=bound)
+
+
+def test_expanded_parameters_get_averages_of_their_own():
+    net = nn.Module()
+    net.weight = nn.Parameter(torch.zeros(1).expand(4))
+    averaged, averager = AveragedModel(net, EMA(0.5)), WeightAverager(net, {"a": EMA(0.5)})
+    for value in (0.0, 1.0):
+        net.weight = nn.Parameter(torch.full((1,), value).expand(4))
+        averaged.update_parameters(net)
+        averager.update()
+    assert averaged.module.weight.tolist() == averager.state_dict()["averages"]["a"]["weight"].tolist() == [0.5] * 4
+
+
+def test_counts_beyond_fp32_still_move_an_equal_mean(device):
+    """1/(n + 1) at n = 2^24 + 1, where a count in fp32 would stand still; n beyond 2^53 does not occur."""
+    net = nn.Linear(2, 2).double()
+    averager = WeightAverager(net, {"swa": SWA(), "power": PowerEMA(0.1), "tanh": TanhEMA(0.5)})
+    averager.update()
+    n = 2**24 + 1
+    averager.load_state_dict(averager.state_dict() | {"n_averaged": torch.tensor(n), "calls": torch.tensor(n)})
+    before = net.weight.detach().clone()
+    with torch.no_grad():
+        net.weight += 1
+    averager.update()
+    for name, weight in (("swa", 1 / (n + 1)), ("power", 1 - (1 - 1 / (n + 1)) ** (PowerEMA(0.1).gamma + 1))):
+        moved = averager.state_dict()["averages"][name]["weight"] - before
+        torch.testing.assert_close(moved, torch.full_like(moved, weight), rtol=1e-7, atol=0)
+    assert averager.n_averaged.item() == n + 1
+
+
+def test_the_first_call_of_a_kernel_is_applied_once(device):
+    """A kernel that is tuned by trial at its first call would update in place more than once. Seven averages: no other
+    test compiles for that many."""
+    net = nn.Linear(3, 2)
+    averager = WeightAverager(net, {str(i): EMA(0.5) for i in range(7)})
+    averager._clock.n_averaged += 1  # past the copy
+    before = net.weight.detach().clone()
+    with torch.no_grad():
+        net.weight += 1
+    averager.update()
+    for named in averager.state_dict()["averages"].values():
+        torch.testing.assert_close(named["weight"], before + 0.5)
+    averages, params = [torch.zeros(2, dtype=torch.float16)], [torch.ones(2, dtype=torch.float64)]
+    average_(averages, params, 0.25)
+    assert averages[0].tolist() == [0.25, 0.25]
+
+
+def test_one_launch_repeated_as_it_is_copies_first_and_then_follows_the_rule(monkeypatch):
+    """What a CUDA graph replays: the very same arguments, while the count on the device moves the decay on."""
+    if fastreg.backends()["averaging"]["cpu"] != "usable":
+        pytest.skip("there are no C++ kernels")
+    net = nn.Linear(3, 2)
+    rules = {name: rule for name, (rule, _) in RULES.items()}
+    averager = WeightAverager(net, rules, update_every=2, start_step=1)
+    calls, kernel = [], averaging._update_op["cpu"]
+    monkeypatch.setattr(averaging, "_update_op", {"cpu": lambda *args: calls.append(args)})
+    averager.update()
+    exact, n = None, 0
+    for step in range(12):
+        train_step(net, step)
+        kernel(*calls[0])
+        if step % 2:
+            now = net.weight.detach().double()
+            exact = {
+                name: now if n == 0 else decay(n) * exact[name] + (1 - decay(n)) * now
+                for name, (_, decay) in RULES.items()
+            }
+            n += 1
+    assert averager.n_averaged == n == 6
+    for name, e in exact.items():
+        torch.testing.assert_close(averager._averages[name]["weight"].double(), e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["AveragedModel", "WeightAverager"])
+def test_parameters_of_one_shape_are_matched_by_name(kind, device):
+    net, other = nn.Module(), nn.Module()
+    for module, order in ((net, "abc"), (other, "cab")):
+        for name in order:
+            setattr(module, name, nn.Parameter(torch.full((2,), float(ord(name)))))
+    if kind == "AveragedModel":
+        average = AveragedModel(net, EMA(0.5))
+        average.update_parameters(net)
+        average.update_parameters(other)
+        target = average.module
+    else:
+        average, target = WeightAverager(net, {"x": EMA(0.5)}), other
+        with torch.no_grad():
+            for p in other.parameters():
+                p.zero_()
+        average.update()
+        average.copy_to(other, "x")
+    assert {name: p[0].item() for name, p in target.named_parameters()} == {name: ord(name) for name in "abc"}
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -459,7 +579,13 @@ def test_changed_models_are_refused_before_writing(kind, device):
     def add_buffer(net):
         net.register_buffer("extra", torch.ones(2))
 
-    for change in (add, add_module, remove, resize, resize_data, add_buffer):
+    def remove_buffer(net):
+        net[1].register_buffer("running_mean", None)
+
+    def resize_buffer(net):
+        net[1].running_mean = torch.ones(9)
+
+    for change in (add, add_module, remove, resize, resize_data, add_buffer, remove_buffer, resize_buffer):
         net = model()
         average = AveragedModel(net, EMA(0.5)) if kind == "AveragedModel" else WeightAverager(net, {"x": EMA(0.5)})
         update = (lambda: average.update_parameters(net)) if kind == "AveragedModel" else average.update  # noqa: B023
@@ -468,7 +594,7 @@ def test_changed_models_are_refused_before_writing(kind, device):
         before = {name: t.clone() for name, t in held().items()}
         train_step(net, 1)
         change(net)
-        with pytest.raises(ValueError, match=r"extra|4\.bias"):
+        with pytest.raises(ValueError, match=r"extra|4\.bias|1\.running_mean"):
             update()
         assert_same(held(), before)
 
@@ -931,34 +1057,60 @@ def _saved(state):
 
 
 # ---- other libraries -------------------------------------------------------------------------------------
-def test_state_dicts_of_timm_and_torch_are_converted():
-    net = model()
-    timm_state = {f"module.{name}": t.clone() for name, t in net.state_dict().items()}  # ModelEmaV3 keeps no count
-    averaged = AveragedModel(model(seed=1), EMA(0.5))
-    averaged.load_state_dict(averaging.convert_state_dict(timm_state, n_averaged=7))
-    assert averaged.n_averaged.item() == 7
-    assert_same(tensors(averaged.module), tensors(net))
-    theirs = swa_utils.AveragedModel(net)
-    theirs.update_parameters(net)
-    averaged.load_state_dict(averaging.convert_state_dict(theirs.state_dict()))
-    assert averaged.n_averaged.item() == 1
-    with pytest.raises(ValueError, match="got names such as"):
-        averaging.convert_state_dict(net.state_dict())
-    with pytest.raises(ValueError, match="got names such as"):
-        averaging.convert_state_dict({})
+def _timm():
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    from benchmarks.bench_averaging import timm_model_ema
+
+    return timm_model_ema().ModelEmaV3
 
 
-def test_state_dict_of_ema_pytorch_is_converted():
-    peer = pytest.importorskip("ema_pytorch")
+def test_state_dicts_go_to_timm_and_back():
+    net, torchs = model(), swa_utils.AveragedModel(model(seed=4))
+    theirs = _timm()(net, decay=0.5)
+    ours = AveragedModel(model(seed=1), EMA(0.5), use_buffers=True)
+    for step in range(3):
+        train_step(net, step)
+        theirs.update(net)
+    ours.load_state_dict(averaging.convert_state_dict(theirs.state_dict(), n_averaged=3))  # timm keeps no count
+    assert ours.n_averaged.item() == 3
+    assert_same(tensors(ours.module), tensors(theirs.module))
+    for step in range(2):  # both go on as one
+        train_step(net, 3 + step)
+        theirs.update(net)
+        ours.update_parameters(net)
+        assert_same(tensors(ours.module), tensors(theirs.module))
+    train_step(net, 9)
+    ours.update_parameters(net)
+    state = ours.state_dict()
+    del state["n_averaged"]
+    theirs.load_state_dict(state)
+    assert_same(tensors(theirs.module), tensors(ours.module))
+    torchs.update_parameters(net)
+    ours.load_state_dict(averaging.convert_state_dict(torchs.state_dict()))
+    assert ours.n_averaged.item() == 1
+    for wrong in (net.state_dict(), {}):
+        with pytest.raises(ValueError, match="got names such as"):
+            averaging.convert_state_dict(wrong)
+
+
+def test_state_dicts_go_to_ema_pytorch_and_back():
+    peer = pytest.importorskip("ema_pytorch", reason="ema-pytorch is not installed")
     net = model()
-    theirs = peer.EMA(net, beta=0.9, update_every=1, update_after_step=0)
+    theirs = peer.EMA(net, beta=0.5, update_every=1, update_after_step=0)
     for step in range(3):
         train_step(net, step)
         theirs.update()
-    averaged = AveragedModel(model(seed=1), EMA(0.5))
-    averaged.load_state_dict(averaging.convert_state_dict(theirs.state_dict()))
-    assert_same(tensors(averaged.module), tensors(theirs.ema_model))
-    assert averaged.n_averaged.item() == 3
+    ours = AveragedModel(model(seed=1), EMA(0.5))
+    ours.load_state_dict(averaging.convert_state_dict(theirs.state_dict()))
+    assert_same(tensors(ours.module), tensors(theirs.ema_model))
+    assert ours.n_averaged.item() == 3
+    train_step(net, 5)
+    ours.update_parameters(net)
+    theirs.ema_model.load_state_dict(ours.module.state_dict())
+    again = peer.EMA(model(), beta=0.5, update_every=1, update_after_step=0)
+    again.load_state_dict(theirs.state_dict())
+    assert_same(tensors(again.ema_model), tensors(ours.module))
 
 
 # ---- sizes, rounding, instruction sets ---------------------------------------------------------------------
@@ -976,6 +1128,37 @@ def test_more_tensors_than_any_argument_list_takes():
     averages, params = [torch.zeros(3) for _ in range(2500)], [torch.full((3,), float(i)) for i in range(2500)]
     average_(averages, params, 0.5)
     assert all((a == i / 2).all() for i, a in enumerate(averages))
+
+
+@pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_offsets_beyond_two_to_the_32_elements(param_dtype, device):
+    """The first and the last chunk of a huge tensor, whose memory between them is never touched."""
+    if device == "cuda":
+        pytest.skip("memory on a GPU is there as soon as it is asked for; the slow test takes it")
+    size = 2**32 + 5
+    param, averages = torch.empty(size, dtype=param_dtype), [torch.empty(size, dtype=torch.bfloat16) for _ in range(2)]
+    for t, value in ((param, 4.0), (averages[0], 0.0), (averages[1], 2.0)):
+        t[:3], t[-3:] = value, value
+        t[5 * 2**16 - 3 : 5 * 2**16] = t[2**32 - 2**16 - 3 : 2**32 - 2**16] = value  # beyond what is launched
+    row = averaging._row_of(param, averages, False)
+    plan = averaging._make_plan([row], 5, param.device)
+    chunks = plan.chunks[[0, -1]]
+    assert chunks[-1].tolist() == [0, 2**32]
+    (backend,) = [name for name in fastreg.BACKENDS if name == _backends.forced()]
+    if backend == "reference":
+        pytest.skip("plain PyTorch has no chunks")
+    rules = torch.tensor([EMA(0.5)._row(), EMA(0.75)._row()], dtype=torch.float64)
+    counters = torch.tensor(3), torch.tensor(3), torch.zeros((), dtype=torch.int32)
+    averaging._update_op[backend](plan.table, chunks, 8, averaging._kinds([row]), rules, *counters, None, 1, 0, None)
+    for average, first, value in ((averages[0], 2.0, 0.0), (averages[1], 2.5, 2.0)):
+        assert average[:3].tolist() == average[-3:].tolist() == [first] * 3
+        assert average[2**32 - 2**16 - 3 : 2**32 - 2**16].tolist() == [value] * 3
+    averaging._lerp_op[backend](plan.table[:, :4].contiguous(), chunks, 8, averaging._kinds([row]), 0.5, None)
+    assert averages[0][-3:].tolist() == averages[0][:3].tolist() == [3.0] * 3
+    twins = [t[:size].view(torch.uint8) for t in averages]
+    plan = averaging._make_plan([averaging._row_of(twins[0], [twins[1]], True)], 4, param.device)
+    averaging._swap_op[backend](plan.table, plan.chunks[[-1]], plan.chunk)
+    assert averages[0][-3:].tolist() == [2.5] * 3 and averages[1][-3:].tolist() == [3.0] * 3
 
 
 @pytest.mark.slow

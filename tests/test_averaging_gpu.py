@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastreg
-from fastreg import EMA, SWA, PowerEMA, TanhEMA, WeightAverager, average_, averaging
+from fastreg import EMA, SWA, AveragedModel, PowerEMA, TanhEMA, WeightAverager, average_, averaging
 from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
 from tests.proving import cubin, cudahost
 
@@ -18,59 +18,78 @@ def model(sizes, dtype=torch.float32):
     return nn.ParameterList([nn.Parameter(torch.randn(n).to(dtype)) for n in sizes])
 
 
-def bytes_of(net, averager):
-    """Parameters once, every average in and out, whatever is copied only out."""
-    sources = dict((*net.named_parameters(), *net.named_buffers()))
-    moved = sum(t.nbytes for t in sources.values())
-    for named in averager._averages.values():
-        moved += sum(t.nbytes * (2 if name in averager._follows else 1) for name, t in named.items())
-    return moved
+def resnet50(width):
+    """ResNet-50's 161 parameters and 159 buffers; `width` is 64 in the original."""
+    layers, channels = [nn.Conv2d(3, width, 7, bias=False), nn.BatchNorm2d(width)], width
+    for narrow, blocks in ((width, 3), (2 * width, 4), (4 * width, 6), (8 * width, 3)):
+        for block in range(blocks):
+            for out, into, kernel in ((narrow, channels, 1), (narrow, narrow, 3), (4 * narrow, narrow, 1)):
+                layers += [nn.Conv2d(into, out, kernel, bias=False), nn.BatchNorm2d(out)]
+            if block == 0:
+                layers += [nn.Conv2d(channels, 4 * narrow, 1, bias=False), nn.BatchNorm2d(4 * narrow)]
+            channels = 4 * narrow
+    return nn.ModuleList([*layers, nn.Linear(channels, 1000 * width // 64)])
 
 
-def table_bytes(launch_count, columns):
-    """What the table and the counters cost a chunk at most."""
-    return launch_count * (8 * columns * 8 + 256)
+def assert_exact_traffic(launch, link, tables):
+    """Every parameter read once, every average read and written once, what is copied read once and written once, and
+    nothing else but the tables and counters that tell the kernel so."""
+    moved = launch.moved - sum(int((launch.reads(t).sum() + launch.writes(t).sum()) * t.element_size()) for t in tables)
+    exact = 0
+    for i, (source, copied) in enumerate(zip(link.sources, link.copied)):
+        exact += source.nbytes + sum(column[i].nbytes * (1 if copied else 2) for column in link.averages)
+        if len(link.sources) < 10 and not copied:
+            assert (launch.reads(source) == 1).all() and (launch.writes(source) == 0).all()
+            for column in link.averages:
+                assert (launch.reads(column[i]) == 1).all() and (launch.writes(column[i]) == 1).all()
+    assert moved == exact
+
+
+MODELS = {
+    "odd fp32": (lambda: model([3 * 4096, 1, 1001, 0, 64]), None),
+    "odd bf16 to fp32": (lambda: model([3 * 4096, 1, 1001, 0, 64], torch.bfloat16), torch.float32),
+    "resnet50": (lambda: resnet50(4), None),
+    "1000 tensors": (lambda: model([3] * 1000), None),
+}
+
+
+CALLS_OF_MODELS = pytest.mark.parametrize(
+    ("name", "k"), [("odd fp32", 1), ("odd fp32", 4), ("odd bf16 to fp32", 2), ("resnet50", 4), ("1000 tensors", 4)]
+)
 
 
 @needs_interpreter
-@pytest.mark.parametrize("dtype, average_dtype", [(torch.float32, None), (torch.bfloat16, torch.float32)], ids=str)
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_traffic_is_the_parameters_once_and_the_averages_twice(dtype, average_dtype, k):
+@CALLS_OF_MODELS
+def test_triton_takes_one_launch_and_moves_no_byte_more_than_it_must(name, k):
     from tests.proving.traffic import traffic
 
-    net = model([3 * 4096, 1, 1001, 64], dtype)
-    net.register_buffer("count", torch.tensor(3))
+    make, dtype = MODELS[name]
+    net = make()
+    net.register_buffer("count", torch.tensor([3, 4]))
     with fastreg.use_backend("triton"):
-        averager = WeightAverager(net, dict(list(RULES.items())[:k]), dtype=average_dtype)
-        averager.update()
+        averager = WeightAverager(net, dict(list(RULES.items())[:k]), dtype=dtype, buffers="average")
+        averager._clock.n_averaged += 3
         with traffic() as log:
             averager.update()
     assert len(log) == 1
-    exact = bytes_of(net, averager)
-    overhead = log[0].moved - exact
-    chunks = len(averager._link._parts[0].plan.chunks)
-    assert 0 < overhead <= table_bytes(chunks, 3 + k)
-    link = averager._link
-    for i, (source, copied) in enumerate(zip(link.sources, link.copied)):
-        count = source.element_size() if copied else 1  # what is copied moves byte by byte
-        assert (log[0].reads(source) == count).all() and (log[0].writes(source) == 0).all()
-        for column in link.averages:
-            assert (log[0].reads(column[i]) == (0 if copied else 1)).all()
-            assert (log[0].writes(column[i]) == count).all()
+    (part,), clock = averager._link._parts, averager._clock
+    tables = part.plan.table, part.plan.chunks, part.rules, part.ticket, clock.n_averaged, clock.calls
+    assert_exact_traffic(log[0], averager._link, tables)
 
 
 @needs_interpreter
-def test_one_launch_for_a_thousand_tensors_and_four_averages():
+@pytest.mark.parametrize("name, launches", [("resnet50", 1), ("odd bf16 to fp32", 3)])
+def test_swapping_takes_one_launch_or_three_where_dtypes_differ(name, launches):
+    """Three: the model's own values aside, the average into the model, and what has one dtype swapped."""
     from tests.proving.traffic import traffic
 
+    make, dtype = MODELS[name]
+    net = make()
+    net.register_buffer("count", torch.tensor([3, 4]))
     with fastreg.use_backend("triton"):
-        averager = WeightAverager(model([1] * 1000), RULES)
-        with traffic() as log:
-            averager.update()
-        assert len(log) == 1
-        with traffic() as log, averager.swapped("swa"):
-            assert len(log) == 1
-        assert len(log) == 2
+        averager = WeightAverager(net, {"ema": EMA(0.5)}, dtype=dtype)
+        with traffic() as log, averager.swapped("ema"):
+            assert len(log) == launches
 
 
 @needs_interpreter
@@ -208,6 +227,33 @@ def test_cuda_swap_and_lerp():
         torch.testing.assert_close(now, then)
 
 
+@needs_cudahost
+def test_cuda_offsets_beyond_two_to_the_32_elements():
+    """The first and the last chunk of a huge tensor, whose memory between them is never touched."""
+    size = 2**32 + 5
+    param, average = torch.empty(size, dtype=torch.float32), torch.empty(size, dtype=torch.bfloat16)
+    for t, value in ((param, 4.0), (average, 2.0)):
+        t[:3] = t[-3:] = value
+    row = averaging._row_of(param, [average], False)
+    plan = averaging._make_plan([row], 4, torch.device("cpu"))
+    chunks = plan.chunks[[0, -1]].contiguous()
+    assert chunks[-1].tolist() == [0, 2**32]
+    rules = torch.tensor([EMA(0.5)._row()], dtype=torch.float64)
+    counters = torch.tensor(3), torch.tensor(3), torch.zeros((), dtype=torch.int32)
+    cuda().average_update(plan.table, chunks, 2, 8, 1, rules, *counters, None, 1, 0, False, 0)
+    assert average[:3].tolist() == average[-3:].tolist() == [3.0] * 3
+    cuda().average_lerp(plan.table, chunks, 2, 8, 0.5, None)
+    assert average[:3].tolist() == average[-3:].tolist() == [3.5] * 3
+    row = averaging._row_of(average, [param.view(torch.bfloat16)[:size]], True)
+    plan = averaging._make_plan([row], 4, torch.device("cpu"))
+    halves = param.view(torch.bfloat16)[size - 3 : size]
+    halves[:] = 1.0
+    last = plan.chunks[[-1]].contiguous()
+    assert last[0, 1] > 2**32
+    cuda().average_swap(plan.table, last, 1, plan.chunk)
+    assert (average[-3:].tolist(), halves.tolist()) == ([1.0] * 3, [3.5] * 3)
+
+
 @needs_nvcc
 @pytest.mark.slow
 def test_cuda_kernels_do_not_spill():
@@ -265,3 +311,46 @@ def test_updates_and_swaps_do_not_sync(backend):
                 pass
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+def test_an_average_on_the_host_follows_a_model_on_the_gpu_without_a_sync():
+    net = model([3000, 7, 1 << 20]).cuda()
+    averaged, exact = AveragedModel(net, EMA(0.5), device="cpu"), None
+    for n in range(5):
+        with torch.no_grad():
+            for p in net:
+                p.normal_()
+        now = [p.detach().double().cpu() for p in net]
+        exact = now if n == 0 else [torch.lerp(e, p, 0.5) for e, p in zip(exact, now)]
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            averaged.update_parameters(net, found_inf=torch.zeros((), device="cuda"))
+            with torch.no_grad():
+                for p in net:
+                    p.fill_(float("nan"))  # the next step, which is not to reach the average
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert averaged.n_averaged.item() == 5
+    for ours, e in zip(averaged.module, exact):
+        torch.testing.assert_close(ours.double(), e, rtol=1e-5, atol=1e-5)
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_two_gpus_whichever_is_current():
+    net = nn.Sequential(nn.Linear(9, 9).to("cuda:0"), nn.Linear(9, 9).to("cuda:1"))
+    averager = WeightAverager(net, {"ema": EMA(0.5)})
+    exact = None
+    for n in range(3):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.normal_()
+        now = [p.detach().double().cpu() for p in net.parameters()]
+        exact = now if n == 0 else [torch.lerp(e, p, 0.5) for e, p in zip(exact, now)]
+        with torch.cuda.device(n % 2):
+            averager.update()
+    with averager.swapped("ema"):
+        for p, e in zip(net.parameters(), exact):
+            torch.testing.assert_close(p.detach().double().cpu(), e, rtol=1e-5, atol=1e-5)
