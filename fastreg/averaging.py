@@ -514,8 +514,8 @@ class _Link:
         self._rows = _plan.describe(self._watched())
         self._written = written or [target for column in self.averages for target in column]
         # While C++ owns a tensor too, torch need not pass it from Python to C++ and back to look at it, which is half
-        # the time of `fresh` and of the versions. Only for what is ours: a model that such a list keeps alive, by a hook
-        # of one of its parameters, the garbage collector cannot free.
+        # the time of `fresh` and of the versions. Only for what is ours: a model that such a list keeps alive, through
+        # a hook of one of its parameters, the garbage collector cannot free.
         self._held = [] if owner is None else [_owned_twice(self._written), _owned_twice(list(known.values()))]
         self._parts: list[_Part] | None = None
         self._rules: Sequence[Rule] = ()
