@@ -8,7 +8,7 @@
 // no include guard. M says how: M::Scalar is the type of a lane, M::exp(V) the exponential, finite for every
 // finite argument (it may stop growing at e⁸⁷ and falling at e⁻⁸⁷ in float), M::reciprocal(V) is 1 / V, and
 // M::brief says that results of 16 bits are all that is asked for.
-#if defined(__CUDACC__) || defined(FASTREG_CUDAHOST)
+#if defined(__CUDACC__) || defined(CUDAHOST)
 #define GN_INLINE __host__ __device__ __forceinline__
 #else
 #define GN_INLINE inline __attribute__((always_inline))
@@ -21,6 +21,15 @@ namespace fastreg {
 
 enum Activation : int { kNone, kRelu, kSilu, kGelu, kGeluTanh };  // the order of ACTIVATIONS in group_norm.py
 
+// 1 / x, in device code without the call that a division of doubles is, around which registers are saved.
+template <class A>
+GN_INLINE A inverse(A x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(A) == 8) return __drcp_rn(x);
+#endif
+  return 1 / x;
+}
+
 // Count, mean and sum of squared deviations of some numbers, and of two sets of numbers together.
 template <class A>
 struct Moments {
@@ -31,7 +40,7 @@ template <class A>
 GN_INLINE Moments<A> merge(Moments<A> a, Moments<A> b) {
   const A count = a.count + b.count;
   if (count == A(0)) return a;
-  const A delta = b.mean - a.mean, share = b.count / count;
+  const A delta = b.mean - a.mean, share = b.count * inverse(count);
   return {count, a.mean + delta * share, a.m2 + (b.m2 + delta * delta * (a.count * share))};
 }
 
@@ -105,7 +114,11 @@ GN_INLINE Normal<V> normal(V z) {
   const V e = M::exp(a * a * A(-0.5));
   const V inverse = M::reciprocal(a + T::c), u = (a - T::c) * inverse;
   V p = V{} + T::p(T::degree);
+#ifdef __CUDACC__
+#pragma unroll
+#else
 #pragma GCC unroll 32
+#endif
   for (int i = T::degree - 1; i >= 0; --i) p = p * u + T::p(i);
   const V tail = e * (p * inverse);
   return {z < A(0) ? tail : A(1) - tail, e * A(0.39894228040143267794)};

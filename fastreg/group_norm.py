@@ -20,7 +20,7 @@ from ._ops import ACTIVATIONS
 
 _forward = _ops.kernels("group_norm_forward")
 _backward = _ops.kernels("group_norm_backward")
-_backends.register("group_norm", kernels=("cpu", "triton"))
+_backends.register("group_norm", kernels=("cpu", "cuda", "triton"))
 
 
 def group_norm(

@@ -98,7 +98,18 @@ def check(x, num_groups, weight=None, bias=None, eps=1e-5, activation=None, resi
     if grad_out is None:
         grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(x.dtype)
     args = (grad_out, x, num_groups, weight, bias, eps, activation, residual)
-    mine, theirs, exact = run(ours, *args), run(stock, *args), run(formula, *args, to=torch.float64)
+    mine = run(ours, *args)
+    judge(mine, *args)
+    for format in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
+        if has_format(x, format):
+            assert has_format(mine[0], format)
+    return mine
+
+
+def judge(mine, grad_out, x, num_groups, weight, bias, eps, activation, residual):
+    """Holds an output and its gradients (None: not asked for) to the accuracy rule."""
+    args = (grad_out, x, num_groups, weight, bias, eps, activation, residual)
+    theirs, exact = run(stock, *args), run(formula, *args, to=torch.float64)
     # A parameter's gradient is a sum over samples and positions of dz·x̂ with x̂ of size 1, each right to a few
     # roundings of its own and of the mean it is taken from; they add like a random walk, and so do the roundings of
     # the sums under way. The input's gradient has the means m1 and m2 of such terms in it, times an x̂ of up to 4.
@@ -106,18 +117,21 @@ def check(x, num_groups, weight=None, bias=None, eps=1e-5, activation=None, resi
     walk, size = (x.numel() // x.shape[1]) ** 0.5, grad_out.double().square().mean().sqrt()
     deviation = (x.double().var(correction=0) + eps).sqrt()
     terms = 4 * eps32 * walk * size * (1 + x.double().mean().abs() / deviation)
-    means = 4 * eps32 * size * (1 if weight is None else weight.double().abs().max()) / deviation
+    largest = 1 if weight is None else weight.double().abs().max()
+    # Statistics are saved in fp32: half a unit of the mean is what x̂ may be off by, and stock PyTorch may be lucky in
+    # that. The slopes of the activations are at most 1.13, those of their slopes 0.8.
+    rounded_mean = eps32 / 2 * largest * x.double().mean().abs() / deviation
+    curved = rounded_mean * grad_out.double().abs().max() if activation else 0
+    means = 4 * eps32 * size * largest / deviation + curved * largest / deviation
     for name, a, s, e in zip(RESULTS, mine, theirs, exact):
+        if a is None:
+            continue
         if name.startswith("grad") and e is not None:
-            slack = {"grad_input": means, "grad_residual": 0}.get(name, terms + eps32 * walk * e.abs())
+            slack = {"grad_input": means, "grad_residual": curved}.get(name, terms + eps32 * walk * e.abs())
             error = a.double() - e
             a = (a.double() - error.sign() * error.abs().minimum(torch.as_tensor(slack))).to(a.dtype)
         if e is not None:
-            assert_accurate(a, s.to(a.dtype), e, name)
-    for format in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
-        if has_format(x, format):
-            assert has_format(mine[0], format)
-    return mine
+            assert_accurate(a, s.to(a.dtype), e, name, noise=1.13 * rounded_mean if name == "output" else 0.0)
 
 
 def has_format(x, format):

@@ -1,10 +1,16 @@
-"""What the GPU kernels of GroupNorm move, and what the compilers make of them; their values: test_group_norm.py."""
+"""What the GPU kernels of GroupNorm move, what the compilers make of them, and the CUDA kernels' values on the host;
+Triton's values: test_group_norm.py."""
+
+import math
 
 import pytest
 import torch
 
-from tests.machine import needs_interpreter, needs_ptxas
-from tests.proving import cubin
+from fastreg.testing import DTYPES
+from tests import group_norm_cudahost
+from tests.machine import needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
+from tests.proving import cubin, cudahost
+from tests.test_group_norm import ACTIVATIONS, affine, judge, tensor
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Groups that fit on chip, one and several to a program; then larger ones, in few and many chunks.
@@ -90,4 +96,201 @@ def test_no_spills_and_wide_accesses(calls):
         if calls == "compile_aligned" and facts.kernel not in ("_merge_moments", "_merge_sums", "_parameter_gradients"):
             assert facts.loads.get(128, 0) >= 1, facts
         if calls == "compile_aligned" and facts.kernel in ("_forward_whole", "_apply", "_apply_backward"):
+            assert facts.stores.get(128, 0) >= 1, facts
+
+
+# ---- CUDA on the host ------------------------------------------------------------------------------------
+
+
+def laid_out(x, layout):
+    """(N, C, S) as it is, or as rows of positions."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "last" else x
+
+
+def run_cuda(x, groups, weight, bias, activation=None, residual=None, grad_out=None, eps=1e-5, wanted=15):
+    """The output and the gradients."""
+    index = ACTIVATIONS.index(activation)
+    y, stats = group_norm_cudahost.group_norm_forward(x, groups, weight, bias, eps, index, residual, True)
+    wanted &= (1 << 0) | (weight is not None) << 1 | (bias is not None) << 2
+    wanted |= 8 if residual is not None and index else 0
+    residual = residual if index else None
+    grads = group_norm_cudahost.group_norm_backward(grad_out, x, groups, weight, bias, index, residual, stats, wanted)
+    return [y, *grads]
+
+
+def check_cuda(shape, groups, layout, dtype=torch.float32, activation="silu", residual=False, params=None, mean=0.0):
+    x, grad_out = tensor(*shape, dtype=dtype, mean=mean), tensor(*shape, dtype=dtype, seed=7)
+    x, grad_out = laid_out(x, layout), laid_out(grad_out, layout)
+    residual = laid_out(tensor(*shape, dtype=dtype, seed=3), layout) if residual else None
+    weight, bias = affine(shape[1], params or dtype)
+    mine = run_cuda(x, groups, weight, bias, activation, residual, grad_out)
+    judge(mine, grad_out, x, groups, weight, bias, 1e-5, activation, residual)
+    return mine
+
+
+def small_gpu(monkeypatch, shared_bytes):
+    """Of many multiprocessors with little shared memory: calls are cut into slabs, as many as there can be."""
+    monkeypatch.setattr(group_norm_cudahost, "MULTIPROCESSORS", 1000)
+    monkeypatch.setattr(group_norm_cudahost, "SHARED_BYTES", shared_bytes)
+
+
+layouts = pytest.mark.parametrize("layout", ["first", "last"])
+# (shape, groups): vectors and single elements, several groups to a block and one, groups that share a vector, teams
+# of lanes from one to a block, one position, one element per group.
+SHAPES = [
+    ((2, 12, 35), 4), ((2, 64, 64), 8), ((1, 40, 49), 4), ((3, 6, 1), 6), ((2, 320, 16), 32), ((1, 96, 8), 1),
+    ((2, 6, 1031), 2), ((1, 3, 2), 3), ((5, 32, 9), 32),
+]  # fmt: skip
+# The same for groups that are cut: into pieces of channels, of positions, and both.
+CUT = [((1, 6, 9000), 2), ((2, 24, 1200), 2), ((1, 700, 33), 1), ((1, 40, 2056), 4)]
+
+
+@needs_cudahost
+@layouts
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_cuda_groups_on_chip(case, layout):
+    check_cuda(*case, layout)
+    check_cuda(*case, layout, torch.bfloat16, residual=True)
+
+
+@needs_cudahost
+@layouts
+@pytest.mark.parametrize("case", CUT, ids=str)
+def test_cuda_larger_groups(case, layout, monkeypatch):
+    small_gpu(monkeypatch, 40 << 10)
+    check_cuda(*case, layout, residual=True)
+    check_cuda(*case, layout, torch.bfloat16)
+
+
+@needs_cudahost
+@layouts
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_activations_and_dtypes(dtype, activation, layout):
+    check_cuda((2, 12, 40), 3, layout, dtype, activation, residual=True)
+    check_cuda((2, 6, 33), 2, layout, dtype, activation, params=torch.float32)
+
+
+@needs_cudahost
+@layouts
+def test_cuda_optional_tensors(layout):
+    x, grad_out = laid_out(tensor(2, 8, 20), layout), laid_out(tensor(2, 8, 20, seed=7), layout)
+    weight, bias = affine(8, torch.bfloat16)
+    for w, b in ((weight, None), (None, bias), (None, None)):
+        judge(run_cuda(x, 2, w, b, "gelu", None, grad_out), grad_out, x, 2, w, b, 1e-5, "gelu", None)
+    for wanted in (1, 2, 4, 6, 8, 9, 14):
+        index, residual = 2, x
+        _, stats = group_norm_cudahost.group_norm_forward(x, 2, weight, bias, 1e-5, index, residual, True)
+        args = (grad_out, x, 2, weight, bias, index, residual, stats)
+        some, every = (group_norm_cudahost.group_norm_backward(*args, which) for which in (wanted, 15))
+        for i in range(4):
+            assert some[i] is None if not wanted >> i & 1 else torch.equal(some[i], every[i])
+
+
+@needs_cudahost
+@layouts
+def test_cuda_strided_and_unaligned(layout):
+    weight, bias = affine(8)
+    wide = laid_out(tensor(4, 16, 24), layout)
+    for x in (wide[::2, 4:12], wide[1:, 3:11], wide[:, :8]):
+        grad_out = torch.randn(x.shape)
+        grad_out = laid_out(grad_out, layout)
+        judge(run_cuda(x, 2, weight, bias, "silu", x, grad_out), grad_out, x, 2, weight, bias, 1e-5, "silu", x)
+
+
+@needs_cudahost
+@layouts
+@pytest.mark.parametrize("cut", [False, True], ids=["on chip", "cut"])
+def test_cuda_hard_values(layout, cut, monkeypatch):
+    """A mean far from zero, squares that overflow, NaN and infinity that stay in their group, equal elements."""
+    if cut:
+        small_gpu(monkeypatch, 40 << 10)
+    shape, groups = ((1, 8, 4100), 2) if cut else ((2, 8, 48), 2)
+    for mean in (1e2, 1e4, 1e6):
+        check_cuda(shape, groups, layout, mean=mean)
+    weight, bias = affine(8)
+    x, grad_out = laid_out(tensor(*shape), layout), laid_out(tensor(*shape, seed=7), layout)
+    unit = run_cuda(x, groups, weight, bias, "silu", None, grad_out, eps=0.0)
+    for scale in (2.0**63, 2.0**100):
+        large = run_cuda(x * scale, groups, weight, bias, "silu", None, grad_out)
+        torch.testing.assert_close(large[0], unit[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(large[1] * scale, unit[1], rtol=1e-5, atol=1e-5)
+    clean = run_cuda(x, groups, weight, bias, "silu", None, grad_out)
+    for bad in (math.nan, math.inf):
+        dirty = x.clone(memory_format=torch.preserve_format)
+        dirty[-1, 5, 7] = bad
+        got = run_cuda(dirty, groups, weight, bias, "silu", None, grad_out)
+        for a, b in zip(clean[:2], got[:2]):
+            assert b[-1, 4:].isnan().all()
+            assert torch.equal(a[-1, :4], b[-1, :4]) and torch.equal(a[:-1], b[:-1])
+    y = run_cuda(torch.full_like(x, 3.0), groups, weight, bias, None, None, grad_out)[0]
+    assert (y - bias[:, None]).abs().max() <= 1e-6
+
+
+@needs_cudahost
+@layouts
+def test_cuda_one_element_per_group(layout):
+    x = laid_out(tensor(3, 6, 1), layout)
+    weight, bias = affine(6)
+    y, dx, dweight, dbias, _ = run_cuda(x, 6, weight, bias, None, None, torch.ones_like(x))
+    assert torch.equal(y, bias[:, None].expand_as(y))
+    assert (dx == 0).all() and (dweight == 0).all() and torch.equal(dbias, torch.full((6,), 3.0))
+
+
+@needs_cudahost
+@layouts
+@pytest.mark.parametrize(("case", "cut"), [(((2, 64, 64), 8), False), (((1, 40, 8224), 4), True)], ids=str)
+def test_cuda_bytes(case, cut, layout, monkeypatch):
+    """On chip x once and y once, then x and dy once and dx once; larger groups x twice, then x and dy twice."""
+    from tests.proving.traffic import traffic
+
+    if cut:
+        small_gpu(monkeypatch, 24 << 10)
+        monkeypatch.setattr(group_norm_cudahost, "MULTIPROCESSORS", 4)  # slabs as large as they get
+    shape, groups = case
+    x, grad_out = (laid_out(tensor(*shape, seed=i), layout) for i in (0, 7))
+    with traffic() as log:
+        y, dx, *_ = run_cuda(x, groups, *affine(shape[1]), "silu", None, grad_out)
+    times = 2 if cut else 1
+    assert len(log) == (7 if cut else 3)
+    forward, backward = log[:3] if cut else log[:1], log[3:] if cut else log[1:]
+    for read, launches in ((x, forward), (x, backward), (grad_out, backward)):
+        reads = sum(launch.reads(read) for launch in launches)
+        # A slab's first element stands for its mean until that is known: each block reads it more than once.
+        assert reads.min() == times and (reads > times).double().mean() <= 0.005
+    assert (log.writes(y) == 1).all() and (log.writes(dx) == 1).all()
+    small = 0.05 if cut else 0.25  # parameters and statistics, once a block: much where the tensor is small
+    assert sum(launch.moved for launch in forward) <= (times + 1 + small) * x.nbytes
+    assert sum(launch.moved for launch in backward) <= (2 * times + 1 + small) * x.nbytes
+
+
+def cuda_calls():
+    """What the sanitizers watch: every kernel of the file, with and without vectors."""
+    for layout in ("first", "last"):
+        for shared_bytes, (shape, groups) in (
+            *((227 << 10, case) for case in SHAPES),
+            *((24 << 10, case) for case in CUT),
+        ):
+            group_norm_cudahost.MULTIPROCESSORS = 4 if shared_bytes > 100 << 10 else 1000
+            group_norm_cudahost.SHARED_BYTES = shared_bytes
+            x = laid_out(tensor(*shape, dtype=torch.bfloat16), layout)
+            run_cuda(x, groups, *affine(shape[1]), "silu", x, x)
+    run_cuda(tensor(2, 12, 40) * 1e30, 3, *affine(12), "gelu", None, tensor(2, 12, 40))
+
+
+@needs_cudahost
+@pytest.mark.slow
+@pytest.mark.parametrize(("sanitizer", "seed"), [("address", 0), ("thread", 0), ("thread", 1)])
+def test_cuda_under_sanitizers(sanitizer, seed):
+    assert cudahost.run_sanitized(sanitizer, "tests.test_group_norm_gpu:cuda_calls", seed=seed) == ""
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_cuda_has_no_spills_and_wide_accesses():
+    for facts in cubin.nvcc_facts("csrc/cuda/group_norm.cu"):
+        assert facts.spills == 0, facts
+        if facts.kernel.startswith(("forward", "backward", "slab", "apply")):
+            assert facts.loads.get(128, 0) >= 1, facts
+        if facts.kernel.startswith(("forward", "backward", "apply")):
             assert facts.stores.get(128, 0) >= 1, facts

@@ -31,6 +31,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/tensors.h"
+#include "group_norm_layout.h"
 
 namespace fastreg {
 using torch::headeronly::BFloat16;
@@ -39,17 +40,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kPart = 32768;  // elements of a part, where a unit has as many
-
-// A tensor's memory as rows. Strides are in elements; within a row elements are adjacent.
-struct Rows {
-  char* data = nullptr;
-  int64_t sample = 0, row = 0;
-
-  template <class T>
-  T* at(int64_t n, int64_t r) const {
-    return reinterpret_cast<T*>(data) + n * sample + r * row;
-  }
-};
 
 template <class A>
 struct GroupNorm {
@@ -186,72 +176,7 @@ void run_backward(GroupNorm<A>& call) {
   }
 }
 
-// ---- tensors
-// ------------------------------------------------------------------------------------------------- How the
-// dimensions after the second lie: as one of `positions` elements with stride `step`, or not so.
-struct Layout {
-  int64_t positions = 1, step = 1;
-  bool regular = true;
-};
-
-Layout layout_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  Layout out;
-  int64_t expected = 0;
-  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 2; --d) {
-    if (sizes[d] != 1) {
-      if (expected == 0)
-        out.step = strides[d];
-      else if (strides[d] != expected)
-        out.regular = false;
-      expected = strides[d] * sizes[d];
-    }
-    out.positions *= sizes[d];
-  }
-  return out;
-}
-
-// Whether rows of `tensor` are positions, where both readings are possible the one with the longer rows.
-bool rows_are_positions(const Tensor& tensor, const Layout& layout) {
-  const bool adjacent = tensor.size(1) == 1 || tensor.stride(1) == 1;
-  if (layout.positions <= 1) return adjacent;
-  return layout.step != 1 && adjacent;
-}
-
-// The tensor as rows of the kind asked for; a copy (kept in `owner`) where it does not lie so.
-Rows rows_of(const Tensor& tensor, bool last, int64_t positions, Tensor& owner) {
-  Layout layout = layout_of(tensor);
-  const int64_t channels = tensor.size(1);
-  const bool fits = layout.regular &&
-                    (last ? (channels == 1 || tensor.stride(1) == 1) : (positions <= 1 || layout.step == 1));
-  if (fits) {
-    owner = tensor;
-    return {static_cast<char*>(tensor.data_ptr()), tensor.stride(0), last ? layout.step : tensor.stride(1)};
-  }
-  std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end()), strides(sizes.size());
-  int64_t step = last ? channels : 1;
-  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 2; --d) strides[d] = step, step *= sizes[d];
-  strides[1] = last ? 1 : positions;
-  strides[0] = channels * positions;
-  owner = new_strided(tensor.dim(), sizes.data(), strides.data(), tensor.scalar_type());
-  torch::stable::copy_(owner, tensor);
-  return {static_cast<char*>(owner.data_ptr()), channels * positions, last ? channels : positions};
-}
-
-// A new tensor like torch.empty_like(tensor), and its rows. `tensor` is regular.
-Tensor empty_like(const Tensor& tensor, bool last, int64_t positions, Rows& rows) {
-  const int64_t channels = tensor.size(1), samples = tensor.size(0);
-  const Layout layout = layout_of(tensor);
-  const bool dense = (samples <= 1 || tensor.stride(0) == channels * positions) &&
-                     (channels <= 1 || tensor.stride(1) == (last ? 1 : positions)) &&
-                     (positions <= 1 || layout.step == (last ? channels : 1)) && tensor.numel() > 0;
-  Tensor out =
-      dense ? new_strided(tensor.dim(), tensor.sizes().data(), tensor.strides().data(), tensor.scalar_type())
-            : torch::stable::empty_like(tensor);
-  rows = {static_cast<char*>(out.data_ptr()), out.stride(0), last ? layout_of(out).step : out.stride(1)};
-  return out;
-}
-
+// ---- tensors ---------------------------------------------------------------------------------------------
 template <class A>
 A value_at(const void* data, ScalarType dtype, int64_t i) {
   switch (dtype) {
@@ -306,27 +231,6 @@ Tensor parameter_gradient(const Tensor& like, const double* sums, int64_t sample
 
 // ---- the operators
 // -------------------------------------------------------------------------------------------
-bool readable(const Tensor& tensor, const Layout& layout) {
-  return layout.regular &&
-         (layout.positions <= 1 || layout.step == 1 || tensor.size(1) == 1 || tensor.stride(1) == 1);
-}
-
-// The values of a tensor that cannot be read as rows, in a new one that can; the strides of empty_like if
-// possible.
-Tensor readable_copy(const Tensor& tensor) {
-  Tensor copy = torch::stable::empty_like(tensor);
-  if (!readable(copy, layout_of(copy))) return torch::stable::contiguous(tensor);
-  torch::stable::copy_(copy, tensor);
-  return copy;
-}
-
-// The same values with the strides of empty_like(tensor), which the fake kernels promise.
-Tensor like(const Tensor& tensor, const Tensor& values) {
-  Tensor out = torch::stable::empty_like(tensor);
-  torch::stable::copy_(out, values);
-  return out;
-}
-
 template <class A>
 std::tuple<Tensor, Tensor> forward(const Tensor& input, int64_t groups, const std::optional<Tensor>& weight,
                                    const std::optional<Tensor>& bias, double eps, int64_t activation,
@@ -336,15 +240,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, int64_t groups, const st
   if (!readable(input, layout)) {
     auto [output, stats] =
         forward<A>(readable_copy(input), groups, weight, bias, eps, activation, residual, save);
-    return {like(input, output), stats};
+    return {with_layout_of(input, output), stats};
   }
   const int64_t samples = input.size(0), channels = input.size(1), positions = layout.positions;
   const bool last = rows_are_positions(input, layout);
   GroupNorm<A> call(samples, channels, groups, positions, last);
   Tensor kept_input, kept_residual;
   std::vector<A> weight_copy, bias_copy, own_stats;
-  call.input = rows_of(input, last, positions, kept_input);
-  Tensor output = empty_like(input, last, positions, call.output);
+  call.input = rows_of(input, last, positions, kept_input, new_strided);
+  Tensor output = empty_rows_like(input, last, positions, call.output, new_strided);
   Tensor stats = save ? new_tensor({2, samples, groups}, own) : new_tensor({0}, own);
   if (save) {
     call.mean = static_cast<A*>(stats.data_ptr());
@@ -357,7 +261,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, int64_t groups, const st
     std::fill(call.mean, call.mean + 2 * samples * groups, A(NAN));
     return {output, stats};
   }
-  if (residual) call.residual = rows_of(*residual, last, positions, kept_residual);
+  if (residual) call.residual = rows_of(*residual, last, positions, kept_residual, new_strided);
   call.weight = parameter<A>(weight, channels, 1, weight_copy);
   call.bias = parameter<A>(bias, channels, 0, bias_copy);
   call.activation = static_cast<int>(activation);
@@ -385,20 +289,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   if (!readable(input, layout)) {
     auto [dx, dw, db, dr] = backward<A>(grad_output, readable_copy(input), groups, weight, bias, activation,
                                         residual, stats, wanted);
-    return {wanted & 1 ? like(input, dx) : dx, dw, db, wanted & 8 ? like(input, dr) : dr};
+    return {wanted & 1 ? with_layout_of(input, dx) : dx, dw, db, wanted & 8 ? with_layout_of(input, dr) : dr};
   }
   const int64_t samples = input.size(0), channels = input.size(1), positions = layout.positions;
   const bool last = rows_are_positions(input, layout);
   GroupNorm<A> call(samples, channels, groups, positions, last);
   Tensor kept_input, kept_residual, kept_grad;
   std::vector<A> weight_copy, bias_copy;
-  call.input = rows_of(input, last, positions, kept_input);
-  call.grad_output = rows_of(grad_output, last, positions, kept_grad);
-  if (residual) call.residual = rows_of(*residual, last, positions, kept_residual);
+  call.input = rows_of(input, last, positions, kept_input, new_strided);
+  call.grad_output = rows_of(grad_output, last, positions, kept_grad, new_strided);
+  if (residual) call.residual = rows_of(*residual, last, positions, kept_residual, new_strided);
   const ScalarType dtype = input.scalar_type();
   const auto nothing = [&] { return new_tensor({0}, dtype); };  // outputs may not share one
-  Tensor grad_input = wanted & 1 ? empty_like(input, last, positions, call.grad_input) : nothing();
-  Tensor grad_residual = wanted & 8 ? empty_like(input, last, positions, call.grad_residual) : nothing();
+  Tensor grad_input =
+      wanted & 1 ? empty_rows_like(input, last, positions, call.grad_input, new_strided) : nothing();
+  Tensor grad_residual =
+      wanted & 8 ? empty_rows_like(input, last, positions, call.grad_residual, new_strided) : nothing();
   call.mean = static_cast<A*>(stats.data_ptr());
   call.rstd = call.mean + samples * groups;
   call.weight = parameter<A>(weight, channels, 1, weight_copy);

@@ -40,29 +40,36 @@ class __attribute__((visibility("hidden"))) OnDevice {
  public:
   const cudaStream_t stream;
 
-  int multiprocessors() const {
-    static std::array<std::atomic<int>, 64> known{};
-    std::atomic<int>& slot = known[static_cast<size_t>(device) % known.size()];
-    int count = slot.load(std::memory_order_relaxed);
-    if (count == 0) {
-      check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-      slot.store(count, std::memory_order_relaxed);
-    }
-    return count;
-  }
+  int multiprocessors() const { return attribute<cudaDevAttrMultiProcessorCount>(); }
+  int shared_bytes_of_block() const { return attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
 
   Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
     int64_t strides[8], step = 1;
     for (size_t d = sizes.size(); d--; step *= std::max<int64_t>(sizes.begin()[d], 1)) strides[d] = step;
+    return strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype);
+  }
+
+  Tensor strided(int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype) const {
     AtenTensorHandle handle;
     const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                           strides, code, aoti_torch_device_type_cuda(),
-                                                           device, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cuda(), device, &handle));
     return Tensor(handle);
   }
 
  private:
+  template <cudaDeviceAttr which>
+  int attribute() const {
+    static std::array<std::atomic<int>, 64> known{};
+    std::atomic<int>& slot = known[static_cast<size_t>(device) % known.size()];
+    int value = slot.load(std::memory_order_relaxed);
+    if (value == 0) {
+      check(cudaDeviceGetAttribute(&value, which, device));
+      slot.store(value, std::memory_order_relaxed);
+    }
+    return value;
+  }
+
   static cudaStream_t current_stream(int32_t device) {
     using Lookup = AOTITorchError (*)(int32_t, void**);
     static const auto lookup =
