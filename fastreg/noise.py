@@ -21,7 +21,7 @@ from . import _backends, _checks, _ops, _plan
 _drop_path = _ops.kernels("drop_path")
 _shrink, _shrink_backward = _ops.kernels("soft_threshold"), _ops.kernels("soft_threshold_backward")
 for _name in ("drop_path", "soft_threshold"):
-    _backends.register(_name, kernels=("cpu",))
+    _backends.register(_name, kernels=("cpu", "cuda", "triton"))
 
 
 def drop_path(

@@ -7,8 +7,9 @@ The gradients are sign(w)·(|w| / ‖w‖_p)^(p-1), zero for a tensor of zeros, 
 Source of FGM: Miyato et al., "Adversarial Training Methods for Semi-Supervised Text Classification", ICLR 2017.
 
 Sums run in fp64 over values scaled, where need be, by the tensor's largest one; nothing overflows or vanishes on the
-way. The kernels (csrc/penalties.h, csrc/cpu/penalties.cpp) read the weights once forward, and read and write them once
-backward, all tensors in one launch.
+way. The kernels (csrc/penalties.h, csrc/cpu/penalties.cpp, csrc/cuda/penalties.cu, tritonkernels/penalties.py) read the
+weights once forward, and read and write them once backward, whatever the number of tensors in as many launches as for
+one.
 """
 
 import math
@@ -28,7 +29,7 @@ _backward = _ops.kernels("lp_penalty_backward")
 _attack_kernels = _ops.kernels("fgm_attack")
 _restore_kernels = _ops.kernels("fgm_restore")
 for _name in ("lp_penalty", "lp_penalty_backward_", "FGM"):
-    _backends.register(_name, kernels=("cpu",))
+    _backends.register(_name, kernels=("cpu", "cuda", "triton"))
 
 
 def lp_penalty(tensors: Tensor | Iterable[Tensor], p: float = 2.0, *, squared: bool = False) -> Tensor:

@@ -1,6 +1,7 @@
 """Stochastic depth, soft-thresholding and flooding against their formulas."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,13 +10,25 @@ from torch import nn
 import fastreg
 from fastreg import _backends
 from fastreg.testing import DTYPES, layouts_of
+from tests import test_noise_gpu
+from tests.machine import HAS_CUDA, cudahost_missing, device_of
 
-BACKENDS = [b for b in ("reference", "cpu") if _backends.missing("drop_path", b) is None]
+BACKENDS = [b for b in ("reference", "cpu", "triton") if _backends.missing("drop_path", b) is None]
+ON_HOST = "cuda on the host"  # the CUDA kernels, compiled for the CPU, in place of the C++ ones
+if "cpu" in BACKENDS and cudahost_missing() is None:
+    BACKENDS.append(ON_HOST)
+if HAS_CUDA and _backends.missing("drop_path", "cuda") is None:
+    BACKENDS.append("cuda")
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request):
-    with fastreg.use_backend(request.param):
+def backend(request, monkeypatch):
+    if request.param == ON_HOST:
+        test_noise_gpu.put_on_host(monkeypatch)
+    device = device_of(request.param)
+    # On a GPU, all that a test makes stands there.
+    stands = torch.device(device) if device == "cuda" else nullcontext()
+    with stands, fastreg.use_backend("cpu" if request.param == ON_HOST else request.param):
         yield request.param
 
 
@@ -219,7 +232,9 @@ def test_flood():
         fastreg.flood(0.5, 0.1)
 
 
-def test_modules_compile_without_a_graph_break():
+def test_modules_compile_without_a_graph_break(backend):
+    if backend == ON_HOST:
+        pytest.skip("the harness is no operator: it cannot be compiled into a graph")
     block = nn.Sequential(fastreg.nn.DropPath(0.5), fastreg.nn.ChannelShrinkage(3))
     x = torch.randn(8, 3, 4)
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Lp penalties and FGM against their formulas in fp64."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,14 +12,26 @@ from torch import nn
 import fastreg
 from fastreg import _backends
 from fastreg.testing import DTYPES
+from tests import test_penalties_gpu
+from tests.machine import HAS_CUDA, cudahost_missing, device_of
 
-BACKENDS = [b for b in ("reference", "cpu") if _backends.missing("lp_penalty", b) is None]
+BACKENDS = [b for b in ("reference", "cpu", "triton") if _backends.missing("lp_penalty", b) is None]
+ON_HOST = "cuda on the host"  # the CUDA kernels, compiled for the CPU, in place of the C++ ones
+if "cpu" in BACKENDS and cudahost_missing() is None:
+    BACKENDS.append(ON_HOST)
+if HAS_CUDA and _backends.missing("lp_penalty", "cuda") is None:
+    BACKENDS.append("cuda")
 SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request):
-    with fastreg.use_backend(request.param):
+def backend(request, monkeypatch):
+    if request.param == ON_HOST:
+        test_penalties_gpu.put_on_host(monkeypatch)
+    device = device_of(request.param)
+    # On a GPU, all that a test makes stands there.
+    stands = torch.device(device) if device == "cuda" else nullcontext()
+    with stands, fastreg.use_backend("cpu" if request.param == ON_HOST else request.param):
         yield request.param
 
 
@@ -45,8 +58,8 @@ def exact_gradient(tensor, p, squared=False):
     squared=st.booleans(),
 )
 def test_value_and_gradient(seed, sizes, dtypes, p, squared):
-    generator = torch.Generator().manual_seed(seed)
-    tensors = [torch.randn(n, generator=generator).to(dtype).requires_grad_() for n, dtype in zip(sizes, dtypes)]
+    torch.manual_seed(seed)
+    tensors = [torch.randn(n).to(dtype).requires_grad_() for n, dtype in zip(sizes, dtypes)]
     out = fastreg.lp_penalty(tensors, p, squared=squared)
     double = any(t.dtype == torch.float64 for t in tensors)
     assert out.dtype == (torch.float64 if double else torch.float32) and out.dim() == 0

@@ -488,6 +488,50 @@ double change_run(const T* x, T* out, int64_t n, double p, Change how, bool towa
                      : change_rounded<T, sum, kind, false>(x, out, n, p, how);
 }
 
+#if FASTREG_VECTOR_BYTES > 16  // there is a fused multiply-add
+// x * factor, for narrow T and a factor whose two floats lose nothing, in half of the instructions that
+// double takes: x * high + x * low is rounded once, but for the last bit of the small product. Returns the
+// sum of squares.
+template <class T>
+double scale_floats(const T* x, T* out, int64_t n, double factor) {
+  using V = Vec<float>;
+  const V high = splat(static_cast<float>(factor));
+  const V low = splat(static_cast<float>(factor - static_cast<double>(static_cast<float>(factor))));
+  constexpr int64_t width = lanes<float>;
+  Doubles total[4] = {};
+  const auto one = [&](const T* from, T* to, int slot) __attribute__((always_inline)) {
+    const V v = load(from), rest = v * low;
+#if FASTREG_VECTOR_BYTES == 64
+    const V y = bits<V>(_mm512_fmadd_ps(bits<__m512>(v), bits<__m512>(high), bits<__m512>(rest)));
+#else
+    const V y = bits<V>(_mm256_fmadd_ps(bits<__m256>(v), bits<__m256>(high), bits<__m256>(rest)));
+#endif
+    store(to, y);
+    V written = y;
+    if constexpr (sizeof(T) == 2) written = load(to);
+    HalfFloats halves[2];
+    __builtin_memcpy(halves, &written, sizeof(written));
+    const Doubles a = to_double(halves[0]), b = to_double(halves[1]);
+    total[slot] += a * a;
+    total[slot + 1] += b * b;
+  };
+  int64_t i = 0;
+  for (; i + 2 * width <= n; i += 2 * width) {
+    one(x + i, out + i, 0);
+    one(x + i + width, out + i + width, 2);
+  }
+  for (; i < n; i += width) {
+    const int64_t left = n - i < width ? n - i : width;
+    T block[width];
+    __builtin_memset(block, 0, sizeof(block));
+    __builtin_memcpy(block, x + i, left * sizeof(T));
+    one(block, block, 0);
+    __builtin_memcpy(out + i, block, left * sizeof(T));
+  }
+  return horizontal_sum((total[0] + total[1]) + (total[2] + total[3]));
+}
+#endif
+
 template <class T>
 double change_typed(const T* x, T* out, int64_t n, double p, Change how, bool toward_zero) {
   if (how.kind == Kind::l1_ball)
@@ -495,6 +539,11 @@ double change_typed(const T* x, T* out, int64_t n, double p, Change how, bool to
   if (how.kind == Kind::linf_ball)
     return change_run<T, Order::largest, Kind::linf_ball>(x, out, n, p, how, toward_zero);
   const Order sum = max_norm::order_of(p);
+#if FASTREG_VECTOR_BYTES > 16
+  if constexpr (!std::is_same_v<T, double>)
+    if (sum == Order::two && how.a == 1 && !toward_zero && how.b > 0x1p-90 && how.b < 0x1p90)
+      return scale_floats(x, out, n, how.b);
+#endif
   if (sum == Order::two && how.a == 1)
     return change_run<T, Order::two, Kind::normalize>(x, out, n, p, how, toward_zero);
   switch (sum) {

@@ -1,0 +1,210 @@
+"""The penalties' and FGM's kernels for the GPU, without one: bytes, launches, races, stray accesses, spills, widths."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastreg
+from fastreg import penalties
+from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
+from tests.proving import cubin, cudahost
+
+LAUNCHERS = ("lp_norms", "lp_penalty_backward", "fgm_attack", "fgm_restore")
+
+
+def kernels():
+    return cudahost.load("csrc/cuda/penalties.cu", [f"fastreg::cuda::{name}" for name in LAUNCHERS])
+
+
+# The CUDA kernels on the host, called as the operators; tensors in `behind` stand at the tables' addresses.
+behind: list[torch.Tensor] = []
+
+
+def lp_norms(table, chunks, chunk, p, squared, wide):
+    tensors = len(table)
+    parts, terms, norms = (torch.empty(n, dtype=torch.float64) for n in ((len(chunks), 2), tensors, (tensors, 2)))
+    penalty = torch.empty((), dtype=torch.float64 if wide else torch.float32)
+    kernels().lp_norms(
+        table, chunks, len(chunks), chunk, tensors, p, squared, parts, terms, norms,
+        None if wide else penalty, penalty if wide else None, *behind,
+    )  # fmt: skip
+    return penalty, norms
+
+
+def lp_penalty_backward(table, chunks, chunk, outs, norms, grad, p, squared, add):
+    kernels().lp_penalty_backward(table, chunks, len(chunks), chunk, outs, norms, grad, p, squared, add, *behind)
+
+
+def fgm_attack(table, chunks, chunk, norms, epsilon):
+    kernels().fgm_attack(table, chunks, len(chunks), chunk, norms, epsilon, *behind)
+
+
+def fgm_restore(table, chunks, chunk):
+    kernels().fgm_restore(table, chunks, len(chunks), chunk, *behind)
+
+
+def put_on_host(monkeypatch):
+    """The CUDA kernels in place of the C++ ones."""
+    for attribute, kernel in (
+        ("_norms", lp_norms), ("_backward", lp_penalty_backward),
+        ("_attack_kernels", fgm_attack), ("_restore_kernels", fgm_restore),
+    ):  # fmt: skip
+        monkeypatch.setitem(getattr(penalties, attribute), "cpu", kernel)
+
+
+@pytest.fixture(
+    params=[pytest.param("triton", marks=needs_interpreter), pytest.param("cuda on the host", marks=needs_cudahost)]
+)
+def ours(request, monkeypatch):
+    if request.param != "triton":
+        put_on_host(monkeypatch)
+    with fastreg.use_backend("triton" if request.param == "triton" else "cpu"):
+        yield request.param
+    behind.clear()
+
+
+SIZES = (1, 64, 1001, 5000)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_one_read_forward_and_one_read_and_write_backward(ours, p):
+    from tests.proving.traffic import traffic
+
+    tensors = [nn.Parameter(torch.randn(n)) for n in SIZES] + [nn.Parameter(torch.randn(300).bfloat16())]
+    weights = [t.detach() for t in tensors]
+    behind[:] = weights
+    with traffic() as log:
+        penalty = fastreg.lp_penalty(tensors, p)
+    assert len(log) == 3
+    for w in weights:
+        assert log.reads(w).eq(1).all() and log.writes(w).eq(0).all()
+    penalty.backward()
+    for t in tensors:
+        t.grad.zero_()
+    grads = [t.grad for t in tensors]
+    behind[:] = weights + grads
+    with traffic() as log:
+        fastreg.lp_penalty_backward_(tensors, p, weight=0.5)
+    assert len(log) == 4
+    backward = log[-1]
+    for w, g in zip(weights, grads):
+        assert backward.reads(w).eq(1).all() and backward.reads(g).eq(1).all() and backward.writes(g).eq(1).all()
+
+
+def test_attack_touches_the_blocks_with_a_gradient_alone(ours):
+    from tests.proving.traffic import traffic
+
+    model = nn.ModuleDict({"emb": nn.Embedding(100, 48)})
+    weight = model["emb"].weight.detach()
+    before = weight.clone()
+    grad = model["emb"].weight.grad = torch.zeros_like(weight)
+    grad[[3, 77]] = torch.randn(2, 48)
+    fgm = fastreg.FGM(model)
+    behind[:] = [weight, grad]
+    with traffic() as log:
+        fgm.attack()
+    touched = torch.zeros(4800, dtype=torch.int64)
+    for row in (3, 77):
+        touched[row * 48 // 64 * 64 : -(-(row + 1) * 48 // 64) * 64] = 1
+    assert torch.equal(log.writes(weight).flatten(), touched) and torch.equal(log.reads(weight).flatten(), touched)
+    assert log.reads(grad).eq(2).all()  # for its norm, and for the step
+    with traffic() as log:
+        fgm.restore()
+    assert len(log) == 1 and torch.equal(log.writes(weight).flatten(), touched) and torch.equal(weight, before)
+
+
+@needs_interpreter
+def test_no_stray_access_and_no_race():
+    from tests.proving.sanitizer import sanitize
+
+    base = torch.randn(20000)
+    parts = [base[a:b].requires_grad_() for a, b in ((0, 1), (3, 70), (100, 2148), (3001, 9000))]
+    grads = torch.zeros(20000)
+    for part, (a, b) in zip(parts, ((0, 1), (3, 70), (100, 2148), (3001, 9000))):
+        part.grad = grads[a:b]
+    with fastreg.use_backend("triton"), sanitize(also=[base, grads]):
+        fastreg.lp_penalty_backward_(parts, 1.5)
+    assert grads[9000:].eq(0).all() and grads[1:3].eq(0).all() and grads[2148:3001].eq(0).all()
+
+
+def cuda_calls():
+    """What the sanitizers watch."""
+    patch = pytest.MonkeyPatch()
+    put_on_host(patch)
+    with fastreg.use_backend("cpu"):
+        for dtype in (torch.float32, torch.float16, torch.float64):
+            model = nn.ParameterDict({f"emb{n}": nn.Parameter(torch.randn(n).to(dtype)) for n in SIZES})
+            for p in (1.0, 2.0, 2.5):
+                fastreg.lp_penalty(list(model.values()), p).backward()
+                fastreg.lp_penalty_backward_(list(model.values()), p)
+            fgm = fastreg.FGM(model)
+            fgm.attack()
+            fgm.restore()
+    patch.undo()
+
+
+@needs_cudahost
+@pytest.mark.slow
+@pytest.mark.parametrize(("sanitizer", "seed"), [("address", 0), ("thread", 0), ("thread", 1)])
+def test_cuda_under_sanitizers(sanitizer, seed):
+    assert cudahost.run_sanitized(sanitizer, "tests.test_penalties_gpu:cuda_calls", seed=seed) == ""
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_cuda_kernels_do_not_spill():
+    for facts in cubin.nvcc_facts("csrc/cuda/penalties.cu"):
+        assert facts.spills == 0, facts
+        if not facts.kernel.startswith(("norm_tensors", "add_terms")):
+            assert facts.loads.get(128), facts
+
+
+def compile_all():
+    from tritonkernels import penalties as triton_kernels
+
+    tensors = [torch.empty(1 << 20, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    plan = penalties._penalty_plan(tensors)
+    outs, grad = penalties._addresses(tensors, torch.device("cpu")), torch.ones((), dtype=torch.float64)
+    for p in (1.0, 2.0, 3.0):
+        _, norms = triton_kernels.lp_norms(plan.table, plan.chunks, plan.chunk, p, False, p == 2)
+        triton_kernels.lp_penalty_backward(plan.table, plan.chunks, plan.chunk, outs, norms, grad, p, False, p == 1)
+    rows = torch.zeros(2, 6, dtype=torch.int64)
+    triton_kernels.fgm_attack(rows, plan.chunks, plan.chunk, norms, 1.0)
+    triton_kernels.fgm_restore(rows, plan.chunks, plan.chunk)
+
+
+@needs_ptxas
+@pytest.mark.slow
+def test_triton_kernels_do_not_spill():
+    (launches,) = cubin.launch_facts("tests.test_penalties_gpu:compile_all").values()
+    for facts in launches:
+        assert facts.spills == 0, facts
+        if facts.kernel in ("_norm_chunks", "_gradients", "_attacks", "_restores"):
+            assert facts.loads.get(128), facts
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------
+
+
+@needs_cuda
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_nothing_waits_for_the_device(backend):
+    tensors = [torch.randn(n, device="cuda", requires_grad=True) for n in SIZES]
+    model = nn.ParameterDict({f"emb{i}": nn.Parameter(t.detach()) for i, t in enumerate(tensors)})
+    for param in model.values():
+        param.grad = torch.randn_like(param)
+    fgm = fastreg.FGM(model)
+
+    def step():
+        fastreg.lp_penalty(tensors).backward()
+        fastreg.lp_penalty_backward_(tensors)
+        fgm.attack()
+        fgm.restore()
+
+    with fastreg.use_backend(backend):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
