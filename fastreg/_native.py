@@ -20,7 +20,8 @@ def _load(kind: str) -> str | None:
     try:
         importlib.import_module(f"fastreg._C_{kind}")
     except ModuleNotFoundError:
-        return build_outcome().get(kind, "not built: no build has been run in this checkout")
+        outcome = build_outcome().get(kind, "not built: no build has been run in this checkout")
+        return outcome if outcome.startswith("not built") else "built, but its file is gone: build again"
     except ImportError as error:  # A binary that cannot load must never break `import fastreg`.
         return f"built, but it cannot be loaded: {error}"
     return None

@@ -99,6 +99,18 @@ _define(
     "losses",
 )
 _define(
+    "cross_entropy_small",
+    # The loss without options, input (N, C), target (N), and its gradient, for the reductions mean and sum, with few
+    # arguments: each costs time, which shows where the batch is small.
+    "(Tensor input, Tensor target, int ignore_index, int reduction, bool fp32_loss) -> (Tensor loss, Tensor grad)",
+    lambda input, target, ignore_index, reduction, fp32_loss: (
+        input.new_empty([], dtype=accumulator(input) if fp32_loss else input.dtype),
+        torch.empty_like(input),
+    ),
+    "losses",
+    backends=("cpu",),
+)
+_define(
     "scale_gradient_",
     # grad *= factor (0-d), without touching memory where factor is 1 and without the host looking at it.
     "(Tensor(a!) grad, Tensor factor) -> ()",

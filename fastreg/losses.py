@@ -13,12 +13,14 @@ The kernels: csrc/cpu/losses.cpp, csrc/cuda/losses.cu, tritonkernels/losses.py. 
 forward, and read and write them once in the backward; between the two only each row's log-sum-exp is kept.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _backends, _checks, _ops
@@ -33,13 +35,14 @@ _backends.register("cross_entropy", kernels=_ops.KERNEL_BACKENDS)
 # A target is class indices, probabilities of the input's shape, or two index tensors and the share of the first.
 Target = Tensor | tuple[Tensor, Tensor, float | Tensor]
 
-# On the CPU a plain call on fewer logits than this spends its time on the way to the kernel and back, not in it. The
-# way through PyTorch's own operator, whose autograd is in C++, is shorter: 35 µs forward and backward, 40 or more for
-# any operator behind a Python autograd.Function.
-_TINY = 2048
-_pytorch_cross_entropy = torch._C._nn.cross_entropy_loss
-_is_compiling = torch.compiler.is_compiling
+# On the CPU a plain call on at most this many logits makes its gradient together with the loss: there the time goes
+# into calls, and one is saved. The gradient that waits for the backward is at most 4 MiB of fp32.
+_SMALL = 1 << 20
+_small = _ops.kernels("cross_entropy_small")["cpu"]
 _INT64 = torch.int64
+_current_level = torch._C._functorch.maybe_current_level
+_is_autocast_enabled = torch.is_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
 _REDUCTION = {name: index for index, name in enumerate(_ops.REDUCTIONS)}
 
 
@@ -97,6 +100,7 @@ def cross_entropy(
             of twice; for "mean" and "sum", where it is wanted at all. An incoming gradient other than 1 costs the
             pass that was saved, and so does a second backward; both are right, and the host never waits to see.
             fp16 input is treated as without it: a gradient scaler's factor must come before the rounding.
+            On the CPU plain calls on up to 2^20 logits do so by themselves.
         outputs: return `LossOutputs`, what else the same pass knows, instead of the loss alone.
         statistics: a `fastreg.longtail.ClassStatistics`, to which this call's rows are added per target class.
             Only for class indices.
@@ -115,24 +119,26 @@ def cross_entropy(
     Differentiable as often as wanted; a second derivative is taken of the reference.
     """
     if (
-        type(input) is type(target) is Tensor
-        and input.is_cpu
-        and 0 < input.numel() < _TINY
-        and target.dtype is _INT64
-        and (weight is alpha is logit_adjustment is margin is statistics is None)
+        (weight is alpha is logit_adjustment is margin is statistics is None)
         and label_smoothing == gamma == z_loss == 0.0
         and scale == 1.0
-        and all_ignored == "nan"
         and not (grad_in_forward or outputs)
-        and _backends._forced is None
+        and (reduction == "mean" or reduction == "sum")
+        and all_ignored == "nan"
+        and type(input) is type(target) is Tensor
+        and input.requires_grad
+        and input.is_cpu
+        and input.dim() == 2
+        and input.dtype is not torch.float16  # there a gradient waits for its scaler's factor
+        and target.dtype is _INT64
+        and input.numel() <= _SMALL
         and not _is_compiling()
+        and _small_ready()
     ):
         try:
-            # PyTorch carries NaN from an ignored row into its gradient: such calls are for the kernels.
-            if target.dim() == 1 and ignore_index not in target.tolist():
-                return _pytorch_cross_entropy(input, target, None, _REDUCTION[reduction], ignore_index, 0.0)
-        except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            pass  # whatever is wrong is said below in this function's own words
+            return _small_cross_entropy(input, target, ignore_index, _REDUCTION[reduction], _is_autocast_enabled("cpu"))
+        except (RuntimeError, IndexError, TypeError):
+            pass  # what is wrong is said below in this function's own words
 
     other_target = share = None
     if isinstance(target, tuple):
@@ -405,6 +411,17 @@ def _as_kernels_know(input: Tensor, target: Tensor, *per_row: Tensor | None) -> 
     return input.flatten(2), target, *(None if t is None else t.flatten(1) for t in per_row)
 
 
+def _small_ready() -> bool:
+    """Whether nothing but the arguments can keep a call from the CPU kernels, and a gradient is wanted."""
+    return (
+        (_backends._forced is None or _backends._forced == "cpu")
+        and torch.is_grad_enabled()
+        and _current_level() is None
+        and forward_ad._current_level < 0
+        and _backends._native.missing["cpu"] is None
+    )
+
+
 def _apply(function: type[torch.autograd.Function], *args: object) -> Any:
     """function.apply without its look around for torch.func transforms, which no kernel serves: 4 µs a call."""
     if _is_compiling():
@@ -429,6 +446,34 @@ class _CrossEntropy(torch.autograd.Function):
         else:
             grad = _backward[ctx.backend](grad_loss, *ctx.saved_tensors, *ctx.options)
         return grad, *([None] * 17)
+
+
+class _SmallCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, target, ignore_index, reduction, fp32_loss):
+        loss, grad = _small(input, target, ignore_index, reduction, fp32_loss)
+        ctx.save_for_backward(input, target, grad)
+        ctx.ignore_index, ctx.reduction = ignore_index, reduction
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        input, target, grad = ctx.saved_tensors
+        factor = grad_loss.item()
+        if torch.is_grad_enabled():  # create_graph: a second derivative may be asked for
+            reduction = _ops.REDUCTIONS[ctx.reduction]
+            loss = cross_entropy_reference(input, target, ignore_index=ctx.ignore_index, reduction=reduction)
+            (grad,) = torch.autograd.grad(loss, input, grad_loss.to(loss.dtype), create_graph=True)
+        elif not math.isfinite(factor):  # times an exact 0 it would be NaN
+            args = input, target, *[None] * 6, ctx.ignore_index, ctx.reduction, 0.0, 0.0, 1.0, 1.0, 0.0
+            _, *softmax = _forward["cpu"](*args, False, False)
+            grad = _backward["cpu"](grad_loss, *args[:8], *softmax, *args[8:])
+        elif factor != 1.0:
+            grad = grad * factor
+        return grad, None, None, None, None
+
+
+_small_cross_entropy = super(torch.autograd.Function, _SmallCrossEntropy).apply  # see _apply
 
 
 class _CrossEntropyExtra(torch.autograd.Function):

@@ -137,5 +137,14 @@ def test_import_survives_a_binary_that_cannot_load(checkout, tmp_path):
     assert "built, but it cannot be loaded" in done.stdout
 
 
+def test_a_binary_that_is_gone_is_not_reported_as_built(checkout, tmp_path):
+    for name in ("fastreg", "tritonkernels"):
+        shutil.copytree(checkout / name, tmp_path / name)
+    (tmp_path / "fastreg" / "_build.json").write_text('{"cpu": "built against torch 2.11"}')
+    done = subprocess.run([sys.executable, "-m", "fastreg"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "built, but its file is gone: build again" in done.stdout
+
+
 def test_torch_pin_matches_the_declared_minimum():
     assert tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)

@@ -392,3 +392,58 @@ def test_threads_change_nothing_for_sigmoid_focal():
         results.append((loss.detach(), leaf.grad))
     for loss, grad in results[1:]:
         assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+# ---- small batches: the gradient is made together with the loss -------------------------------------------
+def small_and_large(dtype=torch.float32):
+    """The same logits, as a batch that counts as small and, behind a dimension, as one that does not."""
+    x, target = torch.randn(6, 7, dtype=dtype), torch.tensor([0, 6, -100, 3, 3, 1])
+    return (x.clone().requires_grad_(), target), (x.clone()[..., None].requires_grad_(), target[:, None])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("reduction", ("mean", "sum"))
+@pytest.mark.parametrize("factor", (1.0, -0.375, 0.0, float("inf"), float("nan")))
+def test_small_batches_under_any_incoming_gradient(dtype, reduction, factor):
+    (x, target), (y, wide_target) = small_and_large(dtype)
+    loss, other = (cross_entropy(i, t, reduction=reduction) for i, t in ((x, target), (y, wide_target)))
+    assert type(loss.grad_fn) is not type(other.grad_fn)  # two ways
+    assert loss.dtype == dtype and torch.equal(loss, other)
+    for each in (loss, other):
+        each.backward(torch.tensor(factor, dtype=dtype), retain_graph=True)
+        each.backward(torch.tensor(factor, dtype=dtype))  # a second time, onto the first
+    tolerance = 2 * torch.finfo(dtype).eps * y.grad[..., 0].abs().nan_to_num(posinf=0, neginf=0)
+    same = (x.grad == y.grad[..., 0]) | (x.grad.isnan() & y.grad[..., 0].isnan())
+    assert (same | ((x.grad - y.grad[..., 0]).abs() <= tolerance)).all()
+    assert (x.grad[2] == 0).all()  # the ignored row
+
+
+def test_small_batches_differentiate_twice():
+    (x, target), _ = small_and_large(torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x: cross_entropy(x, target), x)
+
+
+def test_small_batches_pass_opcheck():
+    (x, target), _ = small_and_large()
+    for fp32_loss in (False, True):
+        torch.library.opcheck(torch.ops.fastreg.cross_entropy_small.cpu, (x.detach(), target, -100, 1, fp32_loss))
+
+
+def test_small_batches_leave_fp16_to_its_scaler():
+    """A gradient of 1e-9 is 0 in fp16 unless the factor that scales it comes first."""
+    x, target = torch.zeros(4, 3, dtype=torch.float16), torch.tensor([0, 1, 2, 0])
+    x[:, 0] = -16
+    x.requires_grad_()
+    cross_entropy(x, target).mul(2.0**15).backward()
+    assert x.grad[1, 0] != 0
+
+
+def test_a_gradient_that_waits_is_not_the_callers_to_change():
+    (x, target), _ = small_and_large()
+    (first,) = torch.autograd.grad(loss := cross_entropy(x, target), x, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(kept, second)
+    first.zero_()
+    (third,) = torch.autograd.grad(cross_entropy(x, target), x)
+    assert torch.equal(kept, third)

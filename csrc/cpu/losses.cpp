@@ -473,6 +473,19 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, cons
                                                    : backward<float>(grad_loss, options, lse, denominator);
 }
 
+std::tuple<Tensor, Tensor> cross_entropy_small(const Tensor& input, const Tensor& target,
+                                               int64_t ignore_index, int64_t reduction, bool fp32_loss) {
+  STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == input.size(0) && input.size(1) > 0,
+                  "target must have one class index per row, of a class at least");
+  const MaybeTensor none;
+  const Options options{input,        target,    none, none, none, none, none, none,
+                        ignore_index, reduction, 0,    0,    1,    1,    0};
+  Extra extra;
+  extra.grad = new_like(input);
+  auto [loss, lse, denominator, losses, argmax] = forward_of(options, false, fp32_loss, extra);
+  return {loss, *extra.grad};
+}
+
 void scale_gradient(const Tensor& grad, const Tensor& factor) {
   const double by = elements_of(factor, 0, 0).get<double>(0);
   const int64_t numel = grad.numel(), dims = grad.dim();
@@ -506,6 +519,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
   m.impl("cross_entropy_forward.cpu", TORCH_BOX(&fastreg::cross_entropy_forward));
   m.impl("cross_entropy_forward_extra.cpu", TORCH_BOX(&fastreg::cross_entropy_forward_extra));
   m.impl("cross_entropy_backward.cpu", TORCH_BOX(&fastreg::cross_entropy_backward));
+  m.impl("cross_entropy_small.cpu", TORCH_BOX(&fastreg::cross_entropy_small));
   m.impl("scale_gradient_.cpu", TORCH_BOX(&fastreg::scale_gradient));
 }
 
