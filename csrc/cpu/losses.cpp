@@ -4,7 +4,7 @@
 // order. Threads share the rows, or the blocks of a row where there are fewer rows than threads; neither
 // changes a bit of the result. Where classes are not next to one another in memory but rows are, as in (N, C,
 // D), vectors hold neighbouring rows ("columns"), and nothing is transposed. Layouts with neither are
-// gathered block by block. The kernels are in losses_rows.h and losses_columns.h.
+// gathered block by block. The kernels are in losses_rows.h, losses_columns.h and losses_small.h.
 #ifndef FASTREG_ISA
 #include "losses.h"
 
@@ -169,6 +169,18 @@ struct CrossEntropy {
   }
 };
 
+// A call without options on rows of at most kBlock classes that lie next to one another.
+template <class A>
+struct SmallCrossEntropy {
+  const char* input;
+  char* grad;
+  ScalarType dtype;
+  const int64_t* target;
+  int64_t rows, classes, input_row, grad_row, target_row, ignore_index, rows_per_task;
+  A grad_scale;
+  double* sums;  // of each task: the losses
+};
+
 }  // namespace fastreg
 
 #define FASTREG_FILE "cpu/losses.cpp"
@@ -315,6 +327,12 @@ void choose_kernel(CrossEntropy<A>& call) {
   call.tasks = call.outer * ((call.inner + call.rows_per_task - 1) / call.rows_per_task);
 }
 
+[[noreturn]] void refuse_target(int64_t y, int64_t row, int64_t classes, int64_t ignore_index) {
+  throw std::out_of_range("target must hold class indices in [0, " + std::to_string(classes) +
+                          ") or ignore_index (" + std::to_string(ignore_index) + "), got " +
+                          std::to_string(y) + " in row " + std::to_string(row));
+}
+
 template <class A>
 void check_targets(CrossEntropy<A>& call) {
   const int64_t r = call.bad_row.load();
@@ -324,9 +342,7 @@ void check_targets(CrossEntropy<A>& call) {
   int64_t bad = call.target.template get<int64_t>(call.target.at(o, i));
   if (bad == call.ignore_index || call.is_class(bad, o, i))
     bad = call.other_target.template get<int64_t>(call.other_target.at(o, i));
-  throw std::out_of_range("target must hold class indices in [0, " + std::to_string(call.classes) +
-                          ") or ignore_index (" + std::to_string(call.ignore_index) + "), got " +
-                          std::to_string(bad) + " in row " + std::to_string(r));
+  refuse_target(bad, r, call.classes, call.ignore_index);
 }
 
 // What the sum of the losses is divided by.
@@ -473,17 +489,53 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, cons
                                                    : backward<float>(grad_loss, options, lse, denominator);
 }
 
+template <class A>
+std::tuple<Tensor, Tensor> small(const Tensor& input, const Tensor& target, const Tensor& grad,
+                                 int64_t ignore_index, int64_t reduction, bool fp32_loss) {
+  const ScalarType dtype = input.scalar_type();
+  Tensor loss = new_tensor({}, fp32_loss ? torch::headeronly::CppTypeToScalarType<A>::value : dtype);
+  SmallCrossEntropy<A> call{};
+  call.input = static_cast<const char*>(input.const_data_ptr());
+  call.grad = static_cast<char*>(grad.data_ptr());
+  call.dtype = dtype;
+  call.target = static_cast<const int64_t*>(target.const_data_ptr());
+  call.rows = input.size(0), call.classes = input.size(1);
+  call.input_row = input.stride(0), call.grad_row = grad.stride(0), call.target_row = target.stride(0);
+  call.ignore_index = ignore_index;
+  int64_t kept = 0;
+  for (int64_t r = 0; r < call.rows; ++r) {
+    const int64_t y = call.target[r * call.target_row];
+    if (y == ignore_index) continue;
+    if (y < 0 || y >= call.classes) refuse_target(y, r, call.classes, ignore_index);
+    ++kept;
+  }
+  const double by = reduction == reduction_mean ? static_cast<double>(kept) : 1;
+  call.grad_scale = static_cast<A>(1 / by);
+  call.rows_per_task = std::max<int64_t>(1, kTask / call.classes);
+  std::vector<double> sums((call.rows + call.rows_per_task - 1) / call.rows_per_task);
+  call.sums = sums.data();
+  run(static_cast<int64_t>(sums.size()), call.rows * call.classes,
+      [&](int64_t begin, int64_t end) { FASTREG_PICK(small<A>)(call, begin, end); });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  elements_of(loss, 0, 0).put(0, total / by);
+  return {loss, grad};
+}
+
 std::tuple<Tensor, Tensor> cross_entropy_small(const Tensor& input, const Tensor& target,
                                                int64_t ignore_index, int64_t reduction, bool fp32_loss) {
   STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == input.size(0) && input.size(1) > 0,
                   "target must have one class index per row, of a class at least");
+  const Tensor grad = new_like(input);
+  if (input.stride(1) == 1 && grad.stride(1) == 1 && input.size(1) <= kBlock)
+    return input.scalar_type() == ScalarType::Double
+               ? small<double>(input, target, grad, ignore_index, reduction, fp32_loss)
+               : small<float>(input, target, grad, ignore_index, reduction, fp32_loss);
   const MaybeTensor none;
   const Options options{input,        target,    none, none, none, none, none, none,
                         ignore_index, reduction, 0,    0,    1,    1,    0};
-  Extra extra;
-  extra.grad = new_like(input);
-  auto [loss, lse, denominator, losses, argmax] = forward_of(options, false, fp32_loss, extra);
-  return {loss, *extra.grad};
+  const auto made = forward_of(options, false, fp32_loss, {false, false, grad});
+  return {std::get<0>(made), grad};
 }
 
 void scale_gradient(const Tensor& grad, const Tensor& factor) {
@@ -649,6 +701,7 @@ void fill_zero(const CrossEntropy<A>& call, T* grad, int64_t begin, int64_t end)
 
 #include "cpu/losses_columns.h"
 #include "cpu/losses_rows.h"
+#include "cpu/losses_small.h"
 
 namespace fastreg::FASTREG_ISA {
 
@@ -685,6 +738,18 @@ void forward(CrossEntropy<A>& call, int64_t begin, int64_t end) {
 template <class A>
 void reduce_blocks(CrossEntropy<A>& call, int64_t begin, int64_t end) {
   FASTREG_BY_DTYPE(reduce_blocks_of)
+}
+
+template <class A>
+void small(const SmallCrossEntropy<A>& call, int64_t begin, int64_t end) {
+  if constexpr (std::is_same_v<A, double>)
+    small_rows<double>(call, begin, end);
+  else if (call.dtype == ScalarType::Float)
+    small_rows<float>(call, begin, end);
+  else if (call.dtype == ScalarType::BFloat16)
+    small_rows<BFloat16>(call, begin, end);
+  else
+    small_rows<Half>(call, begin, end);
 }
 
 template <class A>

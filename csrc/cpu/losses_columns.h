@@ -92,7 +92,7 @@ struct Columns {
           top = larger(here.first, top);
         }
         const Vec<A> base = top == -INFINITY ? Vec<A>{} : top;
-        Vec<A> total = load(sum + v) * exp_of<A>(high_before - base), slanted{}, weight{};
+        Vec<A> total = load(sum + v) * exp_of<A>(high_before - base), chunk{}, slanted{}, weight{};
         if constexpr (linear) {
           const Vec<A> base_before = high_before == -INFINITY ? Vec<A>{} : high_before;
           weight = load(weights + v);
@@ -100,14 +100,14 @@ struct Columns {
         }
         for (int64_t c = begin; c < end; ++c) {
           const Vec<A> d = z[c - begin] - base;
-          total += exp_of<A>(d);
+          chunk += exp_of<A>(d);  // apart, because a long sum rounds each small term away
           if constexpr (linear) {
             slanted += share(factor[c - begin], d);
             weight += factor[c - begin];
           }
         }
         store(high + v, top);
-        store(sum + v, total);
+        store(sum + v, total + chunk);
         if constexpr (linear) {
           LongSum<A> long_sum{load(weighted + v), load(lost + v)};
           long_sum.add(slanted);
