@@ -495,8 +495,11 @@ double change_run(const T* x, T* out, int64_t n, double p, Change how, bool towa
 template <class T>
 double scale_floats(const T* x, T* out, int64_t n, double factor) {
   using V = Vec<float>;
-  const V high = splat(static_cast<float>(factor));
-  const V low = splat(static_cast<float>(factor - static_cast<double>(static_cast<float>(factor))));
+  // Rounded towards zero, so that both parts have one sign: zeros keep theirs.
+  const float first = static_cast<float>(factor);
+  const float larger_part =
+      static_cast<double>(first) > factor ? bits<float>(bits<int32_t>(first) - 1) : first;
+  const V high = splat(larger_part), low = splat(static_cast<float>(factor - larger_part));
   constexpr int64_t width = lanes<float>;
   Doubles total[4] = {};
   const auto one = [&](const T* from, T* to, int slot) __attribute__((always_inline)) {
