@@ -77,6 +77,34 @@ def test_triton_takes_one_launch_and_moves_no_byte_more_than_it_must(name, k):
     assert_exact_traffic(log[0], averager._link, tables)
 
 
+def as_moved(tensor):
+    """Integers are copied as bytes, and counted so."""
+    return tensor if tensor.is_floating_point() else tensor.reshape(-1).view(torch.uint8)
+
+
+@needs_cudahost
+@CALLS_OF_MODELS
+def test_cuda_takes_one_launch_and_moves_no_byte_more_than_it_must(name, k):
+    from tests.proving.traffic import traffic
+
+    make, dtype = MODELS[name]
+    net = make()
+    net.register_buffer("count", torch.tensor([3, 4]))
+    chosen = dict(list(RULES.items())[:k])
+    link = WeightAverager(net, chosen, dtype=dtype, buffers="average")._current_link()
+    (part,) = averaging._split(link.sources, link.averages, link.copied, torch.device("cpu"))
+    rules = torch.tensor([rule._row() for rule in chosen.values()], dtype=torch.float64)
+    counters = torch.tensor(3), torch.tensor(3), torch.zeros((), dtype=torch.int32)
+    table, chunks = part.plan.table, part.plan.chunks
+    with traffic() as log:
+        cuda().average_update(
+            table, chunks, len(chunks), part.plan.chunk, k, rules, *counters, None, 1, 0, False, 0,
+            *map(as_moved, link.sources), *(as_moved(t) for column in link.averages for t in column),
+        )  # fmt: skip
+    assert len(log) == 1 and counters[0] == 4
+    assert_exact_traffic(log[0], link, (table, chunks, rules, *counters))
+
+
 @needs_interpreter
 @pytest.mark.parametrize("name, launches", [("resnet50", 1), ("odd bf16 to fp32", 3)])
 def test_swapping_takes_one_launch_or_three_where_dtypes_differ(name, launches):

@@ -127,16 +127,17 @@ __device__ void run(const Chunk& c, const double* weights, int averages, const R
       s.store(place);
     }
   }
-  for (int64_t i = groups * G + threadIdx.x; i < c.length; i += kThreads)
+  for (int64_t i = groups * G + threadIdx.x; i < c.length; i += kThreads) {
+    const P p = param[i];
     for (int j = 0; j < averages; ++j) {
       const double weight = copied ? 1 : weights[j];
       if (weight == 0) continue;
       S* place = address<S>(c.row, av::kAverages + j) + c.first + i;
       const uint32_t key =
           rounding.stochastic ? av::rounding_key(rounding.seed, rounding.n, j, c.number, c.first >> 32) : 0;
-      *place =
-          averaged(*place, param[i], weight, static_cast<A>(weight), rounding.stochastic, key, c.first + i);
+      *place = averaged(*place, p, weight, static_cast<A>(weight), rounding.stochastic, key, c.first + i);
     }
+  }
 }
 
 template <class P>

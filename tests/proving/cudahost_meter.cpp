@@ -51,6 +51,7 @@ std::vector<Buffer> buffers;  // sorted by address
 std::vector<Metered> launches;
 std::vector<State> states;
 int block = 0, thread = 0;  // thread: over the whole grid, so that no two blocks share a warp
+size_t blocks_so_far = 0;   // this one too: one runs after the other
 std::map<uintptr_t, std::set<int>> released;  // through this address, what these blocks did is known
 std::map<int, std::set<int>> acquired;        // block -> blocks that it comes after
 std::string race;
@@ -58,7 +59,9 @@ std::string race;
 bool conflicts(int owner) {
   if (owner == nobody || owner == block) return false;
   auto known = acquired.find(block);
-  return known == acquired.end() || !known->second.count(owner);
+  if (known == acquired.end()) return true;
+  if (owner == several) return known->second.size() + !known->second.count(block) < blocks_so_far;
+  return !known->second.count(owner);
 }
 
 void complain(const Buffer& buffer, size_t unit, int other, const char* did, const char* other_did) {
@@ -142,9 +145,10 @@ void cudahost_meter_launch(const void* kernel) {
   }
   launches.push_back(std::move(launch));
   released.clear(), acquired.clear();
+  blocks_so_far = 0;
 }
 
-void cudahost_meter_block(int number) { block = number; }
+void cudahost_meter_block(int number) { block = number, ++blocks_so_far; }
 void cudahost_meter_thread(int number) { thread = block * 1024 + number; }
 const char* cudahost_meter_race() { return race.empty() ? nullptr : race.c_str(); }
 
