@@ -30,6 +30,7 @@ from torch.nn import functional
 
 import fastreg
 from fastreg import _backends
+from fastreg.losses import cross_entropy_reference, sigmoid_focal_loss_reference
 
 ROOT = Path(__file__).parents[1]
 BUDGET = 540.0  # seconds, for everything
@@ -46,6 +47,58 @@ def agree(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * b.abs().max().item())
 
 
+def loss_and_gradient(loss, x: Tensor, *arguments: object, **options: object) -> tuple[Tensor, ...]:
+    leaf = x.detach().requires_grad_()
+    out = loss(leaf, *arguments, **options)
+    return out.detach(), *torch.autograd.grad(out, leaf)
+
+
+def long_tail(device: str) -> Iterator[Call]:
+    """Every kind of target and of extra output, on short, long, odd, split and strided rows."""
+    for shape in ((5, 10), (33, 1001), (2, 70000), (3, 7, 5)):
+        x, classes = torch.randn(shape, device=device), shape[1]
+        a, b = (torch.randint(0, classes, (shape[0], *shape[2:]), device=device) for _ in range(2))
+        vectors = {
+            name: torch.rand(classes, device=device) for name in ("weight", "alpha", "logit_adjustment", "margin")
+        }
+        calls = [
+            (a, {"gamma": 2.0}),
+            (a, {**vectors, "gamma": 1.5, "scale": 2.0, "z_loss": 0.01}),
+            (a, {"gamma": 2.0, "label_smoothing": 0.1}),
+            ((a, b, torch.rand(a.shape, device=device)), {**vectors, "gamma": 2.0}),
+            (x.softmax(1), {**vectors, "label_smoothing": 0.1, "gamma": 2.0}),
+        ]
+        for target, options in calls:
+            yield (
+                partial(loss_and_gradient, fastreg.cross_entropy, x, target, **options),
+                partial(loss_and_gradient, cross_entropy_reference, x, target, **options),
+            )
+            yield (
+                partial(loss_and_gradient, fastreg.cross_entropy, x, target, grad_in_forward=True, **options),
+                partial(loss_and_gradient, cross_entropy_reference, x, target, **options),
+            )
+
+        def known(loss, x=x, target=a):
+            return loss(x, target)
+
+        yield (
+            partial(known, lambda x, y: tuple(fastreg.cross_entropy(x, y, outputs=True)[:3])),
+            partial(known, lambda x, y: (functional.cross_entropy(x, y), x.logsumexp(1), x.argmax(1))),
+        )
+
+
+def sigmoid_focal(device: str) -> Iterator[Call]:
+    """Dense and index targets, one and many blocks, a rest behind the last vector."""
+    for shape in ((3, 5), (4096, 80), (333, 91)):
+        x = torch.randn(shape, device=device)
+        for target in (torch.rand(shape, device=device), torch.randint(-1, shape[1], shape[:1], device=device)):
+            options = {"reduction": "sum", "weight": torch.rand(shape[1], device=device)}
+            yield (
+                partial(loss_and_gradient, fastreg.sigmoid_focal_loss, x, target, **options),
+                partial(loss_and_gradient, sigmoid_focal_loss_reference, x, target, **options),
+            )
+
+
 def cross_entropy(device: str) -> Iterator[Call]:
     """Short, long, odd, split and strided rows, each plain and with per-class vectors."""
     for shape in ((5, 10), (33, 1001), (2, 70000), (3, 7, 5)):
@@ -53,13 +106,10 @@ def cross_entropy(device: str) -> Iterator[Call]:
         target = torch.randint(0, shape[1], (shape[0], *shape[2:]), device=device)
         weight = torch.rand(shape[1], device=device)
         for options in ({}, {"weight": weight, "label_smoothing": 0.1}):
-
-            def both(loss, x=x, target=target, options=options):
-                leaf = x.detach().requires_grad_()
-                out = loss(leaf, target, **options)
-                return out.detach(), *torch.autograd.grad(out, leaf)
-
-            yield partial(both, fastreg.cross_entropy), partial(both, functional.cross_entropy)
+            yield (
+                partial(loss_and_gradient, fastreg.cross_entropy, x, target, **options),
+                partial(loss_and_gradient, functional.cross_entropy, x, target, **options),
+            )
 
 
 def group_norm(device: str) -> Iterator[Call]:
@@ -92,6 +142,7 @@ class Op:
 
     calls: Callable[[str], Iterator[Call]]
     cases: Mapping[str, object]
+    registry: str = ""  # the op that has the kernels, if not the one of this name
 
 
 OPS = {
@@ -105,6 +156,14 @@ OPS = {
             "32x10": (32, 10),
             "4096x50257": (4096, 50257),
         },
+    ),
+    "focal_loss": Op(
+        long_tail,
+        {"8192x1000": (8192, 1000), "1024x8142": (1024, 8142), "4096x32000": (4096, 32000), "512x1000": (512, 1000)},
+        registry="cross_entropy",
+    ),
+    "sigmoid_focal_loss": Op(
+        sigmoid_focal, {"100000x80": (100_000, 80), "4096x80": (4096, 80), "8192x1000": (8192, 1000)}
     ),
     "group_norm": Op(
         group_norm,
@@ -205,10 +264,10 @@ def stages(dry: bool, scratch: Path) -> list[Stage]:
             # A process per case: an illegal access costs the process its GPU, and should cost one case only.
             command = this("--time", op, "--case", case, "--device", device, "--out", str(scratch))
             found.append(Stage(f"timing {op} {case}".strip(), 60, command, tail=0))
-    for op in OPS:
+    for op, checked in OPS.items():
         for tool in SANITIZERS:
             for backend in ("reference",) if dry else GPU_BACKENDS:
-                if not dry and backend not in _backends._kernels[op]:
+                if not dry and backend not in _backends._kernels[checked.registry or op]:
                     continue  # it has no such kernel
                 wrapper = [] if dry else [compute_sanitizer(), "--tool", tool, "--error-exitcode", "9"]
                 # Every tensor its own allocation, so that memcheck sees where it ends.

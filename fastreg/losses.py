@@ -373,8 +373,8 @@ def _as_dtype(vector: object, dtype: torch.dtype) -> object:
 
 _FEATURES = ("probabilities", "two targets", "label_smoothing with gamma")
 # What a backend's cross-entropy kernels do not serve, and which have cross_entropy_forward_extra.
-_LACKING = {"cpu": (), "cuda": _FEATURES, "triton": ()}
-_ONE_PASS: tuple[str, ...] = ("cpu", "triton")
+_LACKING = {"cpu": (), "cuda": (), "triton": ()}
+_ONE_PASS: tuple[str, ...] = ("cpu", "cuda", "triton")
 
 
 def _refuse(backend: str, input: Tensor, target: Tensor, indices: bool, pair: bool, smooth_focal: bool) -> str | None:

@@ -1,4 +1,5 @@
-"""The GPU kernels of the losses, Triton's in its interpreter and CUDA's on the host, at the level of the operators."""
+"""The GPU kernels of the losses at the level of the operators: on the GPU where there is one, else Triton's in its
+interpreter and CUDA's on the host."""
 
 import math
 import random
@@ -8,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastreg import _backends
 from fastreg.losses import cross_entropy_reference, sigmoid_focal_loss_reference
 from fastreg.testing import assert_accurate, with_layout
 from tests import losses_cudahost
-from tests.machine import needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
+from tests.machine import device_of, move, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
 from tests.proving import cubin, cudahost
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -27,17 +29,44 @@ def _triton():
     return losses
 
 
-BACKENDS = {"triton": _triton, "cuda": lambda: losses_cudahost}
-ours = pytest.mark.parametrize(
-    "backend", [pytest.param("triton", marks=needs_interpreter), pytest.param("cuda", marks=needs_cudahost)]
-)
+class OnGPU:
+    """The operators of a backend, for CPU tensors that are moved there and back."""
 
-triton = pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_interpreter)])
+    def __init__(self, backend):
+        self.backend = backend
+
+    def __getattr__(self, name):
+        def call(*args):
+            there = {id(arg): move(arg, "cuda") for arg in args}  # one tensor given twice is one tensor there
+            out = getattr(getattr(torch.ops.fastreg, name), self.backend)(*(there[id(arg)] for arg in args))
+            if name in ("cross_entropy_forward_extra", "scale_gradient_"):
+                written = args[0 if name == "scale_gradient_" else -1]
+                if written is not None:
+                    written.copy_(there[id(written)])
+            return tuple(t.cpu() for t in out) if isinstance(out, (tuple, list)) else None if out is None else out.cpu()
+
+        return call
+
+
+def kernels_of(backend):
+    if device_of(backend) == "cuda":
+        return OnGPU(backend)
+    return _triton() if backend == "triton" else losses_cudahost
+
+
+def _parameter(backend, elsewhere):
+    on_gpu = device_of(backend) == "cuda"
+    reason = _backends.missing("cross_entropy", backend) if on_gpu else None
+    marks = pytest.mark.skipif(reason is not None, reason=reason or "") if on_gpu else elsewhere
+    return pytest.param(backend, marks=marks)
+
+
+ours = pytest.mark.parametrize("backend", [_parameter("triton", needs_interpreter), _parameter("cuda", needs_cudahost)])
 
 
 def run(backend, x, target, grad_loss=None, fp32_loss=False, **options):
     """Forward and backward of one call; the gradient of the loss defaults to ones."""
-    kernels, (tensors, numbers, zero) = BACKENDS[backend](), arguments(x, target, **options)
+    kernels, (tensors, numbers, zero) = kernels_of(backend), arguments(x, target, **options)
     loss, lse, denominator = kernels.cross_entropy_forward(*tensors, *numbers, zero, fp32_loss)
     grad_loss = torch.ones_like(loss) if grad_loss is None else grad_loss.to(loss.dtype)
     grad = kernels.cross_entropy_backward(grad_loss, *tensors, lse, denominator, *numbers)
@@ -46,7 +75,7 @@ def run(backend, x, target, grad_loss=None, fp32_loss=False, **options):
 
 def run_extra(backend, x, target, grad=None, losses=True, argmax=True, **options):
     """The forward that knows more; the gradient goes into `grad`."""
-    kernels, (tensors, numbers, zero) = BACKENDS[backend](), arguments(x, target, **options)
+    kernels, (tensors, numbers, zero) = kernels_of(backend), arguments(x, target, **options)
     loss, lse, denominator, losses, argmax = kernels.cross_entropy_forward_extra(
         *tensors, *numbers, zero, False, losses, argmax, grad
     )
@@ -95,7 +124,10 @@ def check(backend, x, target, grad_loss=None, **options):
                 getattr(got, name), getattr(oracle, name), rtol=bound, atol=bound * scale, equal_nan=True
             )
         else:
-            assert_accurate(getattr(got, name), getattr(stock, name), getattr(oracle, name), name)
+            # against one number stock PyTorch may have luck: a row's loss is the sum of up to eight terms, each rounded
+            one = name == "loss" and oracle.loss.numel() == 1
+            noise = 8 * 2.0**-24 * oracle.loss.abs().nan_to_num(0, 0, 0).item() if one else 0.0
+            assert_accurate(getattr(got, name), getattr(stock, name), getattr(oracle, name), name, noise)
     return got
 
 
@@ -203,7 +235,7 @@ def target_for(name, x, target, dtype=None):
     return probabilities(x, dtype) if name.startswith("probabilities") else target
 
 
-@triton
+@ours
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", DENSE)
 def test_every_kind_of_target(backend, name, reduction):
@@ -216,7 +248,7 @@ def test_every_kind_of_target(backend, name, reduction):
         check(backend, x, target_for(name, x, target), grad_loss, reduction=reduction, **DENSE[name](shape[1]))
 
 
-@triton
+@ours
 def test_layouts_of_probabilities_and_pairs(backend):
     for shape in ((6, 40), (3, 1001), (5, 33, 6)):
         for layout, other in (("transposed", "contiguous"), ("strided", "sliced"), ("offset", "offset")):
@@ -228,7 +260,7 @@ def test_layouts_of_probabilities_and_pairs(backend):
                 check(backend, x, twice, label_smoothing=0.1)
 
 
-@triton
+@ours
 @pytest.mark.parametrize("name", ["probabilities", "pair", "smooth-focal"])
 def test_a_class_without_a_share_may_be_impossible(backend, name):
     """A share of 0 of a class with p = 0 adds nothing; a share above 0 makes the loss infinite, as in PyTorch."""
@@ -253,7 +285,7 @@ def test_a_class_without_a_share_may_be_impossible(backend, name):
         assert run(backend, x, target, reduction="none", **options).loss.isposinf().all()
 
 
-@triton
+@ours
 def test_probabilities_that_are_certain_keep_their_digits(backend):
     x = torch.zeros(3, 2, dtype=torch.bfloat16)
     x[:, 0] = torch.tensor([2.0, 7.0, 10.0])
@@ -270,7 +302,7 @@ def test_probabilities_that_are_certain_keep_their_digits(backend):
 EXTRA_SHAPES = [(3, 1), (40, 12), (9, 1000), (5, 1025), (3, 8142), (1, 17001), (3, 9, 20), (1, 2500, 8)]
 
 
-@triton
+@ours
 @pytest.mark.parametrize("shape", EXTRA_SHAPES, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_forward_tells_losses_argmax_and_gradient(backend, shape, reduction):
@@ -301,7 +333,7 @@ def test_the_forward_tells_losses_argmax_and_gradient(backend, shape, reduction)
         assert torch.equal(got.argmax[kept], x.argmax(1)[kept])
 
 
-@triton
+@ours
 def test_extras_come_alone_too(backend):
     x, target = inputs((20, 300))
     want = run(backend, x, target)
@@ -314,7 +346,7 @@ def test_extras_come_alone_too(backend):
             torch.testing.assert_close(got.grad, want.grad)
 
 
-@triton
+@ours
 def test_argmax_is_the_lowest_among_equals_wherever_it_stands(backend):
     for shape in ((6, 50), (4, 5001), (2, 70001), (2, 700, 40)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -326,7 +358,7 @@ def test_argmax_is_the_lowest_among_equals_wherever_it_stands(backend):
             assert (run_extra(backend, torch.full(shape, -torch.inf, dtype=dtype), target).argmax == 0).all()
 
 
-@triton
+@ours
 @pytest.mark.parametrize("shape", [(6, 10), (3, 20001), (3, 700, 4)], ids=str)
 def test_the_gradient_of_ignored_rows_is_zero_in_place(backend, shape):
     x, target = inputs(shape)
@@ -342,15 +374,15 @@ def test_the_gradient_of_ignored_rows_is_zero_in_place(backend, shape):
     assert (y == 0).all()
 
 
-@triton
+@ours
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_scale_gradient(backend, dtype):
     for layout in ("contiguous", "transposed", "offset", "sliced"):
         for shape in ((0, 3), (5, 7), (40, 1001)):
             x = with_layout(torch.randn(shape).to(dtype), layout)
-            if x.is_contiguous() or layout != "sliced" or backend == "triton":
+            if torch.ops.aten.is_non_overlapping_and_dense(x) or backend == "triton":
                 want = (x.double() * 0.3).to(dtype)
-                kernels = BACKENDS[backend]()
+                kernels = kernels_of(backend)
                 same = x.clone()
                 kernels.scale_gradient_(x, torch.ones((), dtype=dtype))
                 assert torch.equal(x, same)
@@ -494,6 +526,8 @@ def test_the_gradient_of_a_certain_target_keeps_its_digits(backend):
 @ours
 @pytest.mark.parametrize("bad", [-1, 10, 1 << 40])
 def test_a_target_out_of_range_is_an_assertion(backend, bad):
+    if device_of(backend) == "cuda":
+        pytest.skip("a device-side assertion ends the use of the GPU in this process")
     x, target = inputs((4, 10))
     target[2] = bad
     with pytest.raises(Exception, match=r"out of range|__trap"):
@@ -522,7 +556,7 @@ def test_outputs_keep_to_the_operator(backend):
 
 
 def run_sigmoid(backend, x, target, reduce, alpha=0.25, gamma=2.0, weight=None, normalizer=None, scale=1.0, grad=None):
-    kernels = BACKENDS[backend]()
+    kernels = kernels_of(backend)
     loss = kernels.sigmoid_focal_forward(x, target, weight, normalizer, alpha, gamma, reduce, scale, False)
     grad = torch.ones_like(loss) if grad is None else grad.to(loss.dtype)
     return loss, kernels.sigmoid_focal_backward(grad, x, target, weight, normalizer, alpha, gamma, reduce, scale)
@@ -852,10 +886,17 @@ def cuda_calls():
     for shape in ((37, 10), (6, 1001), (2, 9001), (3, 30, 40)):
         for options in (dict(ignore_index=0), dict(**vectors(shape[1]), label_smoothing=0.1)):
             x, target = inputs(shape, torch.bfloat16)
-            run("cuda", x.clone(), target, **options)
+            run("host", x.clone(), target, **options)
+            grad = x.clone()
+            run_extra("host", grad, target, grad, **options)
+        for name in ("probabilities-all", "pair-all", "smooth-focal"):
+            grad = x.clone()
+            options = DENSE[name](shape[1])
+            run_extra("host", grad, target_for(name, x, target), grad, **options)
+            run("host", x, target_for(name, x, target, torch.float32), **options)
         x = torch.randn(37, 91)
         for target_ in (torch.rand(37, 91), torch.randint(0, 91, (37,))):
-            run_sigmoid("cuda", x, target_, shape[1] % 2 == 0)
+            run_sigmoid("host", x, target_, shape[1] % 2 == 0)
 
 
 @needs_cudahost

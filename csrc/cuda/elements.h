@@ -34,10 +34,11 @@ __device__ void store(void* to, bool wide, int64_t at, A value) {
     static_cast<T*>(to)[at] = static_cast<T>(value);
 }
 
-// Calls `scalar(c)`, `one(c)` and `four(c, pitch)` for a lane's share of the classes [begin, end) of a row at
-// `x`: vectors of 16 aligned bytes, four at a time where there are as many, single elements before and after.
-template <class T, class Scalar, class Four, class One>
-__device__ void deal(const T* x, int64_t begin, int64_t end, int lane, int lanes, Scalar scalar, Four four,
+// Calls `scalar(c)`, `one(c)` and `some(c, pitch)` for a lane's share of the classes [begin, end) of a row at
+// `x`: vectors of 16 aligned bytes, COUNT at a time where there are as many, single elements before and
+// after.
+template <int COUNT = in_flight, class T, class Scalar, class Some, class One>
+__device__ void deal(const T* x, int64_t begin, int64_t end, int lane, int lanes, Scalar scalar, Some some,
                      One one) {
   constexpr int size = Vector<T>::size;
   const int64_t past = reinterpret_cast<uintptr_t>(x + begin) % 16 / sizeof(T);
@@ -47,7 +48,7 @@ __device__ void deal(const T* x, int64_t begin, int64_t end, int lane, int lanes
   for (int64_t c = begin + lane; c < middle; c += lanes) scalar(c);
   const int64_t pitch = int64_t(lanes) * size;
   int64_t c = middle + int64_t(lane) * size;
-  for (; c + (in_flight - 1) * pitch < tail; c += in_flight * pitch) four(c, pitch);
+  for (; c + (COUNT - 1) * pitch < tail; c += COUNT * pitch) some(c, pitch);
   for (; c < tail; c += pitch) one(c);
   for (c = tail + lane; c < end; c += lanes) scalar(c);
 }

@@ -1,20 +1,23 @@
 // Softmax cross-entropy and its family in CUDA. The formula stands in fastreg/losses.py, a row's maths in
 // csrc/losses.h.
 //
-// Bytes: forward, the logits once; backward, the logits once and the gradient written once. Beside them only
-// vectors with one element per row or per class. Ignored rows are not read.
+// Bytes: forward, the logits once; backward, the logits once and the gradient written once. Rows in which
+// every class has a share of its own (probabilities, smoothing with gamma) are walked twice, and the gradient
+// in the forward walks a row once more: by the same threads at once, so from L1 or L2, unless the row is
+// split. Beside them only vectors with one element per row or per class. Ignored rows are not read.
 //
 // Launches: forward, one if one block can do everything, else the rows and then the sum of the blocks'
-// losses. Rows split over blocks add a merge; smoothing with class weights adds one for their sum. Backward,
-// one.
+// losses. Rows split over blocks add a merge, and where every class has a share two launches more for those;
+// smoothing with class weights adds one for their sum, the gradient of a mean in the forward one for what
+// it divides by. Backward, one, or three for long rows in which every class has a share.
 //
 // Rows of contiguous classes are walked by 1 to 32 lanes, or by a block if they are long; few and long rows
 // by several blocks each. Rows of strided classes, such as (N, C, H*W), lie along a warp: one thread each,
 // and eight warps that deal out the classes. One pass with a running (maximum, sum) per thread, merged at the
 // end.
 //
-// Accesses: 128 bits, four in flight per thread, between the first and the last multiple of 16 bytes of a
-// row.
+// Accesses: 128 bits, four in flight per thread (two where every class has a share), between the first and
+// the last multiple of 16 bytes of a row.
 //
 // Numerics: fp32 (fp64 for fp64). Running maxima start from the lowest finite number, so -inf - (-inf) never
 // arises. No atomics: blocks leave their sums behind, and the last stage adds them in order.
@@ -40,8 +43,15 @@ namespace fastreg::cuda {
 namespace {
 
 constexpr int strided_in_flight = 8;
+constexpr int dense_in_flight = 2;
 constexpr int class_lanes = 8;  // warps that share the classes of 32 rows, where classes are strided
 constexpr int blocks_per_processor = 16;
+constexpr int count_blocks = 32;
+constexpr int slot = 24;  // bytes that hold what threads merge: a Partial, Best or Sums of any type
+
+// What a kernel is compiled for. plain: z is x, one target, no smoothing, and the loss is all that is asked
+// for. dense: every class has a share of its own.
+enum Mode { plain, general, dense };
 
 // Tensors as (N, C, D). Row r is position (r / D, r % D).
 template <class T>
@@ -54,65 +64,128 @@ template <class A>
 struct Problem {
   int64_t rows, d, classes;
   const void* target;
-  int target_bytes;
-  int64_t target_stride_n, target_stride_d, ignore_index;
+  int target_bytes;  // of a class index; 0 for probabilities
+  bool wide;         // the probabilities are of type A, not of the logits'
+  int64_t target_stride_n, target_stride_c, target_stride_d, ignore_index;
+  const void* other;  // the second target, or null
+  int other_bytes;
+  int64_t other_stride_n, other_stride_d;
+  const A* share;  // of the first
+  int64_t share_stride_n, share_stride_d;
   const A *weight, *alpha, *adjustment, *margin;  // one element per class, or null
-  const A *factors, *total;                       // weight·alpha and its sum, where smoothing asks for them
-  A smoothing, gamma, alpha_scale, scale, z_loss;
+  const A *factors, *total;  // weight·alpha and its sum, where all classes' are asked for
+  const A* target_logits;    // z of both targets, where x may be written meanwhile
+  A smoothing, spread, gamma, alpha_scale, scale, z_loss;
   int reduction;
   bool zero_if_empty;
 
+  __device__ int64_t at(int64_t r, int64_t stride_n, int64_t stride_d) const {
+    return d == 1 ? r * stride_n : r / d * stride_n + r % d * stride_d;
+  }
   template <class T>
   __device__ T* row(const Logits<T>& x, int64_t r) const {
-    return d == 1 ? x.data + r * x.stride_n : x.data + r / d * x.stride_n + r % d * x.stride_d;
+    return x.data + at(r, x.stride_n, x.stride_d);
   }
 };
 
+__device__ int64_t read_index(const void* indices, int bytes, int64_t at) {
+  return bytes == 8   ? static_cast<const int64_t*>(indices)[at]
+         : bytes == 4 ? static_cast<const int32_t*>(indices)[at]
+                      : static_cast<const uint8_t*>(indices)[at];
+}
+
+// factor * term, where a factor of 0 gives 0 even if the term is infinite.
+template <class A>
+__device__ A product(A factor, A term) {
+  return factor == 0 ? A(0) : factor * term;
+}
+
 // ---- one row --------------------------------------------------------------------------------------------
 
-// What a thread knows of its row before it walks it. PLAIN: z is x, and no smoothing.
-template <class A, bool PLAIN>
+// What a thread knows of its row before it walks it.
+template <class T, Mode MODE, class A = Arithmetic<T>>
 struct Row {
-  int64_t y = 0;
+  int64_t y = -1, other = -1;  // target classes; -1 where there is none
   bool kept = false;
-  A margin = 0, z_y = 0;
+  A share = 1;  // of y
+  A margin = 0, other_margin = 0, z_y = 0, z_other = 0;
   A pivot = 0;  // sums of z are taken from here, near z, so that large logits keep their digits
+  int64_t probabilities = 0;
 
-  template <class T>
-  __device__ Row(const Problem<A>& p, const Logits<T>& x, int64_t r) {
+  __device__ Row(const Problem<A>& p, const Logits<const T>& x, int64_t r) {
     if (r >= p.rows) return;
-    const int64_t at =
-        p.d == 1 ? r * p.target_stride_n : r / p.d * p.target_stride_n + r % p.d * p.target_stride_d;
-    y = p.target_bytes == 8   ? static_cast<const int64_t*>(p.target)[at]
-        : p.target_bytes == 4 ? static_cast<const int32_t*>(p.target)[at]
-                              : static_cast<const uint8_t*>(p.target)[at];
-    if (y == p.ignore_index) return;
-    kept = true;
-    const bool exists = y >= 0 && y < p.classes;
-    DEVICE_ASSERT(exists && "cross_entropy: target out of range");
-    if (!exists) {  // where assertions are compiled out: NaN, and nothing is read
-      y = 0;
-      z_y = std::numeric_limits<A>::quiet_NaN();
+    const int64_t at = p.at(r, p.target_stride_n, p.target_stride_d);
+    if (MODE == dense && p.target_bytes == 0) {
+      kept = true;
+      probabilities = at;
       return;
     }
-    if (!PLAIN && p.margin) margin = p.margin[y];
-    z_y = logit(p, static_cast<A>(p.row(x, r)[y * x.stride_c]), y);
+    const int64_t first = read_index(p.target, p.target_bytes, at);
+    if (first == p.ignore_index) return;
+    bool exists = first >= 0 && first < p.classes;
+    if (MODE != plain && p.other) {
+      other = read_index(p.other, p.other_bytes, p.at(r, p.other_stride_n, p.other_stride_d));
+      if (other == p.ignore_index) return;
+      exists = exists && other >= 0 && other < p.classes;
+    }
+    kept = true;
+    DEVICE_ASSERT(exists && "cross_entropy: target out of range");
+    if (!exists) {  // where assertions are compiled out: NaN, and nothing is read
+      y = 0, other = -1;
+      z_y = share = std::numeric_limits<A>::quiet_NaN();
+      return;
+    }
+    y = first;
+    if (MODE != plain && p.other) {
+      if (other == y)
+        other = -1;
+      else
+        share = p.share[p.at(r, p.share_stride_n, p.share_stride_d)];
+    }
+    if (MODE != plain && p.margin) {
+      margin = share * p.margin[y];
+      if (other >= 0) other_margin = (1 - share) * p.margin[other];
+    }
+    if (MODE == dense) return;
+    if (MODE != plain && p.target_logits) {
+      z_y = p.target_logits[r];
+      z_other = p.target_logits[p.rows + r];
+    } else {
+      const T* from = p.row(x, r);
+      z_y = logit(p, static_cast<A>(from[y * x.stride_c]), y);
+      if (MODE != plain && other >= 0) z_other = logit(p, static_cast<A>(from[other * x.stride_c]), other);
+    }
     if (z_y - z_y == 0) pivot = z_y;
   }
 
+  __device__ A probability(const Problem<A>& p, int64_t c) const {
+    const int64_t at = probabilities + c * p.target_stride_c;
+    return p.wide ? static_cast<const A*>(p.target)[at] : static_cast<A>(static_cast<const T*>(p.target)[at]);
+  }
+
   __device__ A logit(const Problem<A>& p, A x, int64_t c) const {
-    if constexpr (PLAIN) return x;
+    if constexpr (MODE == plain) return x;
     if (p.adjustment) x += p.adjustment[c];
+    if (MODE == dense && p.margin && p.target_bytes == 0) x -= p.margin[c] * probability(p, c);
     if (c == y) x -= margin;
+    if (c == other) x -= other_margin;
     return p.scale * x;
   }
 
-  __device__ RowTerms<A> terms(const Problem<A>& p) const {
+  // As if `c`, with this share of the row, were the only target.
+  __device__ RowTerms<A> terms(const Problem<A>& p, int64_t c, A part) const {
     A factor = p.alpha_scale;
-    if (p.weight) factor *= p.weight[y];
-    if (p.alpha) factor *= p.alpha[y];
-    const A total = PLAIN ? A(0) : p.factors ? *p.total : p.alpha_scale * A(p.classes);
-    return {(1 - p.smoothing) * factor, p.smoothing / A(p.classes), total, p.gamma, p.z_loss, p.scale};
+    if (p.weight) factor *= p.weight[c];
+    if (p.alpha) factor *= p.alpha[c];
+    const A total = MODE == plain ? A(0) : p.factors ? *p.total : p.alpha_scale * A(p.classes);
+    return {(1 - p.smoothing) * product(part, factor), p.spread, total, p.gamma, p.z_loss, p.scale};
+  }
+
+  // What the row counts in a mean.
+  __device__ A count(const Problem<A>& p) const {
+    if (!kept) return 0;
+    if (!p.weight || y < 0) return 1;
+    return product(share, p.weight[y]) + (other < 0 ? A(0) : product(1 - share, p.weight[other]));
   }
 };
 
@@ -121,28 +194,35 @@ __device__ A class_factor(const Problem<A>& p, int64_t c) {
   return p.factors ? p.factors[c] : p.alpha_scale;
 }
 
-// factor * term, where a factor of 0 gives 0 even if the term is infinite.
-template <class A>
-__device__ A share(A factor, A term) {
-  return factor == 0 ? A(0) : factor * term;
-}
-
 template <class A>
 __device__ Partial<A> nothing() {
   return {std::numeric_limits<A>::lowest(), 0, 0};
 }
 
+// The largest x of a row, and the lowest class that has it; NaN is no candidate.
+template <class A>
+struct Best {
+  A x = -std::numeric_limits<A>::infinity();
+  int64_t c = std::numeric_limits<int64_t>::max();
+
+  __device__ void take(A other, int64_t at) {
+    if (other > x || (other == x && at < c)) x = other, c = at;
+  }
+};
+
 // Takes COUNT vectors of SIZE neighbouring classes, `pitch` apart, into a partial: one maximum for all of
 // them.
-template <int COUNT, int SIZE, bool PLAIN, class T, class A>
-__device__ void take(Partial<A>& part, const T (&x)[COUNT][SIZE], int64_t c, int64_t pitch,
-                     const Problem<A>& p, const Row<A, PLAIN>& row) {
+template <int COUNT, int SIZE, class T, Mode MODE, class A>
+__device__ void take(Partial<A>& part, Best<A>& best, bool want_best, const T (&x)[COUNT][SIZE], int64_t c,
+                     int64_t pitch, const Problem<A>& p, const Row<T, MODE>& row) {
   A z[COUNT][SIZE], high = part.high;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i)
 #pragma unroll
     for (int k = 0; k < SIZE; ++k) {
-      z[i][k] = row.logit(p, static_cast<A>(x[i][k]), c + i * pitch + k);
+      const A value = static_cast<A>(x[i][k]);
+      if (MODE != plain && want_best) best.take(value, c + i * pitch + k);
+      z[i][k] = row.logit(p, value, c + i * pitch + k);
       high = z[i][k] > high ? z[i][k] : high;
     }
   A sum = part.sum * fast_exp(part.high - high);
@@ -151,54 +231,140 @@ __device__ void take(Partial<A>& part, const T (&x)[COUNT][SIZE], int64_t c, int
 #pragma unroll
     for (int k = 0; k < SIZE; ++k) {
       sum += fast_exp(z[i][k] - high);
-      if constexpr (!PLAIN)
-        if (p.smoothing != 0) part.linear += share(class_factor(p, c + i * pitch + k), z[i][k] - row.pivot);
+      if constexpr (MODE == general)
+        if (p.smoothing != 0) part.linear += product(class_factor(p, c + i * pitch + k), z[i][k] - row.pivot);
     }
   part.high = high;
   part.sum = sum;
 }
 
 // A lane's share of the classes [begin, end) of a row of contiguous classes.
-template <class T, class A, bool PLAIN>
-__device__ Partial<A> walk(const Problem<A>& p, const Row<A, PLAIN>& row, const T* x, int64_t begin,
-                           int64_t end, int lane, int lanes) {
+template <class T, Mode MODE, class A = Arithmetic<T>>
+__device__ Partial<A> walk(const Problem<A>& p, const Row<T, MODE>& row, Best<A>& best, bool want_best,
+                           const T* x, int64_t begin, int64_t end, int lane, int lanes) {
   Partial<A> part = nothing<A>();
   deal(
       x, begin, end, lane, lanes,
       [&](int64_t c) {
         const T one[1][1] = {{x[c]}};
-        take(part, one, c, 0, p, row);
+        take(part, best, want_best, one, c, 0, p, row);
       },
       [&](int64_t c, int64_t pitch) {
         alignas(16) T some[in_flight][Vector<T>::size];
         load<in_flight>(some, x + c, pitch);
-        take(part, some, c, pitch, p, row);
+        take(part, best, want_best, some, c, pitch, p, row);
       },
       [&](int64_t c) {
         alignas(16) T some[1][Vector<T>::size];
         load<1>(some, x + c, 0);
-        take(part, some, c, 0, p, row);
+        take(part, best, want_best, some, c, 0, p, row);
       });
   return part;
 }
 
 // The same where the classes are `stride` apart.
-template <class T, class A, bool PLAIN>
-__device__ Partial<A> walk_strided(const Problem<A>& p, const Row<A, PLAIN>& row, const T* x, int64_t stride,
-                                   int64_t begin, int64_t end, int lane, int lanes) {
+template <class T, Mode MODE, class A = Arithmetic<T>>
+__device__ Partial<A> walk_strided(const Problem<A>& p, const Row<T, MODE>& row, Best<A>& best,
+                                   bool want_best, const T* x, int64_t stride, int64_t begin, int64_t end,
+                                   int lane, int lanes) {
   Partial<A> part = nothing<A>();
   int64_t c = begin + lane;
   for (; c + (strided_in_flight - 1) * lanes < end; c += strided_in_flight * lanes) {
     T some[strided_in_flight][1];
 #pragma unroll
     for (int i = 0; i < strided_in_flight; ++i) some[i][0] = x[(c + i * lanes) * stride];
-    take(part, some, c, lanes, p, row);
+    take(part, best, want_best, some, c, lanes, p, row);
   }
   for (; c < end; c += lanes) {
     const T one[1][1] = {{x[c * stride]}};
-    take(part, one, c, 0, p, row);
+    take(part, best, want_best, one, c, 0, p, row);
   }
   return part;
+}
+
+// ---- rows in which every class has a share --------------------------------------------------------------
+
+// The sums over a row's classes of q·v·(1 - p)^gamma·(-log p), and of q·v times the focal slope.
+template <class A>
+struct Sums {
+  A loss = 0, slope = 0;
+};
+
+// COUNT elements of a row of probabilities; 0 where the targets are indices.
+template <int COUNT, class T, class A>
+__device__ void load_probabilities(A (&q)[COUNT], const Problem<A>& p, const Row<T, dense>& row, int64_t c) {
+  const bool given = p.target_bytes == 0;
+  if (given && !p.wide && COUNT > 1) {
+    const T* from = static_cast<const T*>(p.target) + row.probabilities + c * p.target_stride_c;
+    if (p.target_stride_c == 1 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+      alignas(16) T some[1][Vector<T>::size];
+      load<1>(some, from, 0);
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k) q[k] = static_cast<A>(some[0][k]);
+      return;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) q[k] = given ? row.probability(p, c + k) : A(0);
+}
+
+// q_c·v_c
+template <class T, class A>
+__device__ A share_of(const Problem<A>& p, const Row<T, dense>& row, int64_t c, A q) {
+  if (c == row.y) q = row.share;
+  if (c == row.other) q = 1 - row.share;
+  return product((1 - p.smoothing) * q + p.spread, class_factor(p, c));
+}
+
+template <class T, class A>
+__device__ void add_class(Sums<A>& sums, const Problem<A>& p, const Row<T, dense>& row,
+                          const Softmax<A>& softmax, A x, int64_t c, A q) {
+  const A share = share_of(p, row, c, q), log_p = softmax.log_p(row.logit(p, x, c));
+  sums.loss += product(share, focal_term(log_p, p.gamma));
+  sums.slope += product(share, focal_slope(log_p, p.gamma));
+}
+
+template <class T, class A = Arithmetic<T>>
+__device__ Sums<A> sum_classes(const Problem<A>& p, const Row<T, dense>& row, const Softmax<A>& softmax,
+                               const T* x, int64_t begin, int64_t end, int lane, int lanes) {
+  constexpr int size = Vector<T>::size;
+  Sums<A> sums;
+  auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t c, int64_t pitch) {
+    alignas(16) T values[COUNT][size];
+    A q[COUNT][size];
+    load<COUNT>(values, x + c, pitch);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) load_probabilities(q[i], p, row, c + i * pitch);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+      for (int k = 0; k < size; ++k)
+        add_class(sums, p, row, softmax, static_cast<A>(values[i][k]), c + i * pitch + k, q[i][k]);
+  };
+  deal<dense_in_flight>(
+      x, begin, end, lane, lanes,
+      [&](int64_t c) {
+        A q[1];
+        load_probabilities(q, p, row, c);
+        add_class(sums, p, row, softmax, static_cast<A>(x[c]), c, q[0]);
+      },
+      [&](int64_t c, int64_t pitch) { some(std::integral_constant<int, dense_in_flight>(), c, pitch); },
+      [&](int64_t c) { some(std::integral_constant<int, 1>(), c, 0); });
+  return sums;
+}
+
+template <class T, class A = Arithmetic<T>>
+__device__ Sums<A> sum_classes_strided(const Problem<A>& p, const Row<T, dense>& row,
+                                       const Softmax<A>& softmax, const T* x, int64_t stride, int64_t begin,
+                                       int64_t end, int lane, int lanes) {
+  Sums<A> sums;
+#pragma unroll 2
+  for (int64_t c = begin + lane; c < end; c += lanes) {
+    A q[1];
+    load_probabilities(q, p, row, c);
+    add_class(sums, p, row, softmax, static_cast<A>(x[c * stride]), c, q[0]);
+  }
+  return sums;
 }
 
 // ---- merging, always in the same order ------------------------------------------------------------------
@@ -208,46 +374,217 @@ __device__ Partial<A> merge(const Partial<A>& a, const Partial<A>& b) {
   return fastreg::merge(a, A(0), b, A(0));  // `linear` is taken from the row's pivot, not from the maxima
 }
 
-// Over `lanes` neighbouring lanes of a warp.
 template <class A>
-__device__ Partial<A> merge_lanes(Partial<A> part, int lanes) {
-  for (int step = lanes / 2; step > 0; step /= 2) {
-    const Partial<A> other = {__shfl_xor_sync(everyone, part.high, step),
-                              __shfl_xor_sync(everyone, part.sum, step),
-                              __shfl_xor_sync(everyone, part.linear, step)};
-    part = merge(part, other);
-  }
-  return part;
+__device__ Best<A> merge(Best<A> a, const Best<A>& b) {
+  a.take(b.x, b.c);
+  return a;
 }
 
-// Over the block; the result is thread 0's.
 template <class A>
-__device__ Partial<A> merge_block(Partial<A> part) {
-  __shared__ Partial<A> warps[32];
-  part = merge_lanes(part, 32);
-  __syncthreads();  // the row before this one has been read
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = part;
+__device__ Sums<A> merge(const Sums<A>& a, const Sums<A>& b) {
+  return {a.loss + b.loss, a.slope + b.slope};
+}
+
+template <class A>
+__device__ Partial<A> from_lane(const Partial<A>& part, int step) {
+  return {__shfl_xor_sync(everyone, part.high, step), __shfl_xor_sync(everyone, part.sum, step),
+          __shfl_xor_sync(everyone, part.linear, step)};
+}
+
+template <class A>
+__device__ Best<A> from_lane(const Best<A>& best, int step) {
+  return {__shfl_xor_sync(everyone, best.x, step), __shfl_xor_sync(everyone, best.c, step)};
+}
+
+template <class A>
+__device__ Sums<A> from_lane(const Sums<A>& sums, int step) {
+  return {__shfl_xor_sync(everyone, sums.loss, step), __shfl_xor_sync(everyone, sums.slope, step)};
+}
+
+// Over `lanes` neighbouring lanes of a warp, or over the block; every thread gets the result. `shared` has
+// room for a value per warp.
+template <class Value>
+__device__ Value merge_lanes(Value value, int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) value = merge(value, from_lane(value, step));
+  return value;
+}
+
+template <class Value>
+__device__ Value merge_group(Value value, int lanes, unsigned char* shared) {
+  if (lanes <= 32) return merge_lanes(value, lanes);
+  Value* warps = reinterpret_cast<Value*>(shared);
+  value = merge_lanes(value, 32);
+  __syncthreads();  // what was here before has been read
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
-  if (threadIdx.x == 0)
-    for (int w = 1; w < int(blockDim.x) / 32; ++w) part = merge(part, warps[w]);
-  return part;
+  value = warps[0];
+  for (int w = 1; w < int(blockDim.x) / 32; ++w) value = merge(value, warps[w]);
+  return value;
+}
+
+// Over threadIdx.y, for each threadIdx.x; every thread gets the result.
+template <class Value>
+__device__ Value merge_columns(Value value, unsigned char* shared) {
+  Value(*parts)[32] = reinterpret_cast<Value(*)[32]>(shared);
+  __syncthreads();
+  parts[threadIdx.y][threadIdx.x] = value;
+  __syncthreads();
+  value = parts[0][threadIdx.x];
+  for (int w = 1; w < class_lanes; ++w) value = merge(value, parts[w][threadIdx.x]);
+  return value;
+}
+
+// ---- the gradient ---------------------------------------------------------------------------------------
+
+template <class A>
+struct Incoming {
+  const void* grad_loss;  // null: 1
+  bool wide;
+  int64_t stride_n, stride_d;  // 0, 0 for a reduced loss
+  const A *lse, *denominator;
+  const A* slopes;  // per row the sum over its classes, where no block can have it of its own
+};
+
+// The gradient of one element of a row.
+template <class T, Mode MODE, class A = Arithmetic<T>>
+struct Slope {
+  Softmax<A> softmax = {0, 0};
+  RowGradient<A> gradient = {0, 0, 0};
+  A at_other = 0, slope = 0;  // of the row's classes together, z_loss included
+
+  // `incoming`: the gradient of the row's loss.
+  __device__ Slope(const Problem<A>& p, const Row<T, MODE>& row, const Softmax<A>& row_softmax, A slopes,
+                   A incoming) {
+    if (!row.kept) return;
+    softmax = row_softmax;
+    if constexpr (MODE == dense) {
+      gradient.slope = p.scale * incoming;
+      slope = slopes + 2 * p.z_loss * (p.z_loss == 0 ? A(0) : softmax.high + softmax.log_sum);
+      return;
+    }
+    const RowTerms<A> terms = row.terms(p, row.y, row.share);
+    auto weight = [&](int64_t c) { return MODE == plain || p.smoothing == 0 ? A(0) : class_factor(p, c); };
+    A others = 0;
+    if (MODE != plain && row.other >= 0) {
+      const RowTerms<A> other = row.terms(p, row.other, 1 - row.share);
+      others = target_slope(other.target, p.gamma, softmax, row.z_other);
+      at_other = row_gradient(other, softmax, row.z_other, weight(row.other), incoming,
+                              target_slope(terms.target, p.gamma, softmax, row.z_y))
+                     .at_target;
+    }
+    gradient = row_gradient(terms, softmax, row.z_y, weight(row.y), incoming, others);
+  }
+
+  __device__ A operator()(const Problem<A>& p, const Row<T, MODE>& row, A x, int64_t c, A q) const {
+    if constexpr (MODE == dense) {
+      const A log_p = softmax.log_p(row.logit(p, x, c));
+      const A share = product(share_of(p, row, c, q), focal_slope(log_p, p.gamma));
+      return gradient.slope * ((slope - share) * fast_exp(log_p) + share * expm1(log_p));
+    } else {
+      if (c == row.y) return gradient.at_target;
+      if (MODE != plain && c == row.other) return at_other;
+      A value = gradient.slope * fast_exp((row.logit(p, x, c) - softmax.high) - softmax.log_sum);
+      if constexpr (MODE != plain)
+        if (p.smoothing != 0) value -= gradient.spread * class_factor(p, c);
+      return value;
+    }
+  }
+};
+
+// A lane's share of the gradient of the classes [begin, end) of a row.
+template <class T, Mode MODE, class A = Arithmetic<T>>
+__device__ void write_gradient(const Problem<A>& p, const Row<T, MODE>& row, const Slope<T, MODE>& slope,
+                               const T* from, T* to, int64_t begin, int64_t end, int lane, int lanes) {
+  constexpr int size = Vector<T>::size, most = MODE == dense ? dense_in_flight : in_flight;
+  auto scalar = [&](int64_t c) {
+    A q[1] = {};
+    if constexpr (MODE == dense)
+      if (row.kept) load_probabilities(q, p, row, c);
+    to[c] = static_cast<T>(row.kept ? slope(p, row, static_cast<A>(from[c]), c, q[0]) : A(0));
+  };
+  if ((reinterpret_cast<uintptr_t>(from) - reinterpret_cast<uintptr_t>(to)) % 16 !=
+      0) {  // never both aligned
+    for (int64_t c = begin + lane; c < end; c += lanes) scalar(c);
+    return;
+  }
+  auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t c, int64_t pitch) {
+    alignas(16) T values[COUNT][size] = {};
+    if (row.kept) load<COUNT>(values, from + c, pitch);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      A q[size] = {};
+      if constexpr (MODE == dense)
+        if (row.kept) load_probabilities(q, p, row, c + i * pitch);
+      Vector<T> out;
+#pragma unroll
+      for (int k = 0; k < size; ++k)
+        out.values[k] = static_cast<T>(
+            row.kept ? slope(p, row, static_cast<A>(values[i][k]), c + i * pitch + k, q[k]) : A(0));
+      store(to + c + i * pitch, out);
+    }
+  };
+  deal<most>(
+      from, begin, end, lane, lanes, scalar,
+      [&](int64_t c, int64_t pitch) { some(std::integral_constant<int, most>(), c, pitch); },
+      [&](int64_t c) { some(std::integral_constant<int, 1>(), c, 0); });
+}
+
+template <class T, Mode MODE, class A = Arithmetic<T>>
+__device__ void write_gradient_strided(const Problem<A>& p, const Row<T, MODE>& row,
+                                       const Slope<T, MODE>& slope, const T* from, int64_t stride, T* to,
+                                       int64_t to_stride, int64_t begin, int64_t end, int lane, int lanes) {
+  constexpr int most = MODE == dense ? dense_in_flight : strided_in_flight;
+  for (int64_t c = begin + lane; c < end; c += most * lanes) {
+    T values[most];
+#pragma unroll
+    for (int i = 0; i < most; ++i)
+      values[i] = row.kept && c + i * lanes < end ? from[(c + i * lanes) * stride] : T(0.f);
+#pragma unroll
+    for (int i = 0; i < most; ++i) {
+      const int64_t at = c + i * lanes;
+      if (at >= end) continue;
+      A q[1] = {};
+      if constexpr (MODE == dense)
+        if (row.kept) load_probabilities(q, p, row, at);
+      to[at * to_stride] =
+          static_cast<T>(row.kept ? slope(p, row, static_cast<A>(values[i]), at, q[0]) : A(0));
+    }
+  }
 }
 
 // ---- forward --------------------------------------------------------------------------------------------
+
+// What a launch makes of its rows: all of it; the partials of their splits; or, of rows whose log-sum-exp is
+// known, the sums of their splits.
+enum class Stage { whole, parts, sums };
 
 template <class A>
 struct Results {
   void* loss;
   bool wide;  // the loss is of type A, not T
   A *lse, *denominator;
-  A* sums;   // (losses, weights) per block
-  A* parts;  // (high, sum, linear) per split and row, or null
+  A* losses;        // per row, or null
+  int64_t* argmax;  // per row, or null
+  A* block_sums;    // (losses, weights) per block
+  const A* counts;  // of count_blocks blocks: what the gradient of a mean in the forward is divided by
+  A* parts;         // (high, sum, linear) per split and row
+  A* best_x;        // per split and row
+  int64_t* best_c;
+  A* sums;           // (loss, slope) per split and row
+  A* slopes;         // per row, or null
+  A* target_logits;  // (z_y, z_other) per row, or null
+  Stage stage;
 };
+
+template <class A>
+__device__ A divisor_of(const Problem<A>& p, A weights) {
+  const A divisor = p.reduction == reduction_mean ? weights : A(1);
+  return p.zero_if_empty && divisor == 0 ? A(1) : divisor;
+}
 
 template <class T, class A>
 __device__ void write_loss(const Problem<A>& p, const Results<A>& out, A losses, A weights) {
-  A divisor = p.reduction == reduction_mean ? weights : A(1);
-  if (p.zero_if_empty && divisor == 0) divisor = 1;
+  const A divisor = divisor_of(p, weights);
   *out.denominator = divisor;
   store<T>(out.loss, out.wide, 0, losses / divisor);
 }
@@ -264,100 +601,205 @@ __device__ void leave_sums(const Problem<A>& p, const Results<A>& out, A losses,
   weights = sum_block(weights, shared_weights);
   if (threadIdx.x != 0 || threadIdx.y != 0) return;
   if (gridDim.x == 1) return write_loss<T>(p, out, losses, weights);
-  out.sums[blockIdx.x] = losses;
-  out.sums[gridDim.x + blockIdx.x] = weights;
+  out.block_sums[blockIdx.x] = losses;
+  out.block_sums[gridDim.x + blockIdx.x] = weights;
 }
 
 // One thread finishes a row: its loss is stored, or added to the thread's sums.
-template <class T, class A, bool PLAIN>
-__device__ void finish_row(const Problem<A>& p, const Row<A, PLAIN>& row, const Results<A>& out, int64_t r,
-                           const Partial<A>& part, A& losses, A& weights) {
-  const Softmax<A> softmax = {part.high, log(part.sum)};
+template <class T, Mode MODE, class A>
+__device__ void finish_row(const Problem<A>& p, const Row<T, MODE>& row, const Results<A>& out, int64_t r,
+                           const Softmax<A>& softmax, A linear, const Sums<A>& sums, A& losses, A& weights) {
   A loss = 0;
   if (row.kept) {
-    const RowTerms<A> terms = row.terms(p);
-    loss = row_loss(terms, softmax, row.z_y, part.linear + terms.total * (row.pivot - part.high));
-    weights += p.weight ? p.weight[row.y] : A(1);
+    if constexpr (MODE == dense) {
+      loss = sums.loss + z_loss_of(p.z_loss, softmax);
+    } else {
+      const RowTerms<A> terms = row.terms(p, row.y, row.share);
+      loss = row_loss(terms, softmax, row.z_y, linear + terms.total * (row.pivot - softmax.high));
+      if (MODE != plain && row.other >= 0)
+        loss += target_loss(row.terms(p, row.other, 1 - row.share).target, p.gamma, softmax, row.z_other);
+    }
+    weights += row.count(p);
     losses += loss;
   }
-  out.lse[r] = row.kept ? softmax.high : A(0);
-  out.lse[p.rows + r] = row.kept ? softmax.log_sum : A(0);
+  if (MODE != plain && out.losses) out.losses[r] = loss;
   if (p.reduction == reduction_none) store<T>(out.loss, out.wide, r, loss);
 }
 
-template <class A>
-__device__ void leave_part(const Problem<A>& p, const Results<A>& out, int64_t r, const Partial<A>& part) {
-  A* at = out.parts + (int64_t(blockIdx.y) * p.rows + r) * 3;
-  at[0] = part.high, at[1] = part.sum, at[2] = part.linear;
+template <class T, Mode MODE, class A>
+__device__ void leave_softmax(const Problem<A>& p, const Row<T, MODE>& row, const Results<A>& out, int64_t r,
+                              const Softmax<A>& softmax, const Best<A>& best) {
+  out.lse[r] = row.kept ? softmax.high : A(0);
+  out.lse[p.rows + r] = row.kept ? softmax.log_sum : A(0);
+  if (MODE != plain && out.argmax) out.argmax[r] = best.c < p.classes ? best.c : p.classes - 1;
 }
 
-// Rows of contiguous classes, `lanes` threads each: up to 32, or the whole block. blockIdx.y: the split of
-// the row.
-template <class T, bool PLAIN, class A = Arithmetic<T>>
-__global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2)
-    forward_rows(Problem<A> p, Logits<const T> x, Results<A> out, int lanes, int64_t split) {
+template <class A>
+__device__ void leave_part(const Problem<A>& p, const Results<A>& out, int64_t r, const Partial<A>& part,
+                           const Best<A>& best) {
+  const int64_t at = int64_t(blockIdx.y) * p.rows + r;
+  out.parts[3 * at] = part.high, out.parts[3 * at + 1] = part.sum, out.parts[3 * at + 2] = part.linear;
+  if (out.argmax) out.best_x[at] = best.x, out.best_c[at] = best.c;
+}
+
+template <class A>
+__device__ void leave_row_sums(const Problem<A>& p, const Results<A>& out, int64_t r, const Sums<A>& sums) {
+  A* at = out.sums + (int64_t(blockIdx.y) * p.rows + r) * 2;
+  at[0] = sums.loss, at[1] = sums.slope;
+}
+
+// The gradient of each row's loss, where it is made in the forward.
+template <class A>
+__device__ A incoming_gradient(const Problem<A>& p, const Results<A>& out) {
+  A weights = p.target_bytes == 0 ? A(p.rows) : A(0);
+  if (p.reduction == reduction_mean && p.target_bytes != 0)
+    for (int b = 0; b < count_blocks; ++b) weights += out.counts[b];
+  return 1 / divisor_of(p, weights);
+}
+
+template <class T, Mode MODE, class A = Arithmetic<T>>
+__global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
+    forward_rows(Problem<A> p, Logits<const T> x, Logits<T> grad, Results<A> out, int lanes, int64_t split) {
+  alignas(16) __shared__ unsigned char shared[32 * slot];
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
   const int64_t begin = blockIdx.y * split, end = begin + split < p.classes ? begin + split : p.classes;
-  A losses = 0, weights = 0;
+  const bool want_argmax = MODE != plain && out.argmax && out.stage != Stage::sums;
+  A losses = 0, weights = 0, incoming = 0;
+  if (MODE != plain && grad.data) incoming = incoming_gradient(p, out);
   for (int64_t first = int64_t(blockIdx.x) * groups; first < p.rows; first += int64_t(gridDim.x) * groups) {
     const int64_t r = first + group;
-    const Row<A, PLAIN> row(p, x, r);
+    const bool mine = lane == 0 && r < p.rows;
+    const Row<T, MODE> row(p, x, r);
+    const T* from = p.row(x, r);
+    Softmax<A> softmax = {0, 0};
     Partial<A> part = nothing<A>();
-    if (row.kept) part = walk(p, row, p.row(x, r), begin, end, lane, lanes);
-    part = lanes > 32 ? merge_block(part) : merge_lanes(part, lanes);
-    if (lane != 0 || r >= p.rows) continue;
-    if (out.parts)
-      leave_part(p, out, r, part);
-    else
-      finish_row<T>(p, row, out, r, part, losses, weights);
+    Best<A> best;
+    if (MODE != dense || out.stage != Stage::sums) {
+      if (row.kept) part = walk(p, row, best, want_argmax, from, begin, end, lane, lanes);
+      part = merge_group(part, lanes, shared);
+      if (want_argmax) best = merge_group(best, lanes, shared);
+      if (out.stage == Stage::parts) {
+        if (mine) leave_part(p, out, r, part, best);
+        continue;
+      }
+      softmax = {part.high, log(part.sum)};
+      if (mine) leave_softmax(p, row, out, r, softmax, best);
+    } else if (r < p.rows) {
+      softmax = {out.lse[r], out.lse[p.rows + r]};
+    }
+    Sums<A> sums;
+    if constexpr (MODE == dense) {
+      if (row.kept) sums = sum_classes(p, row, softmax, from, begin, end, lane, lanes);
+      sums = merge_group(sums, lanes, shared);
+      if (out.stage == Stage::sums) {
+        if (mine) leave_row_sums(p, out, r, sums);
+        continue;
+      }
+    }
+    if (mine) finish_row(p, row, out, r, softmax, part.linear, sums, losses, weights);
+    if constexpr (MODE != plain)
+      if (grad.data) {
+        __syncwarp();  // x may be written now: every lane has read its target's logit
+        if (r >= p.rows) continue;
+        const Slope<T, MODE> slope(p, row, softmax, sums.slope, incoming);
+        write_gradient(p, row, slope, from, p.row(grad, r), begin, end, lane, lanes);
+      }
   }
-  if (!out.parts) leave_sums<T>(p, out, losses, weights);
+  if (out.stage == Stage::whole) leave_sums<T>(p, out, losses, weights);
 }
 
 // Rows of strided classes: 32 neighbouring rows per block, their classes dealt out to its warps.
-template <class T, bool PLAIN, class A = Arithmetic<T>>
-__global__ void __launch_bounds__(32 * class_lanes, sizeof(T) == 8 ? 1 : 2)
-    forward_strided(Problem<A> p, Logits<const T> x, Results<A> out, int64_t split) {
-  __shared__ Partial<A> parts[class_lanes][32];
+template <class T, Mode MODE, class A = Arithmetic<T>>
+__global__ void __launch_bounds__(32 * class_lanes, sizeof(T) == 8 || MODE == dense ? 1 : 2)
+    forward_strided(Problem<A> p, Logits<const T> x, Logits<T> grad, Results<A> out, int64_t split) {
+  alignas(16) __shared__ unsigned char shared[class_lanes * 32 * slot];
   const int64_t begin = blockIdx.y * split, end = begin + split < p.classes ? begin + split : p.classes;
-  A losses = 0, weights = 0;
+  const int lane = threadIdx.y;
+  const bool want_argmax = MODE != plain && out.argmax && out.stage != Stage::sums;
+  A losses = 0, weights = 0, incoming = 0;
+  if (MODE != plain && grad.data) incoming = incoming_gradient(p, out);
   for (int64_t first = int64_t(blockIdx.x) * 32; first < p.rows; first += int64_t(gridDim.x) * 32) {
     const int64_t r = first + threadIdx.x;
-    const Row<A, PLAIN> row(p, x, r);
+    const bool mine = lane == 0 && r < p.rows;
+    const Row<T, MODE> row(p, x, r);
+    const T* from = p.row(x, r);
+    Softmax<A> softmax = {0, 0};
     Partial<A> part = nothing<A>();
-    if (row.kept) part = walk_strided(p, row, p.row(x, r), x.stride_c, begin, end, threadIdx.y, class_lanes);
-    __syncthreads();  // the rows before these have been read
-    parts[threadIdx.y][threadIdx.x] = part;
-    __syncthreads();
-    if (threadIdx.y != 0 || r >= p.rows) continue;
-    for (int w = 1; w < class_lanes; ++w) part = merge(part, parts[w][threadIdx.x]);
-    if (out.parts)
-      leave_part(p, out, r, part);
-    else
-      finish_row<T>(p, row, out, r, part, losses, weights);
+    Best<A> best;
+    if (MODE != dense || out.stage != Stage::sums) {
+      if (row.kept)
+        part = walk_strided(p, row, best, want_argmax, from, x.stride_c, begin, end, lane, class_lanes);
+      part = merge_columns(part, shared);
+      if (want_argmax) best = merge_columns(best, shared);
+      if (out.stage == Stage::parts) {
+        if (mine) leave_part(p, out, r, part, best);
+        continue;
+      }
+      softmax = {part.high, log(part.sum)};
+      if (mine) leave_softmax(p, row, out, r, softmax, best);
+    } else if (r < p.rows) {
+      softmax = {out.lse[r], out.lse[p.rows + r]};
+    }
+    Sums<A> sums;
+    if constexpr (MODE == dense) {
+      if (row.kept)
+        sums = sum_classes_strided(p, row, softmax, from, x.stride_c, begin, end, lane, class_lanes);
+      sums = merge_columns(sums, shared);
+      if (out.stage == Stage::sums) {
+        if (mine) leave_row_sums(p, out, r, sums);
+        continue;
+      }
+    }
+    if (mine) finish_row(p, row, out, r, softmax, part.linear, sums, losses, weights);
+    if constexpr (MODE != plain)
+      if (grad.data && r < p.rows) {
+        const Slope<T, MODE> slope(p, row, softmax, sums.slope, incoming);
+        write_gradient_strided(p, row, slope, from, x.stride_c, p.row(grad, r), grad.stride_c, begin, end,
+                               lane, class_lanes);
+      }
   }
-  if (!out.parts) leave_sums<T>(p, out, losses, weights);
+  if (out.stage == Stage::whole) leave_sums<T>(p, out, losses, weights);
 }
 
-// Merges rows that several blocks walked: a warp per row.
-template <class T, bool PLAIN, class A = Arithmetic<T>>
+// Merges rows that several blocks walked, a warp per row: their partials, or their sums.
+template <class T, Mode MODE, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(128)
     merge_splits(Problem<A> p, Logits<const T> x, Results<A> out, int splits) {
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const bool of_sums = MODE == dense && out.stage == Stage::sums;
   A losses = 0, weights = 0;
   for (int64_t first = int64_t(blockIdx.x) * warps; first < p.rows; first += int64_t(gridDim.x) * warps) {
     const int64_t r = first + threadIdx.x / 32;
-    const Row<A, PLAIN> row(p, x, r);
+    const Row<T, MODE> row(p, x, r);
     Partial<A> part = nothing<A>();
+    Best<A> best;
+    Sums<A> sums;
     if (r < p.rows)
-      for (int s = lane; s < splits; s += 32) {
-        const A* from = out.parts + (int64_t(s) * p.rows + r) * 3;
-        part = merge(part, Partial<A>{from[0], from[1], from[2]});
+      for (int64_t at = lane * p.rows + r; at < splits * p.rows; at += 32 * p.rows) {
+        if (of_sums) {
+          sums = merge(sums, Sums<A>{out.sums[2 * at], out.sums[2 * at + 1]});
+        } else {
+          part = merge(part, Partial<A>{out.parts[3 * at], out.parts[3 * at + 1], out.parts[3 * at + 2]});
+          if (MODE != plain && out.argmax) best.take(out.best_x[at], out.best_c[at]);
+        }
       }
-    part = merge_lanes(part, 32);
-    if (lane == 0 && r < p.rows) finish_row<T>(p, row, out, r, part, losses, weights);
+    Softmax<A> softmax = {0, 0};
+    if (of_sums) {
+      sums = merge_lanes(sums, 32);
+      if (r < p.rows) softmax = {out.lse[r], out.lse[p.rows + r]};
+    } else {
+      part = merge_lanes(part, 32);
+      if (MODE != plain && out.argmax) best = merge_lanes(best, 32);
+      softmax = {part.high, log(part.sum)};
+    }
+    if (lane != 0 || r >= p.rows) continue;
+    if (!of_sums) leave_softmax(p, row, out, r, softmax, best);
+    if (of_sums && out.slopes) out.slopes[r] = sums.slope;
+    if (out.target_logits) out.target_logits[r] = row.z_y, out.target_logits[p.rows + r] = row.z_other;
+    if (out.loss && (MODE != dense || of_sums))
+      finish_row(p, row, out, r, softmax, part.linear, sums, losses, weights);
   }
-  leave_sums<T>(p, out, losses, weights);
+  if (out.loss && (MODE != dense || of_sums)) leave_sums<T>(p, out, losses, weights);
 }
 
 template <class T, class A = Arithmetic<T>>
@@ -365,10 +807,23 @@ __global__ void __launch_bounds__(1024) sum_blocks(Problem<A> p, Results<A> out,
   __shared__ A shared_losses[32], shared_weights[32];
   A losses = 0, weights = 0;
   for (int64_t b = threadIdx.x; b < blocks; b += blockDim.x)
-    losses += out.sums[b], weights += out.sums[blocks + b];
+    losses += out.block_sums[b], weights += out.block_sums[blocks + b];
   losses = sum_block(losses, shared_losses);
   weights = sum_block(weights, shared_weights);
   if (threadIdx.x == 0) write_loss<T>(p, out, losses, weights);
+}
+
+// What the rows count in a mean, per block.
+template <class T, class A = Arithmetic<T>>
+__global__ void __launch_bounds__(256) count_rows(Problem<A> p, Logits<const T> x, A* counts) {
+  __shared__ A shared[32];
+  A weights = 0;
+  p.margin = nullptr;
+  for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < p.rows;
+       r += int64_t(gridDim.x) * blockDim.x)
+    weights += Row<T, dense>(p, x, r).count(p);
+  weights = sum_block(weights, shared);
+  if (threadIdx.x == 0) counts[blockIdx.x] = weights;
 }
 
 // weight·alpha of every class, and the sum.
@@ -389,108 +844,83 @@ __global__ void __launch_bounds__(1024) combine_factors(Problem<A> p, A* factors
 
 // ---- backward -------------------------------------------------------------------------------------------
 
-template <class A>
-struct Incoming {
-  const void* grad_loss;
-  bool wide;
-  int64_t stride_n, stride_d;  // 0, 0 for a reduced loss
-  const A *lse, *denominator;
-};
-
-// The gradient of one element of a row.
-template <class A, bool PLAIN>
-struct Slope {
-  Softmax<A> softmax = {0, 0};
-  RowGradient<A> gradient = {0, 0, 0};
-
-  template <class T>
-  __device__ Slope(const Problem<A>& p, const Row<A, PLAIN>& row, const Incoming<A>& in, int64_t r,
-                   const T*) {
-    if (!row.kept) return;
-    softmax = {in.lse[r], in.lse[p.rows + r]};
-    const int64_t at = p.d == 1 ? r * in.stride_n : r / p.d * in.stride_n + r % p.d * in.stride_d;
-    const A grad = in.wide ? static_cast<const A*>(in.grad_loss)[at]
-                           : static_cast<A>(static_cast<const T*>(in.grad_loss)[at]);
-    const A factor = PLAIN || p.smoothing == 0 ? A(0) : class_factor(p, row.y);
-    gradient = row_gradient(row.terms(p), softmax, row.z_y, factor, grad / *in.denominator);
-  }
-
-  __device__ A operator()(const Problem<A>& p, const Row<A, PLAIN>& row, A x, int64_t c) const {
-    if (c == row.y) return gradient.at_target;
-    A slope = gradient.slope * fast_exp((row.logit(p, x, c) - softmax.high) - softmax.log_sum);
-    if constexpr (!PLAIN)
-      if (p.smoothing != 0) slope -= gradient.spread * class_factor(p, c);
-    return slope;
-  }
-};
+template <class T, class A>
+__device__ A incoming_gradient(const Problem<A>& p, const Incoming<A>& in, int64_t r) {
+  if (!in.grad_loss) return 1 / *in.denominator;
+  const int64_t at = p.at(r, in.stride_n, in.stride_d);
+  return (in.wide ? static_cast<const A*>(in.grad_loss)[at]
+                  : static_cast<A>(static_cast<const T*>(in.grad_loss)[at])) /
+         *in.denominator;
+}
 
 // Rows of contiguous classes: `lanes` threads per row, or `chunks` blocks per row.
-template <class T, bool PLAIN, class A = Arithmetic<T>>
-__global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2)
+template <class T, Mode MODE, class A = Arithmetic<T>>
+__global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
     backward_rows(Problem<A> p, Logits<const T> x, Logits<T> grad, Incoming<A> in, int lanes, int64_t chunk,
                   int64_t chunks) {
-  constexpr int size = Vector<T>::size;
   const int lane = threadIdx.x % lanes;
   const int64_t r =
       lanes > 32 ? blockIdx.x / chunks : (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
-  if (r >= p.rows) return;
+  if (MODE != dense && r >= p.rows) return;
   const int64_t begin = lanes > 32 ? blockIdx.x % chunks * chunk : 0;
   const int64_t end = begin + chunk < p.classes ? begin + chunk : p.classes;
-  const Row<A, PLAIN> row(p, x, r);
-  const Slope<A, PLAIN> slope(p, row, in, r, x.data);
+  const Row<T, MODE> row(p, x, r);
   const T* from = p.row(x, r);
-  T* to = p.row(grad, r);
-  auto scalar = [&](int64_t c) {
-    to[c] = static_cast<T>(row.kept ? slope(p, row, static_cast<A>(from[c]), c) : A(0));
-  };
-  if ((reinterpret_cast<uintptr_t>(from) - reinterpret_cast<uintptr_t>(to)) % 16 !=
-      0) {  // never both aligned
-    for (int64_t c = begin + lane; c < end; c += lanes) scalar(c);
-    return;
-  }
-  auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t c, int64_t pitch) {
-    alignas(16) T values[COUNT][size] = {};
-    if (row.kept) load<COUNT>(values, from + c, pitch);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      Vector<T> out;
-#pragma unroll
-      for (int k = 0; k < size; ++k)
-        out.values[k] =
-            static_cast<T>(row.kept ? slope(p, row, static_cast<A>(values[i][k]), c + i * pitch + k) : A(0));
-      store(to + c + i * pitch, out);
+  Softmax<A> softmax = {0, 0};
+  if (r < p.rows) softmax = {in.lse[r], in.lse[p.rows + r]};
+  Sums<A> sums;
+  if constexpr (MODE == dense) {
+    if (in.slopes) {
+      if (r < p.rows) sums.slope = in.slopes[r];
+    } else {
+      if (row.kept) sums = sum_classes(p, row, softmax, from, begin, end, lane, lanes);
+      sums = merge_lanes(sums, lanes);
     }
-  };
-  deal(
-      from, begin, end, lane, lanes, scalar,
-      [&](int64_t c, int64_t pitch) { some(std::integral_constant<int, in_flight>(), c, pitch); },
-      [&](int64_t c) { some(std::integral_constant<int, 1>(), c, 0); });
+    if (r >= p.rows) return;
+  }
+  const Slope<T, MODE> slope(p, row, softmax, sums.slope, incoming_gradient<T>(p, in, r));
+  write_gradient(p, row, slope, from, p.row(grad, r), begin, end, lane, lanes);
 }
 
 // Rows of strided classes: 32 rows per block; blockIdx.y is the chunk of the classes.
-template <class T, bool PLAIN, class A = Arithmetic<T>>
-__global__ void __launch_bounds__(32 * class_lanes, sizeof(T) == 8 ? 1 : 2)
+template <class T, Mode MODE, class A = Arithmetic<T>>
+__global__ void __launch_bounds__(32 * class_lanes, sizeof(T) == 8 || MODE == dense ? 1 : 2)
     backward_strided(Problem<A> p, Logits<const T> x, Logits<T> grad, Incoming<A> in, int64_t chunk) {
   const int64_t r = int64_t(blockIdx.x) * 32 + threadIdx.x;
   if (r >= p.rows) return;
-  const Row<A, PLAIN> row(p, x, r);
-  const Slope<A, PLAIN> slope(p, row, in, r, x.data);
-  const T* from = p.row(x, r);
-  T* to = p.row(grad, r);
+  const Row<T, MODE> row(p, x, r);
+  const Softmax<A> softmax = {in.lse[r], in.lse[p.rows + r]};
+  const Slope<T, MODE> slope(p, row, softmax, MODE == dense ? in.slopes[r] : A(0),
+                             incoming_gradient<T>(p, in, r));
   const int64_t begin = blockIdx.y * chunk, end = begin + chunk < p.classes ? begin + chunk : p.classes;
-  for (int64_t c = begin + threadIdx.y; c < end; c += strided_in_flight * class_lanes) {
-    T values[strided_in_flight];
+  write_gradient_strided(p, row, slope, p.row(x, r), x.stride_c, p.row(grad, r), grad.stride_c, begin, end,
+                         threadIdx.y, class_lanes);
+}
+
+template <class T, class A = Arithmetic<T>>
+__global__ void __launch_bounds__(256) scale_elements(T* data, const A* factor, int64_t n) {
+  const A by = *factor;
+  if (by == 1) return;
+  auto scaled = [&](T value) { return static_cast<T>(static_cast<A>(value) * by); };
+  auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t i, int64_t pitch) {
+    constexpr int size = Vector<T>::size;
+    alignas(16) T values[COUNT][size];
+    load<COUNT>(values, data + i, pitch);
 #pragma unroll
-    for (int i = 0; i < strided_in_flight; ++i)
-      values[i] = row.kept && c + i * class_lanes < end ? from[(c + i * class_lanes) * x.stride_c] : T(0.f);
+    for (int v = 0; v < COUNT; ++v) {
+      Vector<T> out;
 #pragma unroll
-    for (int i = 0; i < strided_in_flight; ++i) {
-      const int64_t at = c + i * class_lanes;
-      if (at < end)
-        to[at * grad.stride_c] =
-            static_cast<T>(row.kept ? slope(p, row, static_cast<A>(values[i]), at) : A(0));
+      for (int k = 0; k < size; ++k) out.values[k] = scaled(values[v][k]);
+      store(data + i + v * pitch, out);
     }
-  }
+  };
+  const int64_t chunk = int64_t(blockDim.x) * in_flight * Vector<T>::size;
+  for (int64_t begin = blockIdx.x * chunk; begin < n; begin += gridDim.x * chunk)
+    deal(
+        data, begin, begin + chunk < n ? begin + chunk : n, threadIdx.x, blockDim.x,
+        [&](int64_t i) { data[i] = scaled(data[i]); },
+        [&](int64_t i, int64_t pitch) { some(std::integral_constant<int, in_flight>(), i, pitch); },
+        [&](int64_t i) { some(std::integral_constant<int, 1>(), i, 0); });
 }
 
 // ---- launching ------------------------------------------------------------------------------------------
@@ -528,161 +958,242 @@ Plan plan(int64_t rows, int64_t classes, int64_t stride_c, int itemsize, int mul
   return plan;
 }
 
-template <class A>
-cudaError_t prepare_factors(Problem<A>& p, A* workspace, cudaStream_t stream) {
-  if (p.smoothing == 0 || (!p.weight && !p.alpha)) return cudaSuccess;
-  p.factors = workspace + 1;
-  p.total = workspace;
-  LAUNCH(combine_factors<A>, dim3(1), dim3(1024), 0, stream, p, workspace + 1, workspace);
-  return cudaGetLastError();
-}
+// The device memory that the stages hand over, cut from one piece. Without a piece it only measures.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(base ? reinterpret_cast<uintptr_t>(base) : 16) {}  // no null to take
 
-template <class T, bool PLAIN, class A = Arithmetic<T>>
-cudaError_t forward(const Plan& plan, const Problem<A>& p, const Logits<const T>& x, Results<A> out,
-                    cudaStream_t stream) {
-  auto* rows = forward_rows<T, PLAIN>;
-  auto* strided = forward_strided<T, PLAIN>;
-  auto* merge = merge_splits<T, PLAIN>;
-  const dim3 grid(unsigned(plan.blocks), unsigned(plan.splits));
-  if (plan.contiguous)
-    LAUNCH(rows, grid, dim3(plan.threads), 0, stream, p, x, out, plan.lanes, plan.split);
-  else
-    LAUNCH(strided, grid, dim3(32, class_lanes), 0, stream, p, x, out, plan.split);
-  int64_t blocks = plan.blocks;
-  if (plan.splits > 1) {
-    blocks = ceil_div(p.rows, 4) < plan.blocks ? ceil_div(p.rows, 4) : plan.blocks;
-    LAUNCH(merge, dim3(unsigned(blocks)), dim3(128), 0, stream, p, x, out, int(plan.splits));
+  template <class Value>
+  Value* take(bool wanted, int64_t count) {
+    if (!wanted) return nullptr;
+    const uintptr_t at = base_ + uintptr_t(used);
+    used += ceil_div(count * int64_t(sizeof(Value)), 16) * 16;
+    return reinterpret_cast<Value*>(at);
   }
-  if (p.reduction != reduction_none && blocks > 1)
-    LAUNCH(sum_blocks<T>, dim3(1), dim3(1024), 0, stream, p, out, blocks);
-  return cudaGetLastError();
+
+  int64_t used = 0;
+
+ private:
+  uintptr_t base_;
+};
+
+// A call as the kernels take it.
+template <class T, class A = Arithmetic<T>>
+struct Prepared {
+  Plan shape;
+  Mode mode;
+  Problem<A> p;
+  Logits<const T> x;
+  Logits<T> grad;
+  Results<A> out;
+  Incoming<A> in;
+  A *factors, *total, *counts;
+  int64_t used;
+
+  explicit Prepared(const CrossEntropyCall& call) {
+    const int64_t rows = call.n * call.d;
+    const bool forward = call.loss != nullptr, probabilities = call.target_bytes == 0;
+    const bool smooth = call.smoothing != 0, vectors = call.weight || call.alpha;
+    const bool every_class = probabilities || (smooth && call.gamma != 0);
+    const bool bare = !call.adjustment && !call.margin && call.scale == 1 && !smooth && !call.other;
+    const bool alone = !call.losses && !call.argmax && !(forward && call.grad_input);
+    mode = every_class ? dense : bare && alone ? plain : general;
+    shape = plan(rows, call.classes, call.stride_c, sizeof(T), int(call.multiprocessors));
+    Workspace space(call.workspace);
+    factors = space.take<A>((smooth || every_class) && vectors, call.classes);
+    total = space.take<A>(factors, 1);
+    counts = space.take<A>(forward && call.grad_input && !probabilities && call.reduction == reduction_mean,
+                           count_blocks);
+    const bool split = shape.splits > 1, later = mode == dense && (split || call.grad_input);
+    const int64_t parts = shape.splits * rows;
+    p = {rows,
+         call.d,
+         call.classes,
+         call.target,
+         int(call.target_bytes),
+         call.wide_target != 0,
+         call.target_stride_n,
+         call.target_stride_c,
+         call.target_stride_d,
+         call.ignore_index,
+         call.other,
+         int(call.other_bytes),
+         call.other_stride_n,
+         call.other_stride_d,
+         static_cast<const A*>(call.share),
+         call.share_stride_n,
+         call.share_stride_d,
+         static_cast<const A*>(call.weight),
+         static_cast<const A*>(call.alpha),
+         static_cast<const A*>(call.adjustment),
+         static_cast<const A*>(call.margin),
+         factors,
+         total,
+         nullptr,
+         A(call.smoothing),
+         A(call.smoothing / double(call.classes)),
+         A(call.gamma),
+         A(call.alpha_scale),
+         A(call.scale),
+         A(call.z_loss),
+         int(call.reduction),
+         call.zero_if_empty != 0};
+    x = {static_cast<const T*>(call.input), call.stride_n, call.stride_c, call.stride_d};
+    grad = {static_cast<T*>(call.grad_input), call.grad_stride_n, call.grad_stride_c, call.grad_stride_d};
+    out = {call.loss,
+           call.wide != 0,
+           static_cast<A*>(call.lse),
+           static_cast<A*>(call.denominator),
+           static_cast<A*>(call.losses),
+           static_cast<int64_t*>(call.argmax),
+           space.take<A>(forward, 2 * shape.blocks),
+           counts,
+           space.take<A>(forward && split, 3 * parts),
+           space.take<A>(forward && split && call.argmax, parts),
+           space.take<int64_t>(forward && split && call.argmax, parts),
+           space.take<A>(later, 2 * parts),
+           space.take<A>(later, rows),
+           space.take<A>(forward && split && call.grad_input, 2 * rows),
+           split ? Stage::parts : Stage::whole};
+    in = {call.grad_loss,  call.wide != 0, call.grad_loss_stride_n, call.grad_loss_stride_d, out.lse,
+          out.denominator, nullptr};
+    used = space.used;
+  }
+
+  // Whether rows of the gradient are walked like those of the logits.
+  bool alike() const { return (grad.stride_c == 1 || p.classes == 1) == shape.contiguous; }
+};
+
+template <class T, class A>
+void prepare_factors(const Prepared<T, A>& c, cudaStream_t stream) {
+  if (c.factors) LAUNCH(combine_factors<A>, dim3(1), dim3(1024), 0, stream, c.p, c.factors, c.total);
 }
 
-template <class T, bool PLAIN, class A = Arithmetic<T>>
-cudaError_t backward(const Plan& plan, const Problem<A>& p, const Logits<const T>& x, const Logits<T>& grad,
-                     const Incoming<A>& in, cudaStream_t stream) {
-  auto* rows = backward_rows<T, PLAIN>;
-  auto* strided = backward_strided<T, PLAIN>;
-  if (plan.contiguous && grad.stride_c == 1) {
-    const int64_t chunk = plan.lanes > 32 ? int64_t(plan.threads) * in_flight * Vector<T>::size : p.classes;
-    const int64_t chunks = ceil_div(p.classes, chunk);
-    const int64_t blocks = plan.lanes > 32 ? p.rows * chunks : ceil_div(p.rows, plan.threads / plan.lanes);
-    LAUNCH(rows, dim3(unsigned(blocks)), dim3(plan.threads), 0, stream, p, x, grad, in, plan.lanes, chunk,
-           chunks);
+// One launch over all rows, whatever their layout.
+template <class T, Mode MODE, class A>
+void launch_rows(const Prepared<T, A>& c, const Results<A>& out, const Logits<T>& grad, cudaStream_t stream) {
+  auto* rows = forward_rows<T, MODE>;
+  auto* strided = forward_strided<T, MODE>;
+  const dim3 grid(unsigned(c.shape.blocks), unsigned(c.shape.splits));
+  if (c.shape.contiguous)
+    LAUNCH(rows, grid, dim3(c.shape.threads), 0, stream, c.p, c.x, grad, out, c.shape.lanes, c.shape.split);
+  else
+    LAUNCH(strided, grid, dim3(32, class_lanes), 0, stream, c.p, c.x, grad, out, c.shape.split);
+}
+
+template <class T, Mode MODE, class A>
+int64_t launch_merge(const Prepared<T, A>& c, const Results<A>& out, cudaStream_t stream) {
+  auto* merge = merge_splits<T, MODE>;
+  const int64_t blocks = ceil_div(c.p.rows, 4) < c.shape.blocks ? ceil_div(c.p.rows, 4) : c.shape.blocks;
+  LAUNCH(merge, dim3(unsigned(blocks)), dim3(128), 0, stream, c.p, c.x, out, int(c.shape.splits));
+  return blocks;
+}
+
+template <class T, Mode MODE, class A>
+void launch_gradient(const Prepared<T, A>& c, Incoming<A> in, cudaStream_t stream) {
+  auto* rows = backward_rows<T, MODE>;
+  auto* strided = backward_strided<T, MODE>;
+  if (c.shape.contiguous && c.alike()) {
+    const int64_t chunk =
+        c.shape.lanes > 32 ? int64_t(c.shape.threads) * in_flight * Vector<T>::size : c.p.classes;
+    const int64_t chunks = ceil_div(c.p.classes, chunk);
+    const int64_t blocks =
+        c.shape.lanes > 32 ? c.p.rows * chunks : ceil_div(c.p.rows, c.shape.threads / c.shape.lanes);
+    LAUNCH(rows, dim3(unsigned(blocks)), dim3(c.shape.threads), 0, stream, c.p, c.x, c.grad, in,
+           c.shape.lanes, chunk, chunks);
   } else {
     constexpr int64_t step = strided_in_flight * class_lanes;
-    const int64_t chunk = ceil_div(ceil_div(p.classes, step), 65535) * step;
-    LAUNCH(strided, dim3(unsigned(ceil_div(p.rows, 32)), unsigned(ceil_div(p.classes, chunk))),
-           dim3(32, class_lanes), 0, stream, p, x, grad, in, chunk);
+    const int64_t chunk = ceil_div(ceil_div(c.p.classes, step), 65535) * step;
+    LAUNCH(strided, dim3(unsigned(ceil_div(c.p.rows, 32)), unsigned(ceil_div(c.p.classes, chunk))),
+           dim3(32, class_lanes), 0, stream, c.p, c.x, c.grad, in, chunk);
+  }
+}
+
+template <class T, Mode MODE, class A>
+cudaError_t backward(Prepared<T, A>& c, cudaStream_t stream) {
+  if constexpr (MODE == dense)
+    if (!c.in.slopes && (!c.shape.contiguous || !c.alike() || c.shape.lanes > 32)) {
+      Results<A> out = c.out;
+      out.stage = Stage::sums;
+      out.loss = nullptr;
+      launch_rows<T, MODE>(c, out, {}, stream);
+      launch_merge<T, MODE>(c, out, stream);
+      c.in.slopes = out.slopes;
+    }
+  launch_gradient<T, MODE>(c, c.in, stream);
+  return cudaGetLastError();
+}
+
+template <class T, Mode MODE, class A>
+cudaError_t forward(Prepared<T, A>& c, cudaStream_t stream) {
+  const bool split = c.shape.splits > 1, wanted = c.grad.data && c.p.rows > 0;
+  const bool in_rows = wanted && !split && c.alike();
+  if (c.counts) LAUNCH(count_rows<T>, dim3(count_blocks), dim3(256), 0, stream, c.p, c.x, c.counts);
+  Logits<T> grad = c.grad;
+  if (!in_rows) grad.data = nullptr;
+  launch_rows<T, MODE>(c, c.out, grad, stream);
+  int64_t blocks = c.shape.blocks;
+  Results<A> out = c.out;
+  if (split) {
+    blocks = launch_merge<T, MODE>(c, out, stream);
+    if constexpr (MODE == dense) {
+      out.stage = Stage::sums;
+      launch_rows<T, MODE>(c, out, grad, stream);
+      launch_merge<T, MODE>(c, out, stream);
+    }
+  }
+  if (c.p.reduction != reduction_none && blocks > 1)
+    LAUNCH(sum_blocks<T>, dim3(1), dim3(1024), 0, stream, c.p, out, blocks);
+  if (wanted && !in_rows) {
+    c.in.slopes = out.slopes;
+    c.p.target_logits = out.target_logits;
+    return backward<T, MODE>(c, stream);
   }
   return cudaGetLastError();
+}
+
+template <class Run>
+cudaError_t with_mode(Mode mode, Run run) {
+  return mode == plain     ? run.template operator()<plain>()
+         : mode == general ? run.template operator()<general>()
+                           : run.template operator()<dense>();
 }
 
 }  // namespace
 
-cudaError_t cross_entropy_workspace(int dtype, int64_t rows, int64_t classes, int64_t stride_c,
-                                    int multiprocessors, int64_t* bytes) {
-  const int itemsize = dtype == 3 ? 8 : dtype == 0 ? 4 : 2;
-  const Plan shape = plan(rows, classes, stride_c, itemsize, multiprocessors);
-  const int64_t parts = shape.splits > 1 ? 3 * shape.splits * rows : 0;
-  *bytes = (1 + classes + 2 * shape.blocks + parts) * (dtype == 3 ? 8 : 4);
-  return cudaSuccess;
-}
-
-cudaError_t cross_entropy_forward(int dtype, const void* input, int64_t n, int64_t classes, int64_t d,
-                                  int64_t stride_n, int64_t stride_c, int64_t stride_d, const void* target,
-                                  int target_bytes, int64_t target_stride_n, int64_t target_stride_d,
-                                  const void* weight, const void* alpha, const void* adjustment,
-                                  const void* margin, void* loss, bool wide, void* lse, void* denominator,
-                                  void* workspace, int64_t ignore_index, int reduction, double smoothing,
-                                  double gamma, double alpha_scale, double scale, double z_loss,
-                                  bool zero_if_empty, int multiprocessors, cudaStream_t stream) {
-  return with_type(dtype, [&]<class T>() {
-    using A = Arithmetic<T>;
-    Problem<A> p = {n * d,
-                    d,
-                    classes,
-                    target,
-                    target_bytes,
-                    target_stride_n,
-                    target_stride_d,
-                    ignore_index,
-                    static_cast<const A*>(weight),
-                    static_cast<const A*>(alpha),
-                    static_cast<const A*>(adjustment),
-                    static_cast<const A*>(margin),
-                    nullptr,
-                    nullptr,
-                    A(smoothing),
-                    A(gamma),
-                    A(alpha_scale),
-                    A(scale),
-                    A(z_loss),
-                    reduction,
-                    zero_if_empty};
-    const Logits<const T> x = {static_cast<const T*>(input), stride_n, stride_c, stride_d};
-    const Plan shape = plan(p.rows, classes, stride_c, sizeof(T), multiprocessors);
-    A* space = static_cast<A*>(workspace);
-    A* sums = space + 1 + classes;
-    const Results<A> out = {loss,
-                            wide,
-                            static_cast<A*>(lse),
-                            static_cast<A*>(denominator),
-                            sums,
-                            shape.splits > 1 ? sums + 2 * shape.blocks : nullptr};
-    if (const cudaError_t error = prepare_factors(p, space, stream)) return error;
-    const bool plain = !adjustment && !margin && scale == 1 && smoothing == 0;
-    return plain ? forward<T, true>(shape, p, x, out, stream) : forward<T, false>(shape, p, x, out, stream);
+cudaError_t cross_entropy_workspace(const CrossEntropyCall* call, int64_t* bytes) {
+  return with_type(int(call->dtype), [&]<class T>() {
+    *bytes = Prepared<T>(*call).used;
+    return cudaSuccess;
   });
 }
 
-cudaError_t cross_entropy_backward(int dtype, const void* grad_loss, bool wide, int64_t grad_loss_stride_n,
-                                   int64_t grad_loss_stride_d, const void* input, int64_t n, int64_t classes,
-                                   int64_t d, int64_t stride_n, int64_t stride_c, int64_t stride_d,
-                                   const void* target, int target_bytes, int64_t target_stride_n,
-                                   int64_t target_stride_d, const void* weight, const void* alpha,
-                                   const void* adjustment, const void* margin, const void* lse,
-                                   const void* denominator, void* grad_input, int64_t grad_stride_n,
-                                   int64_t grad_stride_c, int64_t grad_stride_d, void* workspace,
-                                   int64_t ignore_index, double smoothing, double gamma, double alpha_scale,
-                                   double scale, double z_loss, int multiprocessors, cudaStream_t stream) {
+cudaError_t cross_entropy_forward(const CrossEntropyCall* call, cudaStream_t stream) {
+  return with_type(int(call->dtype), [&]<class T>() {
+    Prepared<T> c(*call);
+    prepare_factors(c, stream);
+    return with_mode(c.mode, [&]<Mode MODE>() { return forward<T, MODE>(c, stream); });
+  });
+}
+
+cudaError_t cross_entropy_backward(const CrossEntropyCall* call, cudaStream_t stream) {
+  return with_type(int(call->dtype), [&]<class T>() {
+    Prepared<T> c(*call);
+    if (c.p.rows == 0 || c.p.classes == 0) return cudaSuccess;
+    prepare_factors(c, stream);
+    return with_mode(c.mode, [&]<Mode MODE>() { return backward<T, MODE>(c, stream); });
+  });
+}
+
+cudaError_t scale_gradient(int dtype, void* grad, const void* factor, int64_t n, int multiprocessors,
+                           cudaStream_t stream) {
   return with_type(dtype, [&]<class T>() {
-    using A = Arithmetic<T>;
-    Problem<A> p = {n * d,
-                    d,
-                    classes,
-                    target,
-                    target_bytes,
-                    target_stride_n,
-                    target_stride_d,
-                    ignore_index,
-                    static_cast<const A*>(weight),
-                    static_cast<const A*>(alpha),
-                    static_cast<const A*>(adjustment),
-                    static_cast<const A*>(margin),
-                    nullptr,
-                    nullptr,
-                    A(smoothing),
-                    A(gamma),
-                    A(alpha_scale),
-                    A(scale),
-                    A(z_loss),
-                    0,
-                    false};
-    if (p.rows == 0 || classes == 0) return cudaSuccess;
-    const Logits<const T> x = {static_cast<const T*>(input), stride_n, stride_c, stride_d};
-    const Logits<T> grad = {static_cast<T*>(grad_input), grad_stride_n, grad_stride_c, grad_stride_d};
-    const Incoming<A> in = {grad_loss,
-                            wide,
-                            grad_loss_stride_n,
-                            grad_loss_stride_d,
-                            static_cast<const A*>(lse),
-                            static_cast<const A*>(denominator)};
-    const Plan shape = plan(p.rows, classes, stride_c, sizeof(T), multiprocessors);
-    if (const cudaError_t error = prepare_factors(p, static_cast<A*>(workspace), stream)) return error;
-    const bool plain = !adjustment && !margin && scale == 1 && smoothing == 0;
-    return plain ? backward<T, true>(shape, p, x, grad, in, stream)
-                 : backward<T, false>(shape, p, x, grad, in, stream);
+    if (n == 0) return cudaSuccess;
+    const int64_t wanted = ceil_div(n, 256 * in_flight * Vector<T>::size);
+    const int64_t most = int64_t(multiprocessors) * blocks_per_processor;
+    LAUNCH(scale_elements<T>, dim3(unsigned(wanted < most ? wanted : most)), dim3(256), 0, stream,
+           static_cast<T*>(grad), static_cast<const Arithmetic<T>*>(factor), n);
+    return cudaGetLastError();
   });
 }
 

@@ -104,6 +104,54 @@ CASES += [
 ]
 
 
+def _sigmoid_focal(
+    backend: str, rows: int, classes: int, dtype: torch.dtype, dense: bool = False, backward: bool = False
+) -> Tensor:
+    x, kernels = torch.empty(rows, classes, dtype=dtype), _losses(backend)
+    target = torch.empty_like(x) if dense else torch.zeros(rows, dtype=torch.int64)
+    if backward:
+        kernels.sigmoid_focal_backward(torch.empty((), dtype=dtype), x, target, None, None, 0.25, 2.0, True, 1.0)
+    else:
+        kernels.sigmoid_focal_forward(x, target, None, None, 0.25, 2.0, True, 1.0, False)
+    return x
+
+
+CASES += [
+    Case(
+        f"sigmoid_focal {'backward' if backward else 'forward'} {rows}×{classes} {str(dtype).removeprefix('torch.')}"
+        f" {'dense' if dense else 'indices'}",
+        _sigmoid_focal,
+        full=(rows, classes, dtype, dense, backward),
+        small=(64, classes, dtype, dense, backward),
+    )
+    for backward in (False, True)
+    for rows, classes, dtype in ((4096, 80, torch.float32), (65536, 91, torch.bfloat16))
+    for dense in (False, True)
+]
+
+
+def _gradient_in_forward(backend: str, rows: int, classes: int, dtype: torch.dtype) -> Tensor:
+    x, target = torch.empty(rows, classes, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    numbers = (-100, 1, 0.0, 2.0, 1.0, 1.0, 0.0, False, False)
+    _losses(backend).cross_entropy_forward_extra(x, target, *[None] * 6, *numbers, True, True, torch.empty_like(x))
+    return x
+
+
+CASES += [
+    Case(
+        f"focal_loss, gradient in the forward {rows}×{classes} {str(dtype).removeprefix('torch.')}",
+        _gradient_in_forward,
+        full=(rows, classes, dtype),
+        small=(few, classes, dtype),
+    )
+    for rows, classes, dtype, few in (
+        (8192, 1000, torch.bfloat16, 64),
+        (1024, 8142, torch.float32, 16),
+        (4096, 32000, torch.bfloat16, 16),
+    )
+]
+
+
 # ---- GroupNorm -------------------------------------------------------------------------------------------
 
 

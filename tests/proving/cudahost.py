@@ -4,8 +4,9 @@
     kernels.cross_entropy_forward(logits, target, None, loss, rows, classes)
 
 The functions named are launchers on raw pointers. Tensors and numpy arrays stand for pointers (CPU, any dtype),
-None for a null pointer; the stream is left out. Arrays past a launcher's own arguments are not passed, but metered:
-those whose addresses stand in a table. A CUDA error or an error of the harness raises RuntimeError.
+None for a null pointer, an array of one record for a pointer to a struct; the stream is left out. Arrays past a
+launcher's own arguments are not passed, but metered: those whose addresses stand in a table or a struct. A CUDA error
+or an error of the harness raises RuntimeError.
 
 Inside `with traffic():` (see traffic.py) every load and store of global memory is counted, and two blocks that touch
 one element, one of them writing, raise RuntimeError.
