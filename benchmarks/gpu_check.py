@@ -134,6 +134,42 @@ def group_norm(device: str) -> Iterator[Call]:
             )
 
 
+def averaging(device: str) -> Iterator[Call]:
+    """A list of every parameter's dtype at aligned and odd addresses; and two averages of a module with an integer
+    buffer, updated twice and swapped in and out."""
+    start, params = [], []
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for size, offset in ((1, 0), (5000, 0), (700, 1)):
+            start.append(torch.randn(size + offset, device=device)[offset:])
+            params.append(torch.randn(size + offset, device=device).to(dtype)[offset:])
+
+    def functional() -> tuple[Tensor, ...]:
+        averages = [average.clone() for average in start]
+        fastreg.average_(averages, params, 0.25)
+        return tuple(averages)
+
+    yield functional, lambda: tuple(torch.lerp(a, p.float(), 0.25) for a, p in zip(start, params))
+
+    first, second = torch.randn(2, 3000, device=device)
+    quarter = torch.lerp(first, second, 0.25)
+
+    def module() -> tuple[Tensor, ...]:
+        net = torch.nn.Module()
+        net.weight, net.steps = torch.nn.Parameter(first.clone()), torch.nn.Buffer(torch.tensor(7, device=device))
+        averager = fastreg.WeightAverager(net, {"ema": fastreg.EMA(0.75), "swa": fastreg.SWA()})
+        averager.update()
+        with torch.no_grad():
+            net.weight.copy_(second)
+        averager.update()
+        seen = []
+        for name in ("ema", "swa"):
+            with averager.swapped(name):
+                seen.append(net.weight.detach().clone())
+        return *seen, net.weight.detach(), net.steps.float()
+
+    yield module, lambda: (quarter, (first + second) / 2, second, torch.tensor(7.0, device=device))
+
+
 @dataclass(frozen=True)
 class Op:
     """`calls(device)` yields a few small calls, which together go through all of the op's kernels: each a pair of
@@ -171,6 +207,14 @@ OPS = {
             f"{'x'.join(map(str, shape))} {layout} SiLU": (shape, layout, "silu")
             for shape in ((8, 320, 64, 64), (8, 64, 56, 56))
             for layout in ("NCHW", "NHWC")
+        },
+    ),
+    "averaging": Op(
+        averaging,
+        {
+            "100M, 4 averages": ([(4096, 1024)] * 24, 4),
+            "100M": ([(4096, 1024)] * 24, 1),
+            "1000x64": ([(64,)] * 1000, 1),
         },
     ),
 }

@@ -325,6 +325,23 @@ def test_a_cuda_graph_replays_a_changing_decay_without_a_sync(backend):
 
 @needs_cuda
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_gpu_gets_one_launch_for_a_whole_model_and_four_averages(backend):
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    net = resnet50(16).cuda()
+    with fastreg.use_backend(backend):
+        averager = WeightAverager(net, RULES, buffers="average")
+        averager.update()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+            averager.update()
+            torch.cuda.synchronize()
+    assert len([event for event in profiled.events() if event.device_type == DeviceType.CUDA]) == 1
+
+
+@needs_cuda
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_updates_and_swaps_do_not_sync(backend):
     net = model([3000, 7]).cuda()
     with fastreg.use_backend(backend):

@@ -175,3 +175,47 @@ CASES += [
     for dtype in (torch.bfloat16, torch.float32)
     for name, format in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last))
 ]
+
+
+# ---- averaging -------------------------------------------------------------------------------------------
+
+
+def _averaging(backend: str, elements: int, dtype: torch.dtype, averaged: torch.dtype, k: int, seed: int | None):
+    from fastreg import EMA
+    from fastreg.averaging import _split
+
+    param, averages = torch.empty(elements, dtype=dtype), [torch.empty(elements, dtype=averaged) for _ in range(k)]
+    (part,) = _split([param], [[average] for average in averages], [False], param.device)
+    rules = torch.tensor([EMA(0.999)._row()] * k, dtype=torch.float64)
+    counters = torch.tensor(3), torch.tensor(3), torch.zeros((), dtype=torch.int32)
+    table, chunks, chunk = part.plan.table, part.plan.chunks, part.plan.chunk
+    if backend == "triton":
+        from tritonkernels.averaging import average_update
+
+        average_update(table, chunks, chunk, part.kinds, rules, *counters, None, 1, 0, seed)
+    else:
+        from tests.proving import cudahost
+
+        launch = cudahost.load(
+            "csrc/cuda/averaging.cu", [f"fastreg::cuda::average_{n}" for n in ("update", "lerp", "swap")]
+        ).average_update
+        clock = (*counters, None, 1, 0, seed is not None, seed or 0)
+        launch(table, chunks, len(chunks), chunk, k, rules, *clock, param, *averages)
+    return param
+
+
+CASES += [
+    Case(
+        f"averaging {k} × {str(dtype).removeprefix('torch.')} in {str(averaged).removeprefix('torch.')}"
+        f"{' stochastic' if seed else ''}",
+        _averaging,
+        full=(1 << 20, dtype, averaged, k, seed),
+        small=(8192, dtype, averaged, k, seed),
+    )
+    for dtype, averaged, k, seed in (
+        (torch.float32, torch.float32, 1, None),
+        (torch.bfloat16, torch.float32, 1, None),
+        (torch.bfloat16, torch.float32, 4, None),
+        (torch.bfloat16, torch.bfloat16, 1, 7),
+    )
+]
