@@ -845,7 +845,7 @@ def test_all_options_keep_to_registers_and_wide_accesses(calls):
         if facts.kernel in ("_backward", "_scale_gradient") or (
             facts.kernel == "_forward" and calls == "compile_extra"
         ):
-            assert facts.stores.get(128, 0) >= 2, facts
+            assert facts.stores.get(128, 0) >= 1, facts
 
 
 @needs_ptxas

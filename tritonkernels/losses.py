@@ -1156,11 +1156,11 @@ def _tile(
         while lanes * width * itemsize > max(limit, whole):
             lanes //= 2
     if lanes * width * itemsize > max(limit, whole):
-        block = max(1, limit // (lanes * itemsize * (2 if thin or half else 1)))
+        block = max(1, limit // (lanes * itemsize * 2 ** (thin + half)))
         programs = -(-inner // lanes) * outer
         blocks = -(-classes // block)
         splits = min(blocks, max(1, wanted // max(1, programs)), 1024)
-        return _Tile(lanes, block, False, max(1, limit // 2048), splits, min(2 if thin or half else 4, block))
+        return _Tile(lanes, block, False, max(1, limit // 2048), splits, min(4 // 2 ** (thin + half), block))
     rows = lanes
     total = inner * outer
     while rows < inner and 2 * rows * width * itemsize <= limit // 2 and total > 2 * rows * wanted:
@@ -1270,7 +1270,7 @@ class _Call:
 
     def dense_sums(self, lse) -> torch.Tensor:
         """_dense_sums of rows that no block holds: (2, splits, rows)."""
-        tile = self.tile(16384)
+        tile = self.tile(8192)
         sums = self.empty(2, tile.splits, self.outer * self.inner)
         _dense[(self.blocks(tile.rows), tile.splits)](
             self.x, *self.targets, *self.vectors[:4], lse, sums,
@@ -1341,7 +1341,8 @@ def cross_entropy_forward_extra(
     linear = label_smoothing != 0 and not call.dense
     vectors = weight is not None or alpha is not None
     thin = logit_adjustment is not None or (linear and vectors)
-    tile = call.tile(16384, thin=thin, half=want_argmax, whole=RESIDENT if grad is not None else 0)
+    half = want_argmax or (thin and other_target is not None)
+    tile = call.tile(16384, thin=thin, half=half, whole=RESIDENT if grad is not None else 0)
     split = tile.splits > 1
     later = call.dense and not tile.whole  # the losses come from _dense
     merge_rows = 16
