@@ -9,7 +9,13 @@ import fastreg
 
 from .timing import Bench, LeftOut, differentiable, nbytes
 
-CASES = {"32x10": (32, 10), "512x1000": (512, 1000), "1024x8142": (1024, 8142), "2048x32000": (2048, 32000)}
+CASES = {
+    "32x10": (32, 10),
+    "512x1000": (512, 1000),
+    "1024x8142": (1024, 8142),
+    "2048x32000": (2048, 32000),
+    "64x262144": (64, 262144),
+}
 
 
 def logits_and_classes(shape, dtype, device):
@@ -77,6 +83,29 @@ def eager_focal(data):
 def compiled_focal(data):
     loss = torch.compile(focal_formula)
     return differentiable(lambda: loss(data.logits, data.target), data.logits)
+
+
+def onehot_formula(logits, target, gamma=2.0):
+    """kornia's: the term of every class, of which a one-hot target leaves one."""
+    log_p = F.log_softmax(logits, 1)
+    onehot = F.one_hot(target, logits.shape[1]).to(logits.dtype)
+    return (onehot * -((1 - log_p.exp()) ** gamma) * log_p).sum(1).mean()
+
+
+def softmax_formula(logits, target, gamma=2.0):
+    """mmcv's: softmax first, its logarithm held above the smallest normal number of fp32."""
+    p = F.softmax(logits, 1).gather(1, target.unsqueeze(1)).squeeze(1)
+    return (-((1 - p) ** gamma) * p.clamp(min=torch.finfo(torch.float32).tiny).log()).mean()
+
+
+@focal.peer("kornia's formula")
+def onehot_focal(data):
+    return differentiable(lambda: onehot_formula(data.logits, data.target), data.logits)
+
+
+@focal.peer("mmcv's formula")
+def softmax_focal(data):
+    return differentiable(lambda: softmax_formula(data.logits, data.target), data.logits)
 
 
 @focal.peer("kornia", needs="kornia")

@@ -7,6 +7,7 @@ still open: then the backward makes the logits of each chunk again.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,17 +38,11 @@ def linear_cross_entropy(
     weight: Tensor | None = None,
     ignore_index: int | None = None,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    gamma: float = 0.0,
-    alpha: float | Tensor | None = None,
-    logit_adjustment: Tensor | None = None,
-    margin: Tensor | None = None,
-    scale: float = 1.0,
-    z_loss: float = 0.0,
     all_ignored: str = "nan",
     outputs: bool = False,
     statistics: ClassStatistics | None = None,
     chunk_size: int | None = None,
+    **options: Any,
 ) -> Tensor | LossOutputs:
     """`fastreg.cross_entropy` of a linear layer's output, with its options, without all logits in memory.
 
@@ -60,23 +55,16 @@ def linear_cross_entropy(
         linear_bias: linear_weight's shape without the last dimension, or None.
         ignore_index: None is -100.
         chunk_size: rows whose logits are in memory at a time; None takes as many as make 2**24 logits, but at
-            least 256. In memory are one chunk of logits, one of their gradients, and, where wanted, the gradients
-            to input, linear_weight and linear_bias, the latter two summed in fp32 (fp64 for fp64).
+            least 256. In memory are one chunk of logits, in whose place come their gradients (beside them where the
+            kernels do not make them in one pass, and in fp16), and, where wanted, the gradients to input,
+            linear_weight and linear_bias, the latter two summed in fp32 (fp64 for fp64).
 
-    The remaining arguments, what is returned and what is raised are those of `cross_entropy`. Backward twice is right;
+    The remaining arguments (label_smoothing, gamma, alpha, logit_adjustment, margin, scale and z_loss among the
+    options), what is returned and what is raised are those of `cross_entropy`. Backward twice is right;
     second derivatives, torch.func transforms, torch.compile and inputs of one chunk take the plain composition.
     """
     _check_linear(input, linear_weight, linear_bias, chunk_size)
-    options = {
-        "ignore_index": -100 if ignore_index is None else ignore_index,
-        "label_smoothing": label_smoothing,
-        "gamma": gamma,
-        "alpha": alpha,
-        "logit_adjustment": logit_adjustment,
-        "margin": margin,
-        "scale": scale,
-        "z_loss": z_loss,
-    }
+    options["ignore_index"] = -100 if ignore_index is None else ignore_index
     classes = linear_weight.shape[0]
     chunk = chunk_size or max(256, _CHUNK // classes)
     if (
@@ -193,16 +181,16 @@ class _Gradients:
         input, linear_weight, linear_bias = self.tensors
         logits = F.linear(input[rows], linear_weight, linear_bias)
         want = any(g is not None for g in self.sums)
-        reduction = "none" if reduction == "none" else "sum"
+        if reduction != "none":
+            reduction, extra = "sum", {**extra, "grad_in_forward": want and "in_place"}
         # Under autocast the loss comes unrounded, in fp32.
         wide = torch.autocast(
             logits.device.type, torch.bfloat16, enabled=logits.dtype in (torch.float16, torch.bfloat16)
         )
         with torch.set_grad_enabled(want), wide:
-            found = cross_entropy(
-                logits.requires_grad_(want), target, weight,
-                reduction=reduction, **options, **extra,
-            )  # fmt: skip
+            logits.requires_grad_(want)
+            # A view is no leaf: it may be overwritten.
+            found = cross_entropy(logits.view_as(logits), target, weight, reduction=reduction, **options, **extra)
         if not want:
             return found
         loss = found.loss if isinstance(found, LossOutputs) else found

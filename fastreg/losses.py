@@ -61,7 +61,7 @@ def cross_entropy(
     scale: float = 1.0,
     z_loss: float = 0.0,
     all_ignored: str = "nan",
-    grad_in_forward: bool = False,
+    grad_in_forward: bool | str = False,
     outputs: bool = False,
     statistics: ClassStatistics | None = None,
 ) -> "Tensor | LossOutputs":
@@ -100,6 +100,8 @@ def cross_entropy(
             of twice; for "mean" and "sum", where it is wanted at all. An incoming gradient other than 1 costs the
             pass that was saved, and so does a second backward; both are right, and the host never waits to see.
             fp16 input is treated as without it: a gradient scaler's factor must come before the rounding.
+            "in_place" lets the gradient take the place of the logits, which are then spoilt: for logits that nobody
+            else needs, not a leaf, and for one backward. Where the gradient is not made in the forward, they stay.
             On the CPU plain calls on up to 2^20 logits do so by themselves.
         outputs: return `LossOutputs`, what else the same pass knows, instead of the loss alone.
         statistics: a `fastreg.longtail.ClassStatistics`, to which this call's rows are added per target class.
@@ -221,7 +223,13 @@ def cross_entropy(
             loss, _, _ = _forward[backend](*args[:-1])
         return loss.reshape(_rows(shape)) if reduction == "none" else loss
     want = outputs or statistics is not None
-    loss, *known = _apply(_CrossEntropyExtra, *args, want, want, grad_in_forward)
+    memory = None
+    if grad_in_forward and input.requires_grad and torch.is_grad_enabled():
+        memory = _memory_for_gradient(input, grad_in_forward)
+    loss, *known = _apply(_CrossEntropyExtra, *args, want, want, memory)
+    if memory is not None and memory.data_ptr() == input.data_ptr():
+        # Whoever saved the logits, this node too, must not use them any more.
+        torch.autograd.graph.increment_version(input)
     loss = loss.reshape(_rows(shape)) if reduction == "none" else loss
     if not want:
         return loss
@@ -352,6 +360,10 @@ def _check_extra(reduction, grad_in_forward, statistics, indices: bool, input: T
         raise ValueError(
             "grad_in_forward needs reduction 'mean' or 'sum': with 'none' the gradient of a row is still open"
         )
+    if not isinstance(grad_in_forward, bool) and grad_in_forward != "in_place":
+        raise ValueError(f"grad_in_forward must be True, False or 'in_place', got {grad_in_forward!r}")
+    if grad_in_forward == "in_place" and input.is_leaf and input.requires_grad and torch.is_grad_enabled():
+        raise ValueError("input must not be a leaf for grad_in_forward='in_place': its values would be lost")
     if statistics is None:
         return
     if not isinstance(statistics, ClassStatistics):
@@ -481,10 +493,8 @@ class _CrossEntropyExtra(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        *args, zero_if_empty, fp32_loss, backend, want_losses, want_argmax, want_grad = args
+        *args, zero_if_empty, fp32_loss, backend, want_losses, want_argmax, grad = args
         tensors, options = args[:8], args[8:]
-        want_grad = want_grad and ctx.needs_input_grad[0] and args[0].dtype != torch.float16
-        grad = torch.empty_like(args[0]) if want_grad and not torch.compiler.is_compiling() else None
         run = _forward_extra[backend] if backend in _ONE_PASS else _forward_extra_in_passes(backend)
         loss, lse, denominator, losses, argmax = run(
             *tensors, *options, zero_if_empty, fp32_loss, want_losses, want_argmax, grad
@@ -508,6 +518,15 @@ class _CrossEntropyExtra(torch.autograd.Function):
         else:
             grad = _backward[ctx.backend](grad_loss, *ctx.saved_tensors, *ctx.options)
         return grad, *([None] * 20)
+
+
+def _memory_for_gradient(input: Tensor, wanted: bool | str) -> Tensor | None:
+    """Where the forward writes the gradient, or None if it shall not make it."""
+    if input.dtype == torch.float16 or _is_compiling():
+        return None
+    if wanted == "in_place" and torch._debug_has_internal_overlap(input) == 0:
+        return input.detach()
+    return torch.empty_like(input)
 
 
 def _forward_extra_in_passes(backend: str) -> Callable[..., tuple[Tensor, ...]]:

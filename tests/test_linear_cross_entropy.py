@@ -204,7 +204,8 @@ def test_bad_arguments(error, match, change):
 
 
 @pytest.mark.parametrize("chunk", [16, 64])
-def test_peak_memory_is_a_chunk_of_logits_and_one_of_gradients(chunk):
+def test_peak_memory_is_a_chunk_of_logits(chunk):
+    one_pass = fastreg.backends()["cross_entropy"]["cpu"] == "usable"  # else their gradients come on top
     n, features, classes = 256, 8, 3000
     x = torch.randn(n, features, requires_grad=True)
     w = torch.randn(classes, features, requires_grad=True)
@@ -223,5 +224,5 @@ def test_peak_memory_is_a_chunk_of_logits_and_one_of_gradients(chunk):
             now += event.nbytes()
             peak = max(peak, now)
     gradients = 2 * (x.numel() + w.numel())  # the sums, and what is handed out
-    ideal = 4 * (2 * chunk * classes + x.numel() + w.numel())
+    ideal = 4 * ((1 if one_pass else 2) * chunk * classes + x.numel() + w.numel())
     assert 0.9 * ideal <= peak <= 1.1 * max(ideal, 4 * gradients)  # below it nothing was measured

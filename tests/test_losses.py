@@ -1116,11 +1116,48 @@ def test_gradient_made_in_the_forward_is_handed_over(backend):
         assert not serve(backend, lambda: cross_entropy(x, y, grad_in_forward=True)).requires_grad
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_in_the_place_of_the_logits(backend, dtype):
+    for layout in (*LAYOUTS[:-1], "expanded"):
+        leaf = torch.randn(5, 9).to(dtype).requires_grad_()
+        y = torch.randint(9, (5,))
+        logits, apart = (with_layout(leaf * 1, layout) for _ in range(2))
+        before = logits.detach().clone()
+        loss = serve(backend, lambda: cross_entropy(logits, y, grad_in_forward="in_place"))  # noqa: B023
+        plain = serve(backend, lambda: cross_entropy(apart, y))  # noqa: B023
+        made = not torch.equal(before, logits)
+        if backend in ("reference", "cpu"):
+            dense = layout in ("contiguous", "transposed", "offset")
+            assert made == (backend == "cpu" and dtype != torch.float16 and dense)
+        factor = torch.tensor(0.5, dtype=dtype)
+        (got,) = torch.autograd.grad(loss, leaf, factor, retain_graph=True)
+        (expected,) = torch.autograd.grad(plain, leaf, factor)
+        torch.testing.assert_close(loss, plain)
+        torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        if made:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, leaf)
+    spoilt = torch.tanh(torch.randn(5, 9, requires_grad=True))  # whose output its backward needs
+    loss = serve(backend, lambda: cross_entropy(spoilt, y, grad_in_forward="in_place"))
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    with torch.no_grad():  # without a gradient nothing is written
+        logits = torch.randn(5, 9)
+        before = logits.clone()
+        serve(backend, lambda: cross_entropy(logits, y, grad_in_forward="in_place"))
+        assert torch.equal(before, logits)
+
+
 def test_extra_arguments_are_checked():
     x, y = torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64)
     statistics = fastreg.longtail.ClassStatistics(5)
     with pytest.raises(ValueError, match="grad_in_forward needs reduction"):
         cross_entropy(x, y, reduction="none", grad_in_forward=True)
+    with pytest.raises(ValueError, match="grad_in_forward must be"):
+        cross_entropy(x, y, grad_in_forward="inplace")
+    with pytest.raises(ValueError, match="leaf"):
+        cross_entropy(x.clone().requires_grad_(), y, grad_in_forward="in_place")
     with pytest.raises(ValueError, match="class indices"):
         cross_entropy(x, x, statistics=statistics)
     with pytest.raises(ValueError, match="5 classes"):

@@ -88,6 +88,19 @@ def test_large_logits_keep_their_digits(dtype, magnitude, label_smoothing):
     check(x.T[None].contiguous(), target[None], reduction="none", label_smoothing=label_smoothing)  # columns
 
 
+@pytest.mark.parametrize("place", [0, 70, 500, 5000, 8999])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_loss_is_never_negative(place, dtype):
+    """Wherever the one large logit stands, its own exponential adds exactly 1 to the sum."""
+    for logit in torch.arange(15, 60).add(0.37).to(dtype):
+        x = torch.zeros(1, 9000, dtype=dtype)
+        x[0, place] = logit
+        loss = cross_entropy(x, torch.tensor([place])).double()
+        exact = F.cross_entropy(x.double(), torch.tensor([place]))
+        # The logarithm of a sum next to 1 has no more digits than that sum, to which some 20 chunks are added.
+        assert 0 <= loss <= exact + 32 * 2.0**-24 + torch.finfo(dtype).eps * exact
+
+
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values_are_those_of_pytorch(dtype, columns):

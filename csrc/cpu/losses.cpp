@@ -126,11 +126,6 @@ struct CrossEntropy {
     return grad_loss.data ? grad_loss.get<A>(grad_loss.at(o, i)) * grad_scale : grad_scale;
   }
 
-  // The factor of a class with the probability q, smoothing included.
-  A factor(A q, int64_t c) const {
-    return times(((1 - smoothing) * q + smoothing / static_cast<A>(classes)) * alpha_scale, factors.at(c));
-  }
-
   // The terms of a row for its k-th target class.
   RowTerms<A> terms(const RowTargets<A>& targets, int k) const {
     const A spread = smoothing == 0 ? A(0) : alpha_scale * smoothing / static_cast<A>(classes);
@@ -600,6 +595,24 @@ struct LongSum {
 template <class V>
 FASTREG_INLINE V share(V factor, V term) {
   return factor == 0 ? V{} : factor * term;
+}
+
+// The sum of term(j) over the vectors [j, j + lanes) of [0, n).
+template <class A, class F>
+FASTREG_INLINE A sum_over(int64_t n, const F& term) {
+  LongSum<A> total;
+  for (int64_t j = 0; j < n;) {
+    Vec<A> chunk{};
+    for (const int64_t end = std::min(j + kDepth * lanes<A>, n); j < end; j += lanes<A>) chunk += term(j);
+    total.add(chunk);
+  }
+  return horizontal_sum(total.total);
+}
+
+// The vector [j, j + lanes) of n elements, with zeros behind the last.
+template <class A>
+FASTREG_INLINE Vec<A> load_at(const A* from, int64_t j, int64_t n) {
+  return j + lanes<A> <= n ? load(from + j) : load_first(from + j, n - j, A(0));
 }
 
 template <class T, class A>

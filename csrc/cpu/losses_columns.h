@@ -100,7 +100,7 @@ struct Columns {
         }
         for (int64_t c = begin; c < end; ++c) {
           const Vec<A> d = z[c - begin] - base;
-          chunk += exp_of<A>(d);  // apart, because a long sum rounds each small term away
+          chunk = plus_exp(chunk, d);  // apart, because a long sum rounds each small term away
           if constexpr (linear) {
             slanted += share(factor[c - begin], d);
             weight += factor[c - begin];
@@ -156,9 +156,13 @@ struct Columns {
   void sum_of(A* sums, const F& f) const {
     for (int64_t v = 0; v < n; v += lanes<A>) {
       LongSum<A> sum;
-      for (int64_t c = 0; c < call.classes; ++c) {
-        const auto here = at<Factors::of_row>(v, c);
-        sum.add(share(here.second, f((here.first - load(high + v)) - load(log_sum + v))));
+      for (int64_t c = 0; c < call.classes;) {
+        Vec<A> chunk{};
+        for (const int64_t end = std::min(c + kDepth, call.classes); c < end; ++c) {
+          const auto here = at<Factors::of_row>(v, c);
+          chunk += share(here.second, f((here.first - load(high + v)) - load(log_sum + v)));
+        }
+        sum.add(chunk);
       }
       store(sums + v, sum.total);
     }

@@ -35,82 +35,217 @@ int64_t first_of(const T* x, int64_t n, A value) {
   return j;
 }
 
-// The sum of exp(x - base), and of factors * (x - base); on the way the largest x.
-template <bool linear, class T, class A>
-FASTREG_INLINE Partial<A> sum_block(const T* x, int64_t n, const A* factors, A base) {
-  Vec<A> high = splat(A(-INFINITY)), sum{};
-  LongSum<A> weighted;
-  int64_t j = 0;
-  if constexpr (!linear) {
-    Vec<A> other = high, other_sum{};
-    for (const int64_t whole = n / (2 * lanes<A>)*(2 * lanes<A>); j < whole;) {
-      Vec<A> chunk{}, other_chunk{};
-      for (const int64_t end = std::min(j + kDepth * lanes<A>, whole); j < end; j += 2 * lanes<A>) {
-        const auto z = load_two(x + j);
-        high = larger(z.first, high);
-        other = larger(z.second, other);
-        chunk += exp_of<A>(z.first - base);
-        other_chunk += exp_of<A>(z.second - base);
-      }
-      sum += chunk;
-      other_sum += other_chunk;
-    }
-    high = larger(high, other);
-    sum += other_sum;
-  }
-  for (const int64_t whole = n / lanes<A> * lanes<A>; j < whole;) {
-    Vec<A> chunk_sum{}, chunk{};
-    for (const int64_t end = std::min(j + kDepth * lanes<A>, whole); j < end; j += lanes<A>) {
-      const Vec<A> z = load(x + j), d = z - base;
-      high = larger(z, high);
-      chunk_sum += exp_of<A>(d);
-      if constexpr (linear) chunk += factors ? share(load(factors + j), d) : d;
-    }
-    sum += chunk_sum;
-    if constexpr (linear) weighted.add(chunk);
-  }
-  if (const int64_t rest = n - j) {
-    const Vec<A> z = load_first(x + j, rest, A(-INFINITY)), d = z - base;
-    high = larger(z, high);
-    sum += exp_of<A>(d);
-    if constexpr (linear) {
-      const Vec<A> term = factors ? share(load_first(factors + j, rest, A(0)), d) : d;
-      weighted.add(is_first<A>(rest) ? term : Vec<A>{});
-    }
-  }
-  return {horizontal_max(high), horizontal_sum(sum), linear ? horizontal_sum(weighted.total) : A(0)};
-}
-
-// One pass over x, relative to the largest of its beginning: where the true maximum is not far above, exp
-// does not overflow and no digit is lost. Where it is, or where the linear sum needs it, the maximum is taken
-// first.
-template <bool linear, class T, class A>
-Partial<A> reduce_block(const T* x, int64_t n, const A* factors) {
-  constexpr A far = 60;
-  const A lowest = -INFINITY;
-  const int64_t beginning = linear ? n : std::min(n, 4 * lanes<A>);
-  A base = horizontal_max(largest<A>(x, beginning, splat(lowest)));
-  Partial<A> part =
-      sum_block<linear>(x, n, factors, base == lowest ? A(0) : base);  // -inf - -inf would be NaN
-  if constexpr (!linear) {
-    if (part.high == base) return part;
-    if (part.high - base <= far)
-      part.sum *= exp_of<A>(splat(base - part.high))[0];
-    else
-      part = sum_block<linear>(x, n, factors, part.high);
-  }
-  return part;
-}
-
-// A row of the call, and room for what a block of it becomes.
+// ---- where the z of a block come from
+// From memory. two() may hand out the elements in another order, and put_two() takes them so.
 template <class T, class A>
+struct Direct {
+  const T* x;
+
+  FASTREG_INLINE_MEMBER Vec<A> at(int64_t j) const { return load(x + j); }
+  FASTREG_INLINE_MEMBER Vec<A> first(int64_t j, int64_t n, A fill) const {
+    return load_first(x + j, n, fill);
+  }
+  FASTREG_INLINE_MEMBER Two<Vec<A>> two(int64_t j) const { return load_two(x + j); }
+
+  template <bool finite, class Out>
+  FASTREG_INLINE void put_two(Out* to, Two<Vec<A>> v) {
+    if constexpr (finite && std::is_same_v<T, Out> && std::is_same_v<T, BFloat16>) {
+      // Of a Quick, whose last digits mean nothing: what lies just between two numbers may go either way.
+      const Words up = Words{} + 0x8000;
+      const Words w = (bits<Words>(v.first) + up) >> 16 | ((bits<Words>(v.second) + up) & 0xffff0000);
+      __builtin_memcpy(to, &w, sizeof(w));
+    } else if constexpr (std::is_same_v<T, Out>) {
+      store_two<finite>(to, v);
+    } else {
+      store<finite>(to, v.first);
+      store<finite>(to + lanes<A>, v.second);
+    }
+  }
+};
+
+// From memory, scaled and adjusted.
+template <class T, class A>
+struct Adjusted {
+  const T* x;
+  const A* adjustment;  // or nullptr
+  A scale;
+
+  FASTREG_INLINE_MEMBER Vec<A> at(int64_t j) const {
+    const Vec<A> scaled = load(x + j) * scale;
+    return adjustment ? scaled + load(adjustment + j) : scaled;
+  }
+  FASTREG_INLINE_MEMBER Vec<A> first(int64_t j, int64_t n, A fill) const {
+    const Vec<A> scaled = load_first(x + j, n, A(0)) * scale;
+    const Vec<A> z = adjustment ? scaled + load_first(adjustment + j, n, A(0)) : scaled;
+    return is_first<A>(n) ? z : splat(fill);
+  }
+  FASTREG_INLINE_MEMBER Two<Vec<A>> two(int64_t j) const { return {at(j), at(j + lanes<A>)}; }
+
+  template <bool finite, class Out>
+  FASTREG_INLINE void put_two(Out* to, Two<Vec<A>> v) {
+    Direct<A, A>::template put_two<finite>(to, v);
+  }
+};
+
+// ---- one pass over a block
+// Chunk by chunk the largest z is taken first and the sum is made relative to it, so that the largest of all
+// adds exactly 1: where it is all there is, the loss is 0 and not a rounding, which could be negative.
+template <class A, class Z>
+Partial<A> reduce(const Z& z, int64_t n) {
+  constexpr int64_t step = 2 * lanes<A>;
+  A high = -INFINITY, base = 0;
+  Vec<A> sum{}, other{};
+  auto raise = [&](Vec<A> top) {
+    if (!any_above(top, high)) return;
+    const A before = high;
+    high = base = horizontal_max(top);
+    const A factor = exp_of<A>(splat(before - high))[0];
+    sum *= factor, other *= factor;
+  };
+  int64_t j = 0;
+  for (const int64_t whole = n / step * step; j < whole;) {
+    const int64_t end = std::min(j + kDepth * lanes<A>, whole);
+    Two<Vec<A>> top = z.two(j);
+    for (int64_t k = j + step; k < end; k += step) {
+      const auto here = z.two(k);
+      top = {larger(here.first, top.first), larger(here.second, top.second)};
+    }
+    raise(larger(top.first, top.second));
+    Vec<A> chunk{}, other_chunk{};
+    for (; j < end; j += step) {
+      const auto here = z.two(j);
+      chunk = plus_exp(chunk, here.first - base);
+      other_chunk = plus_exp(other_chunk, here.second - base);
+    }
+    sum += chunk;
+    other += other_chunk;
+  }
+  for (; j < n; j += lanes<A>) {
+    const Vec<A> here = j + lanes<A> <= n ? z.at(j) : z.first(j, n - j, A(-INFINITY));
+    raise(here);
+    sum = plus_exp(sum, here - base);
+  }
+  return {high, horizontal_sum(sum + other), 0};
+}
+
+// The same, and the sum of factors * (z - high), for which the largest of the block is taken first.
+template <class A, class Z>
+Partial<A> reduce_linear(const Z& z, int64_t n, const A* factors) {
+  const int64_t whole = n / lanes<A> * lanes<A>;
+  Vec<A> top = splat(A(-INFINITY));
+  for (int64_t j = 0; j < whole; j += lanes<A>) top = larger(z.at(j), top);
+  if (whole < n) top = larger(z.first(whole, n - whole, A(-INFINITY)), top);
+  const A high = horizontal_max(top), base = high == -INFINITY ? A(0) : high;  // -inf - -inf would be NaN
+  LongSum<A> sum, weighted;
+  for (int64_t j = 0; j < n;) {
+    Vec<A> chunk{}, linear{};
+    for (const int64_t end = std::min(j + kDepth * lanes<A>, n); j < end; j += lanes<A>) {
+      const bool full = j + lanes<A> <= n;
+      const Vec<A> d = (full ? z.at(j) : z.first(j, n - j, A(-INFINITY))) - base;
+      chunk = plus_exp(chunk, d);
+      if (factors != nullptr)
+        linear += share(load_at(factors, j, n), d);
+      else
+        linear += full || is_first<A>(n - j) ? d : Vec<A>{};
+    }
+    sum.add(chunk);
+    weighted.add(linear);
+  }
+  return {high, horizontal_sum(sum.total), horizontal_sum(weighted.total)};
+}
+
+// ---- slope * p
+template <class A>
+struct Careful {
+  Softmax<A> softmax;
+  A slope;
+
+  FASTREG_INLINE_MEMBER Vec<A> operator()(Vec<A> z) const {
+    return exp_of<A>((z - softmax.high) - softmax.log_sum) * slope;
+  }
+};
+
+// In the digits of Digits, fp32 or less, for finite values. With x = log2(p) = (z - center) * log2(e) - tail
+// it is 2^n * (slope * 2^(L - tail)) * 2^r for n + r = x + tail - L, where L = round(tail).
+template <class Digits>
+struct Quick {
+  using K = ExpConstants<float>;
+  static constexpr bool coarse = sizeof(Digits) == 2;
+  static constexpr int degree = std::is_same_v<Digits, BFloat16> ? 3 : coarse ? 4 : 5;
+  static constexpr int lift = 64;  // 2^(n + lift) is a normal number, also for p that vanish
+  static constexpr float log2_e = K::one_over_ln2;
+  float center, lowest, magic;
+  Exp2NearZero<degree> times_slope;
+
+  // For 16 bits the center may be 0, where no z is so large that this would show.
+  static bool serves(const Softmax<float>& softmax, float slope) {
+    constexpr float limit = std::is_same_v<Digits, BFloat16> ? 512 : 64;
+    const float high = fabs(softmax.high), size = fabs(slope);
+    return (size == 0 || (size > 1e-16f && size < 1e11f)) && fabs(softmax.log_sum) < 100 &&
+           high < (coarse ? limit : INFINITY);
+  }
+
+  static double tail(const Softmax<float>& softmax) {
+    return 1.4426950408889634 * ((coarse ? static_cast<double>(softmax.high) : 0) + softmax.log_sum);
+  }
+
+  FASTREG_INLINE_MEMBER Quick(const Softmax<float>& softmax, float slope)
+      : center(coarse ? 0 : softmax.high),
+        lowest((coarse ? softmax.high : 0) + softmax.log_sum - 130),  // p = 2^-187.5, with slope below 2^-150: nothing
+        magic(K::magic + static_cast<float>(127 + lift - rint(tail(softmax)))),
+        times_slope(static_cast<float>(slope * exp2(rint(tail(softmax)) - tail(softmax) - lift))) {}
+
+  FASTREG_INLINE_MEMBER Vec<float> operator()(Vec<float> z) const {
+    if constexpr (!coarse) z -= center;
+    z = larger(splat(lowest), z);
+    const Vec<float> shifted = z * log2_e + magic, r = z * log2_e - (shifted - magic);
+    return times_slope(r) * bits<Vec<float>>(bits<Int<float>>(shifted) << K::mantissa);
+  }
+};
+
+// grad = slope * p, less factors * share (factors all 1 if there are none). `finite` says that no gradient
+// can be NaN.
+template <bool spread, bool finite, class A, class Z, class P, class T>
+FASTREG_INLINE void write_gradient(const Z& z, int64_t n, const P& p, const A* factors, A share, T* grad) {
+  int64_t j = 0;
+  if constexpr (!spread)
+    for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
+      const auto here = z.two(j);
+      Z::template put_two<finite>(grad + j, Two<Vec<A>>{p(here.first), p(here.second)});
+    }
+  for (; j + lanes<A> <= n; j += lanes<A>) {
+    Vec<A> g = p(z.at(j));
+    if constexpr (spread) g -= factors ? load(factors + j) * share : splat(share);
+    store<finite>(grad + j, g);
+  }
+  if (j < n) {
+    Vec<A> g = p(z.first(j, n - j, A(0)));
+    if constexpr (spread) g -= factors ? load_first(factors + j, n - j, A(0)) * share : splat(share);
+    store_first(grad + j, g, n - j);
+  }
+}
+
+template <bool spread, class A, class Z, class T>
+void gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A slope, const A* factors, A share, T* grad) {
+  if constexpr (std::is_same_v<A, float>) {
+    using Digits = std::conditional_t<spread, float, T>;
+    if (Quick<Digits>::serves(softmax, slope))
+      return write_gradient<spread, !spread>(z, n, Quick<Digits>(softmax, slope), factors, share, grad);
+  }
+  write_gradient<spread, false>(z, n, Careful<A>{softmax, slope}, factors, share, grad);
+}
+
+// ---- a row of the call, and room for what a block of it becomes
+template <Factors are, class T, class A>
 struct Row {
   CrossEntropy<A>& call;
   int64_t o = 0, i = 0;
   RowTargets<A> targets{};
   const T* x = nullptr;
-  int64_t gathered = -1;  // the first class of the block that is in z and factors
-  alignas(64) A z[kBlock], factors[kBlock];
+  int64_t gathered =
+      -1;  // the first class of the block that z and factors are of, if they are of the row's own
+  const A* factors = nullptr;  // of the block
+  alignas(64) A z[kBlock], own_factors[kBlock];
 
   explicit Row(CrossEntropy<A>& call) : call(call) {}
 
@@ -122,68 +257,83 @@ struct Row {
     return targets.kept;
   }
 
-  // Into z the z of the classes [begin, begin + n), and with factors of its own into factors these. Returns
-  // the sum of the factors.
-  template <Factors are>
-  A gather(int64_t begin, int64_t n) {
-    if (are == Factors::of_row && gathered == begin) return 0;
-    gathered = begin;
-    const T* from = x + begin * call.input_class;
-    const A* adjustment = call.adjustment ? call.adjustment.data + begin : nullptr;
-    int64_t j = 0;
-    if (call.input_class == 1) {
-      for (; j + lanes<A> <= n; j += lanes<A>) {
-        const Vec<A> scaled = load(from + j) * call.scale;
-        store(z + j, adjustment ? scaled + load(adjustment + j) : scaled);
-      }
-    }
-    for (; j < n; ++j) z[j] = call.z(static_cast<A>(from[j * call.input_class]), begin + j);
-    for (int k = 0; k < 2; ++k) {
-      const int64_t at = targets.y[k] - begin;
-      if (call.margin && targets.y[k] >= 0 && at >= 0 && at < n)
-        z[at] -= targets.share[k] * call.margin.data[targets.y[k]];
-    }
-    if constexpr (are != Factors::of_row) return 0;
-    return gather_factors(begin, n);
-  }
-
-  A gather_factors(int64_t begin, int64_t n) {
-    if (call.probabilities) {
-      read_as(call.target, call.target.at(o, i) + begin * call.target_class, call.target_class, n, factors);
-      if (call.margin)
-        for (int64_t j = 0; j < n; ++j) z[j] -= factors[j] * call.margin.data[begin + j];
-      if (call.smoothing != 0 || call.alpha_scale != 1 || call.factors.data != nullptr)
-        for (int64_t j = 0; j < n; ++j) factors[j] = call.factor(factors[j], begin + j);
-    } else {
-      for (int64_t j = 0; j < n; ++j) factors[j] = call.factor(A(0), begin + j);
-      for (int k = 0; k < 2; ++k) {
-        const int64_t at = targets.y[k] - begin;
-        if (targets.y[k] >= 0 && at >= 0 && at < n) factors[at] = call.factor(targets.share[k], targets.y[k]);
-      }
-    }
-    LongSum<A> total;
-    int64_t j = 0;
-    for (; j + lanes<A> <= n; j += lanes<A>) total.add(load(factors + j));
-    if (j < n) total.add(load_first(factors + j, n - j, A(0)));
-    return horizontal_sum(total.total);
-  }
-
   int64_t size(int64_t block) const { return std::min(kBlock, call.classes - block * kBlock); }
 
-  template <Factors are>
-  Weighted<A> reduce(int64_t block) {
-    const int64_t begin = block * kBlock, n = size(block);
-    constexpr bool linear = are != Factors::none;
-    if constexpr (are != Factors::of_row) {
-      const A* of_class = call.factors ? call.factors.data + begin : nullptr;
-      const A weight = linear ? call.block_factors[block] : A(0);
-      if (call.plain && call.input_class == 1) return {reduce_block<linear>(x + begin, n, of_class), weight};
-      gather<are>(begin, n);
-      return {reduce_block<linear>(z, n, of_class), weight};
+  // f(z) with the z of the classes [begin, begin + n); their factors are then in `factors`.
+  template <class F>
+  auto with_block(int64_t begin, int64_t n, const F& f) {
+    if constexpr (are == Factors::of_row) {
+      if (gathered != begin) gather_own(begin, n);
     } else {
-      const A weight = gather<are>(begin, n);
-      return {reduce_block<linear>(z, n, factors), weight};
+      factors = call.factors ? call.factors.data + begin : nullptr;
+      if (!call.plain && call.input_class == 1 && !has_margin(begin, n))
+        return f(
+            Adjusted<T, A>{x + begin, call.adjustment ? call.adjustment.data + begin : nullptr, call.scale});
+      if (!call.plain || call.input_class != 1) gather(begin, n);
     }
+    if (call.plain && call.input_class == 1) return f(Direct<T, A>{x + begin});
+    return f(Direct<A, A>{z});
+  }
+
+  bool has_margin(int64_t begin, int64_t n) const {
+    auto inside = [&](int64_t y) { return y >= begin && y < begin + n; };
+    return call.margin && (inside(targets.y[0]) || inside(targets.y[1]));
+  }
+
+  void gather(int64_t begin, int64_t n) {
+    const T* from = x + begin * call.input_class;
+    int64_t j = 0;
+    if (call.input_class == 1) {
+      const Adjusted<T, A> adjusted{from, call.adjustment ? call.adjustment.data + begin : nullptr,
+                                    call.scale};
+      for (; j + lanes<A> <= n; j += lanes<A>) store(z + j, adjusted.at(j));
+    }
+    for (; j < n; ++j) z[j] = call.z(static_cast<A>(from[j * call.input_class]), begin + j);
+    if (!call.margin) return;
+    for (int k = 0; k < 2; ++k)
+      if (targets.y[k] >= begin && targets.y[k] < begin + n)
+        z[targets.y[k] - begin] -= targets.share[k] * call.margin.data[targets.y[k]];
+  }
+
+  void gather_own(int64_t begin, int64_t n) {
+    gathered = begin;
+    if (!call.plain || call.input_class != 1) gather(begin, n);
+    factors = own_factors;
+    const A every = call.smoothing / static_cast<A>(call.classes), rest = 1 - call.smoothing;
+    if (call.probabilities) {
+      const int64_t at = call.target.at(o, i) + begin * call.target_class;
+      const bool bare = call.smoothing == 0 && call.alpha_scale == 1 && !call.factors.data;
+      const bool there = std::is_same_v<A, float> ? call.target.dtype == ScalarType::Float
+                                                  : call.target.dtype == ScalarType::Double;
+      if (bare && there && call.target_class == 1 && !call.margin) {
+        factors = reinterpret_cast<const A*>(call.target.data) + at;
+        return;
+      }
+      read_as(call.target, at, call.target_class, n, own_factors);
+      if (call.margin)
+        for (int64_t j = 0; j < n; ++j) z[j] -= own_factors[j] * call.margin.data[begin + j];
+      if (bare) return;
+      for (int64_t j = 0; j < n; ++j) own_factors[j] = (rest * own_factors[j] + every) * call.alpha_scale;
+    } else {
+      for (int64_t j = 0; j < n; ++j) own_factors[j] = every * call.alpha_scale;
+      for (int k = 0; k < 2; ++k)
+        if (targets.y[k] >= begin && targets.y[k] < begin + n)
+          own_factors[targets.y[k] - begin] = (rest * targets.share[k] + every) * call.alpha_scale;
+    }
+    if (call.factors.data)
+      for (int64_t j = 0; j < n; ++j)
+        own_factors[j] = own_factors[j] == 0 ? A(0) : own_factors[j] * call.factors.data[begin + j];
+  }
+
+  Weighted<A> reduce_part(int64_t block) {
+    const int64_t begin = block * kBlock, n = size(block);
+    return with_block(begin, n, [&](const auto& z) -> Weighted<A> {
+      if constexpr (are == Factors::none) return {reduce<A>(z, n), 0};
+      if constexpr (are == Factors::of_class)
+        return {reduce_linear(z, n, factors), call.block_factors[block]};
+      return {reduce_linear(z, n, factors),
+              sum_over<A>(n, [&](int64_t j) { return load_at(factors, j, n); })};
+    });
   }
 
   // The first class of the largest x, if a block has a larger one than those before it. `high` is the block's
@@ -201,13 +351,12 @@ struct Row {
     }
   }
 
-  template <Factors are>
   Found<A> read(int64_t r) {
     Weighted<A> whole{{-INFINITY, 0, 0}, 0};
     A best = -INFINITY;
     int64_t argmax = 0;
     for (int64_t b = 0; b < call.blocks(); ++b) {
-      const Weighted<A> next = call.partials.empty() ? reduce<are>(b) : call.partials[r * call.blocks() + b];
+      const Weighted<A> next = call.partials.empty() ? reduce_part(b) : call.partials[r * call.blocks() + b];
       whole.part = b == 0 ? next.part : merge(whole.part, whole.weight, next.part, next.weight);
       whole.weight += next.weight;
       if (call.argmax) look_for_argmax(b, next.part.high, best, argmax);
@@ -215,26 +364,22 @@ struct Row {
     return {{whole.part.high, log(whole.part.sum)}, whole.part.linear, whole.weight, argmax};
   }
 
-  // The sum over the row of factor * f(log p, factor), block by block.
+  // The sum over the row of factor * f(log p), block by block.
   template <class F>
   A sum_of(const Softmax<A>& softmax, const F& f) {
     double total = 0;
     for (int64_t b = 0; b < call.blocks(); ++b) {
       const int64_t n = size(b);
-      gather<Factors::of_row>(b * kBlock, n);
-      LongSum<A> sum;
-      for (int64_t j = 0; j < n; j += lanes<A>) {
-        const bool whole = j + lanes<A> <= n;
-        const Vec<A> at = whole ? load(z + j) : load_first(z + j, n - j, A(0));
-        const Vec<A> factor = whole ? load(factors + j) : load_first(factors + j, n - j, A(0));
-        sum.add(share(factor, f((at - softmax.high) - softmax.log_sum)));
-      }
-      total += static_cast<double>(horizontal_sum(sum.total));
+      total += with_block(b * kBlock, n, [&](const auto& z) {
+        return static_cast<double>(sum_over<A>(n, [&](int64_t j) {
+          const Vec<A> at = j + lanes<A> <= n ? z.at(j) : z.first(j, n - j, A(0));
+          return share(load_at(factors, j, n), f((at - softmax.high) - softmax.log_sum));
+        }));
+      });
     }
     return static_cast<A>(total);
   }
 
-  template <Factors are>
   A loss(const Found<A>& found) {
     if constexpr (are != Factors::of_row) return index_loss(call, x, targets, found);
     const A terms = call.gamma == 0 ? found.weight * found.softmax.log_sum - found.linear
@@ -244,54 +389,51 @@ struct Row {
     return terms + z_loss_of(call.z_loss, found.softmax);
   }
 
-  // The gradient of the classes [begin, end).
-  template <Factors are>
-  void differentiate(const Softmax<A>& softmax, T* grad, int64_t begin, int64_t end) {
+  // The gradient of the classes [begin, end). `found`: what the forward has found, where it was just now.
+  void differentiate(const Softmax<A>& softmax, T* grad, int64_t begin, int64_t end, const Found<A>* found) {
     const A incoming = call.grad_of(o, i);
-    if constexpr (are == Factors::of_row) {
-      differentiate_factors(softmax, incoming * call.scale, grad);
-    } else {
-      const IndexGradient<A> row = index_gradient(call, x, targets, softmax, incoming);
-      if (call.plain && call.input_class == 1 && call.grad_class == 1) {
-        write_gradient<are>(x + begin, begin, end - begin, softmax, row, grad + begin);
-      } else {
-        for (int64_t c = begin; c < end; c += kBlock) {
-          const int64_t n = std::min(kBlock, end - c);
-          gather<are>(c, n);
-          write(grad, c, n, [&](T* out) { write_gradient<are>(z, c, n, softmax, row, out); });
-        }
-      }
-      for (int k = 0; k < 2; ++k) {
-        const int64_t y = targets.y[k];
-        if (y >= begin && y < end) grad[y * call.grad_class] = static_cast<T>(row.at[k]);
-      }
+    if constexpr (are == Factors::of_row)
+      return differentiate_own(softmax, incoming * call.scale, grad, found);
+    const IndexGradient<A> row = index_gradient(call, x, targets, softmax, incoming);
+    constexpr bool spread = are == Factors::of_class;
+    for (int64_t c = begin; c < end;) {
+      const bool whole = call.grad_class == 1 && call.input_class == 1 && !has_margin(begin, end - begin);
+      const int64_t n = whole ? end - begin : std::min(kBlock, end - c);
+      with_block(c, n, [&](const auto& z) {
+        write(grad, c, n,
+              [&](T* out) { gradient<spread>(z, n, softmax, row.slope, factors, row.spread, out); });
+      });
+      c += n;
     }
+    for (int k = 0; k < 2; ++k)
+      if (targets.y[k] >= begin && targets.y[k] < end)
+        grad[targets.y[k] * call.grad_class] = static_cast<T>(row.at[k]);
   }
 
   // With d the derivative of a class's own term by its log p, and D the sum of these, it is p * (D - d) - (1
   // - p) * d.
-  void differentiate_factors(const Softmax<A>& softmax, A incoming, T* grad) {
-    A rest = call.z_loss == 0 ? A(0) : 2 * call.z_loss * (softmax.high + softmax.log_sum);
-    auto slope = [&](Vec<A> log_p) { return focal_slope<VectorMath<A>>(log_p, call.gamma); };
-    if (call.gamma == 0)
-      for (int64_t b = 0; b < call.blocks(); ++b)
-        gathered = -1, rest += gather<Factors::of_row>(b * kBlock, size(b));
-    else
-      rest += sum_of(softmax, slope);
+  void differentiate_own(const Softmax<A>& softmax, A incoming, T* grad, const Found<A>* found) {
+    auto slope = [&](Vec<A> log_p)
+                     __attribute__((always_inline)) { return focal_slope<VectorMath<A>>(log_p, call.gamma); };
+    auto one = [](Vec<A>) { return splat(A(1)); };
+    A sum = call.gamma != 0    ? sum_of(softmax, slope)
+            : found != nullptr ? found->weight
+                               : sum_of(softmax, one);
+    if (call.z_loss != 0) sum += 2 * call.z_loss * (softmax.high + softmax.log_sum);
     for (int64_t b = 0; b < call.blocks(); ++b) {
       const int64_t begin = b * kBlock, n = size(b);
-      gather<Factors::of_row>(begin, n);
-      write(grad, begin, n, [&](T* out) {
-        if (call.gamma == 0)
-          return gradient<true, false>(z, n, factors, softmax, rest * incoming, incoming, out);
-        for (int64_t j = 0; j < n; j += lanes<A>) {
-          const bool whole = j + lanes<A> <= n;
-          const Vec<A> at = whole ? load(z + j) : load_first(z + j, n - j, A(0));
-          const Vec<A> factor = whole ? load(factors + j) : load_first(factors + j, n - j, A(0));
-          const Vec<A> log_p = (at - softmax.high) - softmax.log_sum, d = share(factor, slope(log_p));
-          const Vec<A> g = incoming * (exp_of<A>(log_p) * (rest - d) + d * expm1_of<A>(log_p));
-          whole ? store(out + j, g) : store_first(out + j, g, n - j);
-        }
+      with_block(begin, n, [&](const auto& z) {
+        write(grad, begin, n, [&](T* out) {
+          if (call.gamma == 0) return gradient<true>(z, n, softmax, sum * incoming, factors, incoming, out);
+          for (int64_t j = 0; j < n; j += lanes<A>) {
+            const bool whole = j + lanes<A> <= n;
+            const Vec<A> at = whole ? z.at(j) : z.first(j, n - j, A(0));
+            const Vec<A> log_p = (at - softmax.high) - softmax.log_sum;
+            const Vec<A> d = share(load_at(factors, j, n), slope(log_p));
+            const Vec<A> g = incoming * (exp_of<A>(log_p) * (sum - d) + d * expm1_of<A>(log_p));
+            whole ? store(out + j, g) : store_first(out + j, g, n - j);
+          }
+        });
       });
     }
   }
@@ -304,73 +446,11 @@ struct Row {
     to(out);
     for (int64_t j = 0; j < n; ++j) grad[(begin + j) * call.grad_class] = out[j];
   }
-
-  template <Factors are, class In>
-  void write_gradient(const In* from, int64_t begin, int64_t n, const Softmax<A>& softmax,
-                      const IndexGradient<A>& row, T* grad) const {
-    const A* of_class = call.factors ? call.factors.data + begin : nullptr;
-    if constexpr (are == Factors::of_class) {
-      gradient<true, false>(from, n, of_class, softmax, row.slope, row.spread, grad);
-    } else if ((softmax.high + softmax.log_sum + row.slope) * 0 == 0) {
-      if (sizeof(T) == 2 && fabs(softmax.high) < (std::is_same_v<T, Half> ? 64 : 512))
-        coarse_gradient(from, n, softmax, row.slope, grad);
-      else
-        gradient<false, true>(from, n, of_class, softmax, row.slope, A(0), grad);
-    } else {
-      gradient<false, false>(from, n, of_class, softmax, row.slope, A(0), grad);
-    }
-  }
-
-  // `finite` says that no gradient can be NaN.
-  template <bool spread, bool finite, class In>
-  static void gradient(const In* from, int64_t n, const A* of_class, const Softmax<A>& softmax, A slope,
-                       A share, T* grad) {
-    auto of = [&](Vec<A> at) { return exp_of<A>((at - softmax.high) - softmax.log_sum) * slope; };
-    int64_t j = 0;
-    if constexpr (!spread && std::is_same_v<In, T>) {
-      for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
-        const auto at = load_two(from + j);
-        store_two<finite>(grad + j, Two<Vec<A>>{of(at.first), of(at.second)});
-      }
-    }
-    for (; j + lanes<A> <= n; j += lanes<A>) {
-      Vec<A> g = of(load(from + j));
-      if constexpr (spread) g -= of_class ? load(of_class + j) * share : splat(share);
-      store<finite>(grad + j, g);
-    }
-    if (j < n) {
-      Vec<A> g = of(load_first(from + j, n - j, A(0)));
-      if constexpr (spread) g -= of_class ? load_first(of_class + j, n - j, A(0)) * share : splat(share);
-      store_first(grad + j, g, n - j);
-    }
-  }
-
-  // The same in fewer digits, for gradients that are rounded to 16 bits: with the log-sum-exp as one number,
-  // where it is not so large that this would show.
-  template <class In>
-  static void coarse_gradient(const In* from, int64_t n, const Softmax<A>& softmax, A slope, T* grad) {
-    if constexpr (sizeof(T) == 2) {
-      constexpr double log2_e = 1.4426950408889634;
-      const float base = static_cast<float>(-log2_e * (static_cast<double>(softmax.high) + softmax.log_sum));
-      auto of = [&](Vec<float> at) { return coarse_exp2<T>(at * static_cast<float>(log2_e) + base) * slope; };
-      int64_t j = 0;
-      for (; std::is_same_v<In, T> && j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
-        const auto at = load_two(from + j);
-        store_two<true>(grad + j, Two<Vec<A>>{of(at.first), of(at.second)});
-      }
-      for (; j < n; j += lanes<A>) {
-        if (j + lanes<A> <= n)
-          store<true>(grad + j, of(load(from + j)));
-        else
-          store_first(grad + j, of(load_first(from + j, n - j, A(0))), n - j);
-      }
-    }
-  }
 };
 
 template <Factors are, class T, class A>
 void forward_rows(CrossEntropy<A>& call, int64_t task_begin, int64_t task_end) {
-  Row<T, A> row(call);
+  Row<are, T, A> row(call);
   const bool differentiate = call.grad != nullptr && call.partials.empty();
   for (int64_t task = task_begin; task < task_end; ++task) {
     const int64_t begin = task * call.rows_per_task, end = std::min(begin + call.rows_per_task, call.rows());
@@ -381,10 +461,10 @@ void forward_rows(CrossEntropy<A>& call, int64_t task_begin, int64_t task_end) {
         if (differentiate) fill_zero(call, gradient_of<T>(call, row.o, row.i), 0, call.classes);
         continue;
       }
-      const Found<A> found = row.template read<are>(r);
-      finish_row(call, row.o, row.i, row.targets, found, row.template loss<are>(found), sums);
+      const Found<A> found = row.read(r);
+      finish_row(call, row.o, row.i, row.targets, found, row.loss(found), sums);
       if (differentiate)
-        row.template differentiate<are>(found.softmax, gradient_of<T>(call, row.o, row.i), 0, call.classes);
+        row.differentiate(found.softmax, gradient_of<T>(call, row.o, row.i), 0, call.classes, &found);
     }
     call.sums[2 * task] = sums[0];
     call.sums[2 * task + 1] = sums[1];
@@ -393,16 +473,16 @@ void forward_rows(CrossEntropy<A>& call, int64_t task_begin, int64_t task_end) {
 
 template <Factors are, class T, class A>
 void reduce_blocks_of(CrossEntropy<A>& call, int64_t begin, int64_t end) {
-  Row<T, A> row(call);
+  Row<are, T, A> row(call);
   for (int64_t at = begin; at < end; ++at) {
     const int64_t r = at / call.blocks();
-    if (row.enter(r)) call.partials[at] = row.template reduce<are>(at - r * call.blocks());
+    if (row.enter(r)) call.partials[at] = row.reduce_part(at - r * call.blocks());
   }
 }
 
 template <Factors are, class T, class A>
 void backward_rows(CrossEntropy<A>& call, int64_t task_begin, int64_t task_end) {
-  Row<T, A> row(call);
+  Row<are, T, A> row(call);
   for (int64_t task = task_begin; task < task_end; ++task) {
     const int64_t part = task % call.parts, begin = part * kTask;
     const int64_t end = call.parts == 1 ? call.classes : std::min(begin + kTask, call.classes);
@@ -413,7 +493,7 @@ void backward_rows(CrossEntropy<A>& call, int64_t task_begin, int64_t task_end) 
       T* grad = gradient_of<T>(call, row.o, row.i);
       const int64_t at = call.row(row.o, row.i);
       if (kept)
-        row.template differentiate<are>({call.high[at], call.log_sum[at]}, grad, begin, end);
+        row.differentiate({call.high[at], call.log_sum[at]}, grad, begin, end, nullptr);
       else
         fill_zero(call, grad, begin, end);
     }
