@@ -762,6 +762,19 @@ def test_addresses_races_and_padding(shape):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("shape", [(1, 128256), (2, 50257), (1, 1 << 20)], ids=str)
+def test_few_long_rows_fill_the_gpu(shape):
+    """Every multiprocessor of 132 has a program, or has at most 2 KB to read, a warp's vectors."""
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    layout = _triton()._layout([x.unsqueeze(2)])
+    for limit in (16384, 8192):
+        tile = _triton()._tile(layout, shape[0], 1, shape[1], 2, limit)
+        blocks = -(-shape[1] // tile.block)
+        assert shape[0] * blocks >= 132 or tile.block <= 1024
+        assert limit == 8192 or tile.splits == min(blocks, 264 // shape[0])
+
+
+@needs_interpreter
 def test_many_programs_leave_many_sums(monkeypatch):
     """The sum over programs in two stages."""
     monkeypatch.setattr(_triton(), "SUM_BLOCK", 4)

@@ -1156,8 +1156,10 @@ def _tile(
         while lanes * width * itemsize > max(limit, whole):
             lanes //= 2
     if lanes * width * itemsize > max(limit, whole):
-        block = max(1, limit // (lanes * itemsize * 2 ** (thin + half)))
         programs = -(-inner // lanes) * outer
+        while limit // (lanes * itemsize) >= 1024 and programs * -(-classes * lanes * itemsize // limit) < wanted:
+            limit //= 2  # one row of 128,256 in bf16: 126 programs
+        block = max(1, limit // (lanes * itemsize * 2 ** (thin + half)))
         blocks = -(-classes // block)
         splits = min(blocks, max(1, wanted // max(1, programs)), 1024)
         return _Tile(lanes, block, False, max(1, limit // 2048), splits, min(4 // 2 ** (thin + half), block))

@@ -945,7 +945,7 @@ Plan plan(int64_t rows, int64_t classes, int64_t stride_c, int itemsize, int mul
     plan.threads = 32 * class_lanes;
     plan.blocks = ceil_div(rows, 32);
   }
-  const int64_t piece = plan.contiguous ? plan.threads * per_lane : class_lanes * strided_in_flight;
+  const int64_t piece = plan.contiguous ? plan.threads * (16 / itemsize) : class_lanes * strided_in_flight;
   const int64_t pieces = ceil_div(classes, piece),
                 wanted = 2 * multiprocessors / (plan.blocks > 0 ? plan.blocks : 1);
   if ((!plan.contiguous || plan.lanes > 32) && wanted > 1 && pieces > 1) {
@@ -1094,8 +1094,9 @@ void launch_gradient(const Prepared<T, A>& c, Incoming<A> in, cudaStream_t strea
   auto* rows = backward_rows<T, MODE>;
   auto* strided = backward_strided<T, MODE>;
   if (c.shape.contiguous && c.alike()) {
+    const int64_t vectors = c.shape.splits > 1 ? 1 : in_flight;  // few rows, if they are split
     const int64_t chunk =
-        c.shape.lanes > 32 ? int64_t(c.shape.threads) * in_flight * Vector<T>::size : c.p.classes;
+        c.shape.lanes > 32 ? int64_t(c.shape.threads) * vectors * Vector<T>::size : c.p.classes;
     const int64_t chunks = ceil_div(c.p.classes, chunk);
     const int64_t blocks =
         c.shape.lanes > 32 ? c.p.rows * chunks : ceil_div(c.p.rows, c.shape.threads / c.shape.lanes);
