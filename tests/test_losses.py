@@ -380,7 +380,7 @@ def test_every_number_of_classes(backend, classes, name):
             check(backend, x, torch.randint(classes, (n,)), **options_named(name, classes))
 
 
-@pytest.mark.parametrize("classes", [65537, 128256, 262144])
+@pytest.mark.parametrize("classes", [32000, 65537, 128256, 262144])
 def test_very_long_rows(backend, classes):
     if backend == "triton":
         pytest.skip("slow in the interpreter")
@@ -659,6 +659,80 @@ def test_alpha_scales_terms_and_weight_does_not_enter_p(backend, alpha):
     for reduction, w in itertools.product(("mean", "sum"), (None, weight)):
         check(backend, x, y, w, alpha=alpha, gamma=2.0, reduction=reduction)
         check(backend, x, y, w, alpha=alpha, reduction=reduction)
+
+
+def test_softmax_over_two_classes_is_a_sigmoid_of_their_difference(backend):
+    x, y = 3 * torch.randn(20, 2, dtype=torch.float64), torch.randint(2, (20,))
+    for gamma in (0.0, 0.5, 2.0):
+        softmax = serve(backend, lambda: cross_entropy(x, y, gamma=gamma, reduction="none"))  # noqa: B023
+        margin = (x[:, 1] - x[:, 0]).unsqueeze(1)
+        sigmoid = serve(backend, lambda: sigmoid_focal_loss(margin, y.double().unsqueeze(1), alpha=-1, gamma=gamma))  # noqa: B023
+        torch.testing.assert_close(softmax, sigmoid.squeeze(1), rtol=1e-10, atol=1e-12)
+
+
+def test_formulas_of_other_libraries(backend):
+    """Where they agree with the definition: kornia's, with the term of every class and a one-hot target, mmcv's, with
+    the softmax first, and torchvision's, with a sigmoid."""
+    x, y = torch.randn(30, 7, dtype=torch.float64), torch.randint(7, (30,))
+    onehot = F.one_hot(y, 7).double()
+    p, log_p, s = x.softmax(1), x.log_softmax(1), x.sigmoid()
+    for gamma in (0.5, 2.0, 5.0):
+        ours = serve(backend, lambda: focal_loss(x, y, gamma=gamma, alpha=0.25, reduction="none"))  # noqa: B023
+        torch.testing.assert_close(ours, (onehot * -0.25 * (1 - p) ** gamma * log_p).sum(1))
+        p_y = p[range(30), y]
+        torch.testing.assert_close(ours, -0.25 * (1 - p_y) ** gamma * p_y.clamp(min=1e-38).log())
+        p_t = s * onehot + (1 - s) * (1 - onehot)
+        terms = F.binary_cross_entropy_with_logits(x, onehot, reduction="none") * (1 - p_t) ** gamma
+        terms = (0.25 * onehot + 0.75 * (1 - onehot)) * terms
+        ours = serve(backend, lambda: sigmoid_focal_loss(x, y, gamma=gamma, reduction="none"))  # noqa: B023
+        torch.testing.assert_close(ours, terms)
+
+
+def test_no_positives_divide_by_one(backend):
+    x, background = torch.randn(4, 5), torch.full((4,), 5)
+    for zero in (0.0, torch.tensor(0.0)):
+        ours = serve(backend, lambda: sigmoid_focal_loss(x, background, reduction="sum", normalizer=zero))  # noqa: B023
+        torch.testing.assert_close(ours, sigmoid_focal_loss(x, torch.zeros(4, 5), reduction="sum"))
+
+
+def test_argmax_past_the_whole_numbers_of_fp32(backend):
+    if backend == "triton":
+        pytest.skip("slow in the interpreter")
+    x = torch.zeros(1, 2**24 + 4, dtype=torch.bfloat16)
+    x[0, -2] = 1.0
+    target = torch.tensor([x.shape[1] - 2])
+    found = serve(backend, lambda: cross_entropy(x, target, outputs=True))
+    assert found.argmax.item() == target.item()
+    assert found.correct.all()
+
+
+def test_gradient_scaler(backend):
+    """A scaler's factor comes with the incoming gradient, in fp16 before the gradient is rounded."""
+    for dtype in (torch.float16, torch.float32):
+        x = torch.randn(64, 9).to(dtype).requires_grad_()
+        y = torch.randint(9, (64,))
+        for options in ({}, {"grad_in_forward": True}):
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            loss = serve(backend, lambda: cross_entropy(x, y, **options))  # noqa: B023
+            (grad,) = torch.autograd.grad(scaler.scale(loss), x)
+            wide = x.detach().double().requires_grad_()
+            (exact,) = torch.autograd.grad(F.cross_entropy(wide, y), wide)
+            torch.testing.assert_close(
+                grad.double() / 2**10, exact, rtol=4 * torch.finfo(dtype).eps, atol=2.0**-24 / 2**10
+            )
+
+
+@pytest.mark.parametrize("kind", ["index", "pair", "probabilities"])
+def test_rows_of_several_blocks_with_everything(backend, kind):
+    if backend == "triton":
+        pytest.skip("slow in the interpreter")
+    for classes in (4097, 9001):
+        x, y, other = 3 * torch.randn(2, classes), torch.tensor([5, classes - 1]), torch.tensor([4096, 7])
+        q = torch.rand(2, classes).softmax(1)
+        target = {"index": y, "pair": (y, other, 0.3), "probabilities": q}[kind]
+        for name in ("focal with smoothing", "family", "smoothing"):
+            check(backend, x, target, torch.rand(classes), **options_named(name, classes))
+            check(backend, x.bfloat16(), target, **options_named(name, classes))
 
 
 def test_probabilities(backend):
