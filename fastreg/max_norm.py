@@ -281,8 +281,8 @@ class MaxNorm(_Constraint):
         thresh: instead of max_norm, fixes each tensor's cap now, from its present weights: `max_norm_threshold`.
         p, dim, tau: as in `max_norm_`.
         weight_decay: decoupled weight decay, applied by the projections of an attached optimizer in the same pass:
-            w ← w · (1 - lr · weight_decay), lr the learning rate of w's parameter group. Leave the optimizer's own
-            at 0 for these weights.
+            w ← w · (1 - lr · weight_decay), lr the learning rate of w's parameter group (if that is a tensor, by a
+            multiplication before the pass). Leave the optimizer's own at 0 for these weights.
 
     Example:
         >>> constraint = fastreg.MaxNorm(model.fc, thresh=0.1)
@@ -338,8 +338,16 @@ class MaxNorm(_Constraint):
             return
         rates = {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
         by_rate: dict[float, list[int]] = {}
+        decayed: dict[int, tuple[Tensor, list[Tensor]]] = {}
         for index, param in enumerate(self.params):
-            by_rate.setdefault(float(rates.get(id(param), 0.0)), []).append(index)
+            rate = rates.get(id(param), 0.0)
+            if isinstance(rate, Tensor):  # to read it the host would wait: the device multiplies, in a pass of its own
+                decayed.setdefault(id(rate), (rate, []))[1].append(param)
+                rate = 0.0
+            by_rate.setdefault(float(rate), []).append(index)
+        with torch.no_grad():
+            for rate, params in decayed.values():
+                torch._foreach_mul_(params, 1 - rate * self.weight_decay)
         for rate, indices in by_rate.items():
             params, caps = [self.params[i] for i in indices], [self.caps[i] for i in indices]
             self._project(params, caps, rate * self.weight_decay)

@@ -241,12 +241,15 @@ class FGM:
     ):
         self.module, self.epsilon, self.include = module, epsilon, include
         self._perturbation = Perturbation()
-        _select(module, include)
+        self._chosen = _select(module, include)
+        self._watch = _plan.Watch(module)
 
     @torch.no_grad()
     def attack(self, epsilon: float | None = None) -> None:
-        epsilon = self.epsilon if epsilon is None else epsilon
-        self._perturbation.attack(_select(self.module, self.include), epsilon)
+        if not self._watch.unchanged():
+            self._chosen = _select(self.module, self.include)
+            self._watch = _plan.Watch(self.module)
+        self._perturbation.attack(self._chosen, self.epsilon if epsilon is None else epsilon)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -266,12 +269,35 @@ class _Backup:
     marks: Tensor | None = None
 
 
+@dataclass
+class _Ready:
+    """All that an attack needs, for as long as parameters and gradients are where they were."""
+
+    backend: str
+    forced: str | None
+    backups: dict[str, _Backup]
+    places: np.ndarray
+    plan: _plan.Plan
+    grads: _plan.Plan
+
+    def serves(self, chosen: dict[str, Tensor]) -> bool:
+        if self.forced != _backends.forced() or self.backups.keys() != chosen.keys():
+            return False
+        if any(self.backups[name].param is not param for name, param in chosen.items()):
+            return False
+        grads = [param.grad for param in chosen.values()]
+        if any(grad.layout is not torch.strided for grad in grads):
+            return False
+        return _plan.unchanged([*chosen.values(), *grads], self.places)
+
+
 class Perturbation:
     """FGM's steps on given parameters, and the way back. The memory of the backups is kept for the next time."""
 
     def __init__(self) -> None:
         self.backups: dict[str, _Backup] = {}
         self._spare: dict[str, _Backup] = {}
+        self._ready: _Ready | None = None
 
     def attack(self, params: dict[str, Tensor], epsilon: float) -> None:
         if not math.isfinite(epsilon):
@@ -279,6 +305,10 @@ class Perturbation:
         chosen = {name: p for name, p in params.items() if p.requires_grad and p.grad is not None and p.numel()}
         if not chosen:
             return
+        if self._ready is not None and self._ready.serves(chosen):
+            self._run(self._ready, epsilon)
+            return
+        self._ready = None
         device = next(iter(chosen.values())).device
         backend = _backends.choose("FGM", device.type, _refuse_fgm, list(chosen.values()))
         if backend == "reference":
@@ -295,11 +325,22 @@ class Perturbation:
                 marks = torch.zeros(-(-param.numel() // _BLOCK), dtype=torch.uint8, device=device)
                 backup = _Backup(param, torch.empty_like(param), marks)
             self.backups[name] = backup
-        plan = self._plan([self.backups[name] for name in chosen], True)
+        backups = {name: self.backups[name] for name in chosen}
         grads = [param.grad for param in chosen.values()]
-        _, _, norms = _forward(backend, 2.0, False, grads)
-        _attack_kernels[backend](plan.table, plan.chunks, plan.chunk, norms, epsilon)
-        torch.autograd.graph.increment_version(list(chosen.values()))
+        places = _plan.describe([*chosen.values(), *grads])
+        plan = self._plan(list(backups.values()), True)
+        self._ready = _Ready(backend, _backends.forced(), backups, places, plan, _penalty_plan(grads))
+        self._run(self._ready, epsilon)
+
+    def _run(self, ready: "_Ready", epsilon: float) -> None:
+        for name, backup in ready.backups.items():
+            self.backups[name] = backup
+            self._spare.pop(name, None)
+        wide = any(backup.param.dtype == torch.float64 for backup in ready.backups.values())
+        grads, plan = ready.grads, ready.plan
+        _, norms = _norms[ready.backend](grads.table, grads.chunks, grads.chunk, 2.0, False, wide)
+        _attack_kernels[ready.backend](plan.table, plan.chunks, plan.chunk, norms, epsilon)
+        torch.autograd.graph.increment_version([backup.param for backup in ready.backups.values()])
 
     def restore(self) -> None:
         for name, backup in self.backups.items():

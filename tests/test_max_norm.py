@@ -749,6 +749,23 @@ def test_weight_decay_with_the_group_s_learning_rate():
     assert c.eq(1).all()
 
 
+def test_weight_decay_with_a_learning_rate_in_a_tensor():
+    a, b = (nn.Parameter(torch.ones(2, 4, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.SGD([a, b], lr=rate)
+    constraint = fastreg.MaxNorm([a, b], 1.5, weight_decay=0.5)
+    constraint.attach(optimizer)
+    for parameter in (a, b):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(a.detach(), torch.full((2, 4), 0.75))  # 0.95, and then down to the cap
+    torch.testing.assert_close(b.detach().float(), torch.full((2, 4), 0.75))
+    with torch.no_grad():
+        rate.fill_(1.0)
+    optimizer.step()
+    torch.testing.assert_close(a.detach(), torch.full((2, 4), 0.375))
+
+
 def test_state_dict_round_trip(tmp_path):
     net = model()
     constraint = fastreg.MaxNorm(net, thresh=0.5)

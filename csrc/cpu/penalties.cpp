@@ -256,6 +256,32 @@ bool is_zero(const T* g, int64_t n) {
   return any == 0;
 }
 
+// w + d * step where d is not zero: adding a zero would turn -0 into 0.
+template <class T>
+FASTREG_INLINE void step_block(T* x, const T* g, int64_t n, double inverse, double step) {
+  const double both = inverse * step;
+  if constexpr (!std::is_same_v<T, double>) {
+    if (n % lanes<float> == 0 && both < 0x1p100 && both > -0x1p100 && (both > 0x1p-100 || both < -0x1p-100)) {
+      const Vec<float> by = splat(static_cast<float>(both));
+      for (int64_t i = 0; i < n; i += lanes<float>) {
+        const Vec<float> d = load(g + i), w = load(x + i);
+        store(x + i, d != 0 ? w + d * by : w);
+      }
+      return;
+    }
+  }
+  for_pairs(g, n, [&](Pair d, int, int64_t i, int64_t m) __attribute__((always_inline)) {
+    T block[kPair];
+    T* to = m == kPair ? x + i : block;
+    Pair w = m == kPair ? pair_of(x + i) : first_of(x + i, m);
+    w.low = d.low != 0 ? w.low + d.low * inverse * step : w.low;
+    w.high = d.high != 0 ? w.high + d.high * inverse * step : w.high;
+    put(to, w);
+    if (to == block)
+      for (int64_t j = 0; j < m; ++j) x[i + j] = block[j];
+  });
+}
+
 template <class T>
 void attack_typed(T* x, const T* g, T* backup, uint8_t* marks, int64_t n, double inverse, double step) {
   constexpr int64_t size = penalties::kBlock;
@@ -266,17 +292,7 @@ void attack_typed(T* x, const T* g, T* backup, uint8_t* marks, int64_t n, double
       marks[at / size] = 1;
       __builtin_memcpy(backup + at, x + at, count * sizeof(T));
     }
-    for_pairs(g + at, count, [&](Pair d, int, int64_t i, int64_t m) __attribute__((always_inline)) {
-      T block[kPair];
-      T* to = m == kPair ? x + at + i : block;
-      Pair w = m == kPair ? pair_of(x + at + i) : first_of(x + at + i, m);
-      // Adding a zero would turn -0 into 0.
-      w.low = d.low != 0 ? w.low + d.low * inverse * step : w.low;
-      w.high = d.high != 0 ? w.high + d.high * inverse * step : w.high;
-      put(to, w);
-      if (to == block)
-        for (int64_t j = 0; j < m; ++j) x[at + i + j] = block[j];
-    });
+    step_block(x + at, g + at, count, inverse, step);
   }
 }
 

@@ -30,21 +30,53 @@ class Case:
     backends: tuple[str, ...] = ("triton", "cuda")
 
 
-def _max_norm(_: str, rows: int, length: int, dtype: torch.dtype) -> Tensor:
+def _norms(backend: str, op: str) -> ModuleType:
+    return import_module({"triton": f"tritonkernels.{op}", "cuda": f"tests.test_{op}_gpu"}[backend])
+
+
+def _max_norm(backend: str, rows: int, length: int, dtype: torch.dtype) -> Tensor:
     from fastreg.max_norm import _build
-    from tritonkernels.max_norm import max_norm_rows
 
     w = torch.empty(rows, length, dtype=dtype)
-    plan = _build([w], 0, ((0, 0),))
-    max_norm_rows(plan.table, plan.chunks, plan.chunk, torch.ones(1, dtype=torch.float64), 2.0, 1.0, 0.0, 0)
+    plan, caps = _build([w], 0, ((0, 0),)), torch.ones(1, dtype=torch.float64)
+    behind = {"behind": [w]} if backend == "cuda" else {}
+    _norms(backend, "max_norm").max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, 2.0, 1.0, 0.0, 0, **behind)
     return w
 
 
+def _lp_penalty(backend: str, elements: int, dtype: torch.dtype, p: float) -> Tensor:
+    from fastreg.penalties import _addresses, _penalty_plan
+
+    w, g, kernels = torch.empty(elements, dtype=dtype), torch.empty(elements, dtype=dtype), _norms(backend, "penalties")
+    if backend == "cuda":
+        kernels.behind[:] = [w, g]
+    plan, one = _penalty_plan([w]), torch.ones((), dtype=torch.float64)
+    _, norms = kernels.lp_norms(plan.table, plan.chunks, plan.chunk, p, False, dtype == torch.float64)
+    outs = _addresses([g], w.device)
+    kernels.lp_penalty_backward(plan.table, plan.chunks, plan.chunk, outs, norms, one, p, False, True)
+    if backend == "cuda":
+        kernels.behind.clear()
+    return w
+
+
+def _noise(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    x, kernels = torch.empty(shape, dtype=dtype), _norms(backend, "noise")
+    tau, run = torch.empty(shape[0] * shape[1]), x[0, 0].numel()
+    kernels.drop_path(x, torch.ones(shape[0], dtype=dtype), 0.5, x)
+    kernels.soft_threshold(x, tau, run, shape[1], shape[1], 1)
+    kernels.soft_threshold_backward(x, x, tau, run, shape[1], shape[1], 1)
+    return x
+
+
 CASES: list[Case] = [
-    Case("max_norm fp32 rows of 2,048", _max_norm, (8192, 2048, torch.float32), (5, 2048, torch.float32), ("triton",)),
-    Case("max_norm bf16 rows of 768", _max_norm, (50257, 768, torch.bfloat16), (5, 768, torch.bfloat16), ("triton",)),
-    Case("max_norm fp32 rows of 4,096", _max_norm, (512, 4096, torch.float32), (2, 4096, torch.float32), ("triton",)),
-    Case("max_norm fp32 rows of 2^20", _max_norm, (4, 2**20, torch.float32), (1, 2**14, torch.float32), ("triton",)),
+    Case("max_norm fp32 rows of 2,048", _max_norm, (8192, 2048, torch.float32), (5, 2048, torch.float32)),
+    Case("max_norm bf16 rows of 768", _max_norm, (50257, 768, torch.bfloat16), (5, 768, torch.bfloat16)),
+    Case("max_norm fp32 rows of 4,096", _max_norm, (512, 4096, torch.float32), (2, 4096, torch.float32)),
+    Case("max_norm fp32 rows of 2^20", _max_norm, (4, 2**20, torch.float32), (1, 2**14, torch.float32)),
+    Case("lp_penalty l2 fp32", _lp_penalty, (1 << 24, torch.float32, 2.0), (8192, torch.float32, 2.0)),
+    Case("lp_penalty l1 bf16", _lp_penalty, (1 << 24, torch.bfloat16, 1.0), (8192, torch.bfloat16, 1.0)),
+    Case("noise fp32", _noise, ((64, 64, 56, 56), torch.float32), ((2, 2, 56, 56), torch.float32)),
+    Case("noise bf16 of 7x7", _noise, ((64, 512, 7, 7), torch.bfloat16), ((2, 8, 7, 7), torch.bfloat16)),
 ]
 
 
