@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import fastreg
-from fastreg import cross_entropy, linear_cross_entropy
+from fastreg import _backends, cross_entropy, linear_cross_entropy
 from fastreg.testing import assert_accurate
 
 N, IN, C = 37, 11, 13
@@ -203,6 +203,9 @@ def test_bad_arguments(error, match, change):
         linear_cross_entropy(**{**args, **change})
 
 
+@pytest.mark.skipif(
+    _backends.missing("cross_entropy", "cpu") is not None, reason="without kernels the loss of a chunk has temporaries"
+)
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_peak_memory_is_a_chunk_of_logits(chunk):
     one_pass = fastreg.backends()["cross_entropy"]["cpu"] == "usable"  # else their gradients come on top
