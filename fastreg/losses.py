@@ -471,11 +471,16 @@ class _SmallCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         input, target, grad = ctx.saved_tensors
-        factor = grad_loss.item()
+        try:
+            factor = grad_loss.item()
+        except RuntimeError:
+            factor = None  # one of many, under vmap
         if torch.is_grad_enabled():  # create_graph: a second derivative may be asked for
             reduction = _ops.REDUCTIONS[ctx.reduction]
             loss = cross_entropy_reference(input, target, ignore_index=ctx.ignore_index, reduction=reduction)
             (grad,) = torch.autograd.grad(loss, input, grad_loss.to(loss.dtype), create_graph=True)
+        elif factor is None:
+            grad = grad * grad_loss
         elif not math.isfinite(factor):  # times an exact 0 it would be NaN
             args = input, target, *[None] * 6, ctx.ignore_index, ctx.reduction, 0.0, 0.0, 1.0, 1.0, 0.0
             _, *softmax = _forward["cpu"](*args, False, False)

@@ -486,6 +486,15 @@ def test_small_batches_differentiate_twice():
     assert torch.autograd.gradgradcheck(lambda x: cross_entropy(x, target), x)
 
 
+def test_small_batches_take_batches_of_gradients():
+    (x, target), _ = small_and_large()
+    loss = cross_entropy(x, target)
+    factors = torch.tensor([1.0, 2.0, -3.0])
+    (batch,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True, retain_graph=True)
+    (one,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(batch, factors[:, None, None] * one)
+
+
 def test_small_batches_pass_opcheck():
     (x, target), _ = small_and_large()
     for fp32_loss in (False, True):
