@@ -18,9 +18,9 @@ from .penalties import Perturbation, lp_penalty
 class _ArticleAverage(averaging.AveragedModel):
     """`update(model)` after each optimizer step; evaluate by calling the object.
 
-    The average lives on the GPU if `cuda` is true and there is one, else on the CPU. Corrected: integer buffers are
-    copied, not truncated; tied weights are averaged once; the update count is never read back from the device, and
-    is part of the state dict.
+    The average lives on the GPU if `cuda` is true and there is one, else on the CPU. Corrected: a model on a GPU does
+    not wait for an average on the CPU (see `AveragedModel`); integer buffers are copied, not truncated; tied weights
+    are averaged once; the update count is never read back from the device, and is part of the state dict.
     """
 
     def __init__(self, model: nn.Module, cuda: bool, rule: averaging.Rule, use_buffers: bool) -> None:

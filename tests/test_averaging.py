@@ -631,6 +631,22 @@ def test_replaced_and_moved_parameters_are_noticed(kind, device):
         assert (held() == 4.0).all() and held().dtype == torch.float32
 
 
+def test_an_average_can_be_moved_by_swapping_its_tensors():
+    net = nn.Linear(2, 2)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        averaged = AveragedModel(net, EMA(0.5))
+        averaged.update_parameters(net)
+        averaged.load_state_dict(copy.deepcopy(averaged.state_dict()))
+        averaged.to(torch.float64)
+        averaged.module.to(torch.float32)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    train_step(net, 1)
+    averaged.update_parameters(net)
+    assert averaged.n_averaged.item() == 2 and not torch.equal(averaged.module.weight, net.weight)
+
+
 def test_names_are_matched_without_the_wrappers():
     net = model()
     compiled = torch.compile(net, backend="eager")
