@@ -91,10 +91,12 @@ __global__ void count_kernel(float* total, int n) {
   if (i < n) atomicAdd(total, 1.0f);
 }
 
-// The block that arrives last adds the partial sums; unless ORDERED, the last by number does, arrived or not.
+// The block that arrives last adds the partial sums to what every block read; unless ORDERED, the last by
+// number does, arrived or not.
 template <bool ORDERED>
 __global__ void sum_last_block_kernel(const float* rows, float* partial, int* ticket, float* total) {
   if (threadIdx.x != 0) return;
+  const float before = *total;
   float sum = 0;
   for (int i = 0; i < 32; ++i) sum += rows[blockIdx.x * 32 + i];
   partial[blockIdx.x] = sum;
@@ -104,7 +106,7 @@ __global__ void sum_last_block_kernel(const float* rows, float* partial, int* ti
   __threadfence();
   sum = 0;
   for (unsigned i = 0; i < gridDim.x; ++i) sum += partial[i];
-  *total = sum;
+  *total = before + sum;
 }
 
 }  // namespace
