@@ -188,6 +188,17 @@ def test_many_positions(positions, backend):
     check(tensor(1, 4, 1, positions).to(memory_format=torch.channels_last), 2, *affine(4), activation="silu")
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_results_too_large_for_the_caches(layout, activation, backend):
+    if backend != "cpu":
+        pytest.skip("about the CPU kernels, which write large results past the caches")
+    x = tensor(2, 72, 90, 90).to(memory_format=layout)
+    assert x.nbytes >= 4 << 20
+    check(x, 8, *affine(72), activation=activation)
+    check(x.double(), 8, *affine(72), activation=activation)
+
+
 def test_many_samples(backend):
     samples = 65_536 if backend != "triton" else 300  # in the interpreter a program takes milliseconds
     check(tensor(samples, 4, 2), 2, *affine(4), activation="silu")

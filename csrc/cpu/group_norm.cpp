@@ -39,7 +39,9 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kPart = 32768;  // elements of a part, where a unit has as many
+constexpr int64_t kPart = 32768;      // elements of a part, where a unit has as many
+constexpr int64_t kScratch = 131072;  // elements of a unit whose dz a thread keeps to itself, in its cache
+constexpr int64_t kStream = int64_t{4} << 20;  // bytes of a result that bypasses the caches
 
 template <class A>
 struct GroupNorm {
@@ -60,12 +62,14 @@ struct GroupNorm {
   std::unique_ptr<double[]> slots;
   std::unique_ptr<double[]> sums;  // the same merged, [2, samples, channels]
   std::unique_ptr<A[]> terms;      // m1 and m2 times rstd, [2, samples, groups]
+  // Whether what is written is too large to stay in the caches until someone reads it: then it bypasses them.
+  bool stream = false;
   Rows dz;  // the gradient before the activation: written with the sums where there is one, read for dx
 
   GroupNorm(int64_t samples, int64_t channels, int64_t groups, int64_t positions, bool last)
       : samples(samples), channels(channels), groups(groups), positions(positions), last(last) {
     if (last) {
-      rows_per_part = std::max<int64_t>(64, kPart / std::max<int64_t>(channels, 1));
+      rows_per_part = std::max<int64_t>(256, kPart / std::max<int64_t>(channels, 1));
       pieces = 1;
       row_parts = (positions + rows_per_part - 1) / rows_per_part;
     } else {
@@ -159,20 +163,25 @@ void run_backward(GroupNorm<A>& call) {
   const auto apply = FASTREG_PICK(apply_backward<A>);
   const int64_t units = call.units(), parts = call.parts();
   if (units >= torch::stable::get_num_threads()) {
+    const int64_t unit_size = call.per_group() * call.positions;
+    const bool keep = !call.last && call.activation && call.grad_input.data && !call.grad_residual.data &&
+                      unit_size <= kScratch;
     torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      const auto scratch = keep ? std::make_unique_for_overwrite<A[]>(unit_size) : nullptr;
       for (int64_t unit = begin; unit < end; ++unit) {
-        sums(call, unit, 0, parts);
+        sums(call, unit, 0, parts, scratch.get());
         finish(call, unit);
-        if (call.grad_input.data) apply(call, unit, 0, parts);
+        if (call.grad_input.data) apply(call, unit, 0, parts, scratch.get());
       }
     });
     return;
   }
   for (int64_t unit = 0; unit < units; ++unit) {
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t b, int64_t e) { sums(call, unit, b, e); });
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t b, int64_t e) { sums(call, unit, b, e, nullptr); });
     finish(call, unit);
     if (call.grad_input.data)
-      torch::stable::parallel_for(0, parts, 1, [&](int64_t b, int64_t e) { apply(call, unit, b, e); });
+      torch::stable::parallel_for(0, parts, 1,
+                                  [&](int64_t b, int64_t e) { apply(call, unit, b, e, nullptr); });
   }
 }
 
@@ -267,6 +276,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, int64_t groups, const st
   call.activation = static_cast<int>(activation);
   call.eps = eps;
   call.dtype = input.scalar_type();
+  call.stream = input.numel() * input.element_size() >= kStream;
   run_forward(call);
   return {output, stats};
 }
@@ -311,6 +321,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   call.bias = parameter<A>(bias, channels, 0, bias_copy);
   call.activation = static_cast<int>(activation);
   call.dtype = dtype;
+  call.stream = input.numel() * input.element_size() >= kStream;
   // In 16 bits dz is rounded before dx is made of it, as it is where the activation is an operator of its
   // own.
   call.dz = activation == 0 ? call.grad_output : wanted & 8 ? call.grad_residual : call.grad_input;
@@ -539,21 +550,28 @@ void moments_of_columns(const T* x, int64_t stride, int64_t rows, int64_t channe
       store(square + slot, load(square + slot) + q);
     });
   }
-  const double count = static_cast<double>(rows);
+  const double count = static_cast<double>(rows), share = 1 / count;
+  bool finite = true;
   over_channels<A>(channels, [&](int64_t c, int64_t slot, int64_t valid) {
     for (int64_t i = 0; i < valid; ++i) {
       const double s = sum[slot + i], q = square[slot + i];
-      mean[c + i] = pivot[slot + i] + s / count;
-      m2[c + i] = std::max(q - s * s / count, 0.0);
-      if (q <= std::numeric_limits<A>::max()) continue;
-      double total = 0, deviations = 0;  // overflow, infinity or NaN
+      mean[c + i] = pivot[slot + i] + s * share;
+      m2[c + i] = std::max(q - s * s * share, 0.0);
+      finite &= q <= std::numeric_limits<A>::max();
+    }
+  });
+  if (finite) return;
+  over_channels<A>(channels, [&](int64_t c, int64_t slot, int64_t valid) {
+    for (int64_t i = 0; i < valid; ++i) {
+      if (square[slot + i] <= std::numeric_limits<A>::max()) continue;
+      double total = 0, deviations = 0;
       const T* column = x + c + i;
       for (int64_t r = 0; r < rows; ++r) total += static_cast<double>(column[r * stride]);
       for (int64_t r = 0; r < rows; ++r) {
-        const double d = static_cast<double>(column[r * stride]) - total / count;
+        const double d = static_cast<double>(column[r * stride]) - total * share;
         deviations += d * d;
       }
-      mean[c + i] = total / count;
+      mean[c + i] = total * share;
       m2[c + i] = deviations;
     }
   });
@@ -652,12 +670,38 @@ FASTREG_INLINE void store_part(T* to, V v, int64_t valid) {
     store_first(to, v, valid);
 }
 
+// Past the caches, where that is asked for and the address allows it. Vectors of 16-bit elements are half as
+// long, and half a cache line gains nothing.
+template <class T, class V>
+FASTREG_INLINE void write_part(T* to, V v, int64_t valid, bool stream) {
+#if FASTREG_VECTOR_BYTES >= 32
+  if constexpr (sizeof(T) == sizeof(v[0])) {
+    if (stream && valid == sizeof(v) / sizeof(v[0]) && reinterpret_cast<uintptr_t>(to) % sizeof(v) == 0) {
+#if FASTREG_VECTOR_BYTES == 64
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits<__m512i>(v));
+#else
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits<__m256i>(v));
+#endif
+      return;
+    }
+  }
+#endif
+  store_part(to, v, valid);
+}
+
+// Orders what bypassed the caches before what other threads are told.
+FASTREG_INLINE void finish_writing(bool stream) {
+#if FASTREG_VECTOR_BYTES >= 32
+  if (stream) _mm_sfence();
+#endif
+}
+
 template <int act, class T, class A, class C>
-FASTREG_INLINE void apply_vector(const T* x, const T* residual, T* y, int64_t i, int64_t valid, C mean,
-                                 C scale, C bias) {
+FASTREG_INLINE void apply_vector(const T* x, const T* residual, T* y, int64_t i, int64_t valid, bool stream,
+                                 C mean, C scale, C bias) {
   Vec<A> z = (load_part<T, A>(x + i, valid, A(0)) - mean.at(i)) * scale.at(i) + bias.at(i);
   if (residual) z += load_part<T, A>(residual + i, valid, A(0));
-  store_part(y + i, activate<act, Math<T> >(z), valid);
+  write_part(y + i, activate<act, Math<T> >(z), valid, stream);
 }
 
 // Columns of per-channel values of a sample, each with room for a whole vector at the end.
@@ -696,7 +740,7 @@ void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t 
           for (int64_t k = 0; k < std::min(kRun, first + rows - r); ++k)
             apply_vector<act, T, A>(x + k * call.input.row,
                                     residual ? residual + k * call.residual.row : nullptr,
-                                    y + k * call.output.row, c, valid, mean, scale, bias);
+                                    y + k * call.output.row, c, valid, call.stream, mean, scale, bias);
         });
       }
     }
@@ -710,7 +754,7 @@ void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t 
       T* y = call.output.template at<T>(p.n, c) + p.begin;
       const One<A> mean{splat(call.mean[unit])}, scale{splat(scale_of(unit, c))}, bias{splat(call.bias[c])};
       over_run<A>(p.end - p.begin, [&](int64_t i, int64_t valid) {
-        apply_vector<act, T, A>(x, residual, y, i, valid, mean, scale, bias);
+        apply_vector<act, T, A>(x, residual, y, i, valid, call.stream, mean, scale, bias);
       });
     }
   }
@@ -725,8 +769,8 @@ struct Sums {
 };
 
 // Adds the vector at i; a lane beyond `valid` has dy = 0 and adds nothing.
-template <int act, class T, class A, class C>
-FASTREG_INLINE void add_vector(Sums<A>& sums, const T* x, const T* dy, const T* residual, T* dz, int64_t i,
+template <int act, class T, class A, class D, class C>
+FASTREG_INLINE void add_vector(Sums<A>& sums, const T* x, const T* dy, const T* residual, D* dz, int64_t i,
                                int64_t valid, C mean, C rstd, C weight, C bias) {
   const Vec<A> normal = (load_part<T, A>(x + i, valid, A(0)) - mean.at(i)) * rstd.at(i);
   Vec<A> g = load_part<T, A>(dy + i, valid, A(0));
@@ -740,8 +784,8 @@ FASTREG_INLINE void add_vector(Sums<A>& sums, const T* x, const T* dy, const T* 
   sums.dz_x += g * normal;
 }
 
-template <int act, class T, class A>
-void sums_of_run(const T* x, const T* dy, const T* residual, T* dz, int64_t n, One<A> mean, One<A> rstd,
+template <int act, class T, class A, class D>
+void sums_of_run(const T* x, const T* dy, const T* residual, D* dz, int64_t n, One<A> mean, One<A> rstd,
                  One<A> weight, One<A> bias, double* out) {
   constexpr int64_t L = lanes<A>;
   out[0] = out[1] = 0;
@@ -792,7 +836,7 @@ void sums_of_columns(const GroupNorm<A>& call, int64_t n, int64_t first, int64_t
 }
 
 template <int act, class T, class A>
-void sums_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end) {
+void sums_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, A* scratch) {
   if (call.last) {
     Tables<A, 4> table(call.channels);
     std::vector<A> work(2 * slots_for<A>(call.channels));
@@ -811,12 +855,20 @@ void sums_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t e
   }
   for (int64_t part = begin; part < end; ++part) {
     const Piece p = piece_of(call, unit, part);
-    for (int64_t c = p.first; c < p.first + p.rows; ++c)
-      sums_of_run<act, T, A>(
-          call.input.template at<T>(p.n, c) + p.begin, call.grad_output.template at<T>(p.n, c) + p.begin,
-          at_or_null<T>(call.residual, p.n, c, p.begin), at_or_null<T>(call.dz, p.n, c, p.begin),
-          p.end - p.begin, One<A>{splat(call.mean[unit])}, One<A>{splat(call.rstd[unit])},
-          One<A>{splat(call.weight[c])}, One<A>{splat(call.bias[c])}, call.sums_slot(p.n, c, p.piece));
+    const int64_t first = p.g * call.per_group();
+    for (int64_t c = p.first; c < p.first + p.rows; ++c) {
+      const auto run = [&](auto* dz) {
+        sums_of_run<act, T, A>(
+            call.input.template at<T>(p.n, c) + p.begin, call.grad_output.template at<T>(p.n, c) + p.begin,
+            at_or_null<T>(call.residual, p.n, c, p.begin), dz, p.end - p.begin,
+            One<A>{splat(call.mean[unit])}, One<A>{splat(call.rstd[unit])}, One<A>{splat(call.weight[c])},
+            One<A>{splat(call.bias[c])}, call.sums_slot(p.n, c, p.piece));
+      };
+      if (act != kNone && scratch)
+        run(scratch + (c - first) * call.positions + p.begin);
+      else
+        run(at_or_null<T>(call.dz, p.n, c, p.begin));
+    }
   }
 }
 
@@ -863,17 +915,20 @@ void finish_sums(const GroupNorm<A>& call, int64_t unit) {
 template <class A>
 struct BackTerms {
   Vec<A> mean, rstd, scale, m1, m2;
-  template <class T>
-  __attribute__((always_inline)) Vec<A> dx(const T* x, const T* dz, int64_t valid) const {
+  template <class T, class D>
+  __attribute__((always_inline)) Vec<A> dx(const T* x, const D* dz, int64_t valid) const {
     const Vec<A> normal = (load_part<T, A>(x, valid, A(0)) - mean) * rstd;
-    return (load_part<T, A>(dz, valid, A(0)) * scale - m1) - normal * m2;
+    return (load_part<D, A>(dz, valid, A(0)) * scale - m1) - normal * m2;
   }
 };
 
 template <class T, class A>
-void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end) {
+void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end,
+                          const A* scratch) {
   constexpr int64_t L = lanes<A>;
   const int64_t channels = call.channels;
+  // What lies in dx as dz is in the caches already.
+  const bool stream = call.stream && (scratch || call.dz.data != call.grad_input.data);
   const A *m1 = call.terms.get(), *m2 = m1 + call.samples * call.groups;
   // With one element in a group x̂ is 0, and dx too, exactly.
   const auto rstd_of = [&](int64_t group) { return call.group_size() == 1 ? A(0) : call.rstd[group]; };
@@ -910,8 +965,8 @@ void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin,
           for (int64_t c = 0; c + L <= channels; c += L) {
             const BackTerms<A> terms = at(c);
             for (int64_t k = 0; k < run; ++k)
-              store(dx + k * call.grad_input.row + c,
-                    terms.dx(x + k * call.input.row + c, dz + k * call.dz.row + c, L));
+              write_part(dx + k * call.grad_input.row + c,
+                         terms.dx(x + k * call.input.row + c, dz + k * call.dz.row + c, L), L, stream);
           }
           if (channels < L) {
             const BackTerms<A> terms = at(0);
@@ -930,18 +985,23 @@ void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin,
     const Piece p = piece_of(call, unit, part);
     for (int64_t c = p.first; c < p.first + p.rows; ++c) {
       const T* x = call.input.template at<T>(p.n, c) + p.begin;
-      const T* dz = call.dz.template at<T>(p.n, c) + p.begin;
       T* dx = call.grad_input.template at<T>(p.n, c) + p.begin;
       const BackTerms<A> terms{splat(call.mean[unit]), splat(rstd_of(unit)),
                                splat(rstd_of(unit) * call.weight[c]), splat(m1[unit]), splat(m2[unit])};
       const int64_t n = p.end - p.begin;
-      if (n < L) {
-        store_first(dx, terms.dx(x, dz, n), n);
-        continue;
-      }
-      const Vec<A> last = terms.dx(x + n - L, dz + n - L, L);
-      for (int64_t i = 0; i + L < n; i += L) store(dx + i, terms.dx(x + i, dz + i, L));
-      store(dx + n - L, last);
+      const auto run = [&](const auto* dz) {
+        if (n < L) {
+          store_first(dx, terms.dx(x, dz, n), n);
+          return;
+        }
+        const Vec<A> last = terms.dx(x + n - L, dz + n - L, L);
+        for (int64_t i = 0; i + L < n; i += L) write_part(dx + i, terms.dx(x + i, dz + i, L), L, stream);
+        store(dx + n - L, last);
+      };
+      if (scratch)
+        run(scratch + (c - p.g * call.per_group()) * call.positions + p.begin);
+      else
+        run(call.dz.template at<T>(p.n, c) + p.begin);
     }
   }
 }
@@ -981,20 +1041,26 @@ void moments(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end)
   by_dtype(call, [&](auto t) { moments_typed<decltype(t), A>(call, unit, begin, end); });
 }
 
-#define FASTREG_STEP(name)                                                                                \
-  template <class A>                                                                                      \
-  void name(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end) {                         \
-    by_dtype(call, [&](auto t) {                                                                          \
-      by_activation(call, [&]<int act>() { name##_typed<act, decltype(t), A>(call, unit, begin, end); }); \
-    });                                                                                                   \
-  }
-FASTREG_STEP(apply)
-FASTREG_STEP(sums)
-#undef FASTREG_STEP
+template <class A>
+void apply(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end) {
+  by_dtype(call, [&](auto t) {
+    by_activation(call, [&]<int act>() { apply_typed<act, decltype(t), A>(call, unit, begin, end); });
+  });
+  finish_writing(call.stream);
+}
+
+// dz goes to `scratch`, a unit's, unless that is null.
+template <class A>
+void sums(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, A* scratch) {
+  by_dtype(call, [&](auto t) {
+    by_activation(call, [&]<int act>() { sums_typed<act, decltype(t), A>(call, unit, begin, end, scratch); });
+  });
+}
 
 template <class A>
-void apply_backward(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end) {
-  by_dtype(call, [&](auto t) { apply_backward_typed<decltype(t), A>(call, unit, begin, end); });
+void apply_backward(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, const A* scratch) {
+  by_dtype(call, [&](auto t) { apply_backward_typed<decltype(t), A>(call, unit, begin, end, scratch); });
+  finish_writing(call.stream);
 }
 
 }  // namespace fastreg::FASTREG_ISA
