@@ -887,8 +887,8 @@ def test_cuda_has_no_spills_and_wide_accesses():
             continue
         if facts.kernel.startswith(("forward_rows", "backward_rows", "sigmoid_terms")):
             assert facts.loads.get(128, 0) >= 4, facts
-        if facts.kernel.startswith("backward_rows"):
-            assert facts.stores.get(128, 0) >= 4, facts
+        if facts.kernel.startswith("backward_rows"):  # four under way, or two where every class has a share; and one
+            assert facts.stores.get(128, 0) >= (3 if "(Mode)2" in facts.kernel else 5), facts
 
 
 # ---- CUDA on the host: memory errors, races ----------------------------------------------------------------

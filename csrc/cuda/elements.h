@@ -53,14 +53,19 @@ __device__ void deal(const T* x, int64_t begin, int64_t end, int lane, int lanes
   for (c = tail + lane; c < end; c += lanes) scalar(c);
 }
 
+// One access each, by name, here and in `store`: of a plain copy the compiler makes pieces.
 template <int COUNT, class T>
 __device__ void load(T (&out)[COUNT][Vector<T>::size], const T* x, int64_t pitch) {
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i)
+  for (int i = 0; i < COUNT; ++i) {
+#ifdef CUDAHOST
     *reinterpret_cast<Vector<T>*>(out[i]) = *reinterpret_cast<const Vector<T>*>(x + i * pitch);
+#else
+    *reinterpret_cast<uint4*>(out[i]) = __ldca(reinterpret_cast<const uint4*>(x + i * pitch));
+#endif
+  }
 }
 
-// One access, by name: of a plain copy the compiler makes pieces.
 template <class T>
 __device__ void store(T* to, const Vector<T>& vector) {
 #ifdef CUDAHOST
