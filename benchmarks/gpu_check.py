@@ -170,6 +170,65 @@ def averaging(device: str) -> Iterator[Call]:
     yield module, lambda: (quarter, (first + second) / 2, second, torch.tensor(7.0, device=device))
 
 
+def max_norm(device: str) -> Iterator[Call]:
+    """Rows for a warp, for a block, and too long to be held; odd ones, and biases, in one launch."""
+    fresh = [torch.randn(shape, device=device) for shape in ((33, 50), (5, 300), (7, 3, 3, 3), (3, 2049), (2, 9001))]
+    weights = [w.clone() for w in fresh]
+    for cap, p in ((5.0, 2), (100.0, 1), (0.9, 2.5)):
+
+        def projected(project, cap=cap, p=p):
+            torch._foreach_copy_(weights, fresh)
+            project(weights, cap, p)
+            return tuple(weights)
+
+        def renorm(weights, cap, p):
+            for w in weights:
+                w.renorm_(p, 0, cap)
+
+        yield (
+            partial(projected, lambda weights, cap, p: fastreg.max_norm_(weights, cap, p=p)),
+            partial(projected, renorm),
+        )
+
+
+def lp_penalty(device: str) -> Iterator[Call]:
+    """Empty, small and large tensors; the gradient straight into .grad."""
+    weights = [torch.randn(n, device=device, requires_grad=True) for n in (1, 64, 1001, 300_000)]
+    for w in weights:
+        w.grad = torch.zeros_like(w)
+    for p in (1, 2, 2.5):
+
+        def in_place(p=p):
+            torch._foreach_zero_([w.grad for w in weights])
+            return fastreg.lp_penalty_backward_(weights, p), *(w.grad for w in weights)
+
+        def by_autograd(p=p):
+            penalty = sum(torch.linalg.vector_norm(w.double(), p) for w in weights)
+            return penalty.detach().float(), *torch.autograd.grad(penalty, weights)
+
+        yield in_place, by_autograd
+
+
+def fgm(device: str) -> Iterator[Call]:
+    """There and back, with rows that no gradient has touched."""
+    module = torch.nn.ModuleDict({"emb": torch.nn.Embedding(100, 48, device=device)})
+    weight = module["emb"].weight
+    weight.grad = torch.randn_like(weight) * (torch.arange(100, device=device)[:, None] % 3 == 0)
+    perturbation = fastreg.FGM(module)
+
+    def ours():
+        perturbation.attack()
+        moved = weight.detach().clone()
+        perturbation.restore()
+        return moved, weight.detach().clone()
+
+    def stock():
+        kept = weight.detach()
+        return kept + weight.grad / weight.grad.norm(), kept.clone()
+
+    yield ours, stock
+
+
 @dataclass(frozen=True)
 class Op:
     """`calls(device)` yields a few small calls, which together go through all of the op's kernels: each a pair of
@@ -217,6 +276,13 @@ OPS = {
             "1000x64": ([(64,)] * 1000, 1),
         },
     ),
+    "max_norm": Op(
+        max_norm,
+        {"50257x4096": (50257, 4096), "8142x2048": (8142, 2048), "1000x2048": (1000, 2048)},
+        registry="max_norm_",
+    ),
+    "lp_penalty": Op(lp_penalty, {"100M l2": (2, [(4096, 1024)] * 24), "1000x64 l2": (2, [(64,)] * 1000)}),
+    "fgm": Op(fgm, {"30522x768 dense": (30522, 768, 1.0), "2000x128 dense": (2000, 128, 1.0)}, registry="FGM"),
 }
 SANITIZERS = ("memcheck", "racecheck")
 GPU_BACKENDS = ("cuda", "triton")

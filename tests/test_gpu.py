@@ -13,7 +13,7 @@ pytestmark = needs_cuda
 
 @pytest.fixture(autouse=True)
 def skip_what_is_missing(op, backend):
-    if (reason := _backends.missing(op, backend)) is not None:
+    if (reason := _backends.missing(OPS[op].registry or op, backend)) is not None:
         pytest.skip(reason)
 
 

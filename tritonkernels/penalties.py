@@ -28,7 +28,8 @@ def _add(scale, total, size, p, ORDER: tl.constexpr, SCALED: tl.constexpr):
     if SCALED:
         block = tl.max(_scale_of(tl.max(size, 1), ORDER), 0)
         larger = tl.where(total > 0, tl.maximum(scale, block), block)
-        total = total * _power(scale / larger, p, ORDER) + tl.sum(_collect(size * (1 / larger), p, ORDER), 0)
+        inverse = 1 / larger
+        total = total * _power(scale * inverse, p, ORDER) + tl.sum(_collect(size * inverse, p, ORDER), 0)
         return larger, total
     else:
         return scale, total + tl.sum(_collect(size, p, ORDER), 0)
@@ -300,7 +301,7 @@ def _attacks(table, chunks, norms, chunk, epsilon_bits):
 
 def fgm_attack(table, chunks, chunk, norms, epsilon):
     if chunks.shape[0]:
-        _attacks[(chunks.shape[0],)](table, chunks, norms, chunk, _bits(epsilon))
+        _attacks[(chunks.shape[0],)](table, chunks, norms, chunk, _bits(epsilon), num_warps=8)
 
 
 @triton.jit
