@@ -18,6 +18,7 @@ import triton.language as tl
 from .max_norm import ANY, INF, ONE, TWO, _bits, _collect, _float64, _power, _root, _scale_of
 
 BLOCK = tl.constexpr(2048)
+STEP = tl.constexpr(1024)  # of an attack, which holds more per element
 MARKED = tl.constexpr(64)  # elements that share a mark; csrc/penalties.h has the same
 TENSORS = tl.constexpr(1024)  # whose chunks a program counts at a time
 
@@ -236,7 +237,7 @@ def lp_penalty_backward(table, chunks, chunk, outs, norms, grad, p, squared, add
 
 @triton.jit
 def _attack_block(weight, grad, backup, marks, start, n, inverse, step, TYPE: tl.constexpr, TAIL: tl.constexpr):
-    blocks = start // MARKED + tl.arange(0, BLOCK // MARKED)
+    blocks = start // MARKED + tl.arange(0, STEP // MARKED)
     at = blocks[:, None] * MARKED + tl.arange(0, MARKED)[None, :]
     g = tl.load(grad + at, mask=at < n, other=0.0) if TAIL else tl.load(grad + at)
     wanted = tl.max((g != 0).to(tl.int32), 1) > 0
@@ -258,8 +259,8 @@ def _attack_block(weight, grad, backup, marks, start, n, inverse, step, TYPE: tl
 
 @triton.jit
 def _attack(weight, grad, backup, marks, n, inverse, step, TYPE: tl.constexpr):
-    whole = n // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    whole = n // STEP * STEP
+    for start in range(0, whole, STEP):
         _attack_block(weight, grad, backup, marks, start, n, inverse, step, TYPE, False)
     if whole < n:
         _attack_block(weight, grad, backup, marks, whole, n, inverse, step, TYPE, True)
@@ -301,7 +302,7 @@ def _attacks(table, chunks, norms, chunk, epsilon_bits):
 
 def fgm_attack(table, chunks, chunk, norms, epsilon):
     if chunks.shape[0]:
-        _attacks[(chunks.shape[0],)](table, chunks, norms, chunk, _bits(epsilon), num_warps=8)
+        _attacks[(chunks.shape[0],)](table, chunks, norms, chunk, _bits(epsilon))
 
 
 @triton.jit
