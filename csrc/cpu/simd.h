@@ -412,9 +412,10 @@ FASTREG_INLINE Vec<A> expm1_of(Vec<A> x) {
 FASTREG_INLINE Vec<float> log_of(Vec<float> x) {
   constexpr float q[] = {0.333333317122f, -0.250008210791f, 0.200012263923f, -0.166233553856f,
                          0.142017683088f, -0.13160211939f,  0.127615153462f, -0.0763434036639f};
-  const Int<float> word = bits<Int<float>>(x), exponent = (word - 0x3f3504f3) >> 23;
+  const Words word = bits<Words>(x);  // unsigned: -0 would overflow
+  const Int<float> exponent = bits<Int<float>>(word - 0x3f3504f3) >> 23;
   const Vec<float> e = __builtin_convertvector(exponent, Vec<float>);
-  const Vec<float> f = bits<Vec<float>>(word - (exponent << 23)) - 1.0f;
+  const Vec<float> f = bits<Vec<float>>(word - bits<Words>(exponent << 23)) - 1.0f;
   Vec<float> sum = splat(q[7]);
   for (int i = 6; i >= 0; --i) sum = sum * f + q[i];
   const Vec<float> tail = f * f * (f * sum - 0.5f) + e * -2.12194440e-4f;
