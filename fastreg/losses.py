@@ -165,8 +165,8 @@ def cross_entropy(
         targets = () if not indices else (target,) if other_target is None else (target, other_target)
         _check_extra(reduction, grad_in_forward, statistics, indices and other_target is None, input)
 
-    pair, smooth_focal = other_target is not None, label_smoothing != 0.0 and gamma != 0.0
-    backend = _backends.choose("cross_entropy", input.device.type, _refuse, input, target, indices, pair, smooth_focal)
+    pair = other_target is not None
+    backend = _backends.choose("cross_entropy", input.device.type, _refuse, input, target)
     if backend == "reference":
         options = {
             "ignore_index": ignore_index,
@@ -383,20 +383,9 @@ def _as_dtype(vector: object, dtype: torch.dtype) -> object:
 # ---- kernels ---------------------------------------------------------------------------------------------
 
 
-_FEATURES = ("probabilities", "two targets", "label_smoothing with gamma")
-# What a backend's cross-entropy kernels do not serve, and which have cross_entropy_forward_extra.
-_LACKING = {"cpu": (), "cuda": (), "triton": ()}
-_ONE_PASS: tuple[str, ...] = ("cpu", "cuda", "triton")
-
-
-def _refuse(backend: str, input: Tensor, target: Tensor, indices: bool, pair: bool, smooth_focal: bool) -> str | None:
-    if pair or smooth_focal or not indices:
-        asked = (not indices, pair, smooth_focal)
-        for feature, wanted in zip(_FEATURES, asked, strict=True):
-            if wanted and feature in _LACKING[backend]:
-                return f"it does not serve {feature}"
-        if target.requires_grad and torch.is_grad_enabled():
-            return "the probabilities want a gradient, which only the reference gives"
+def _refuse(backend: str, input: Tensor, target: Tensor) -> str | None:
+    if target.requires_grad and torch.is_grad_enabled():
+        return "the probabilities want a gradient, which only the reference gives"
     return _backends.unusual(input)
 
 
@@ -500,8 +489,7 @@ class _CrossEntropyExtra(torch.autograd.Function):
     def forward(ctx, *args):
         *args, zero_if_empty, fp32_loss, backend, want_losses, want_argmax, grad = args
         tensors, options = args[:8], args[8:]
-        run = _forward_extra[backend] if backend in _ONE_PASS else _forward_extra_in_passes(backend)
-        loss, lse, denominator, losses, argmax = run(
+        loss, lse, denominator, losses, argmax = _forward_extra[backend](
             *tensors, *options, zero_if_empty, fp32_loss, want_losses, want_argmax, grad
         )
         ctx.save_for_backward(*tensors, lse, denominator)
@@ -519,7 +507,8 @@ class _CrossEntropyExtra(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grad = _differentiable_backward(ctx, grad_loss)
         elif made is not None:
-            grad = _scaled(made, grad_loss, ctx.backend)
+            _scale_gradient[ctx.backend](made, grad_loss)
+            grad = made
         else:
             grad = _backward[ctx.backend](grad_loss, *ctx.saved_tensors, *ctx.options)
         return grad, *([None] * 20)
@@ -532,35 +521,6 @@ def _memory_for_gradient(input: Tensor, wanted: bool | str) -> Tensor | None:
     if wanted == "in_place" and torch._debug_has_internal_overlap(input) == 0:
         return input.detach()
     return torch.empty_like(input)
-
-
-def _forward_extra_in_passes(backend: str) -> Callable[..., tuple[Tensor, ...]]:
-    """cross_entropy_forward_extra by the other operators, for a backend that has no such kernel: each thing that is
-    wanted costs a pass over the logits."""
-
-    def run(*args):
-        *args, want_losses, want_argmax, grad = args
-        loss, lse, denominator = _forward[backend](*args)
-        losses, argmax = lse.new_empty(0), lse.new_empty(0, dtype=torch.int64)
-        if want_losses:
-            none, wide = 0, True
-            losses, _, _ = _forward[backend](*args[:9], none, *args[10:-1], wide)
-            losses = losses.to(lse.dtype)
-        if want_argmax:
-            argmax = args[0].argmax(1)
-        if grad is not None:
-            grad.copy_(_backward[backend](torch.ones_like(loss), *args[:8], lse, denominator, *args[8:15]))
-        return loss, lse, denominator, losses, argmax
-
-    return run
-
-
-def _scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
-    if backend in _ONE_PASS:
-        _scale_gradient[backend](grad, factor)
-    else:
-        grad.mul_(factor)
-    return grad
 
 
 def _with_extra(
