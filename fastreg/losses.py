@@ -14,7 +14,6 @@ forward, and read and write them once in the backward; between the two only each
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
