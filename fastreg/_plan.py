@@ -91,8 +91,20 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     host = torch.from_numpy(array)
     if device.type == "cpu":
         return host
+    if device.type != "cuda":
+        return host.to(device)
     # From pinned memory the copy is queued and the host goes on; torch keeps the block until it is done.
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return _pinned(host).to(device, non_blocking=True)
+
+
+_captured: list[Tensor] = []
+
+
+def _pinned(host: Tensor) -> Tensor:
+    pinned = host.pin_memory()
+    if torch.cuda.is_current_stream_capturing():  # each replay of the graph will read it again: it must stay as it is
+        _captured.append(pinned)
+    return pinned
 
 
 @cache

@@ -1,11 +1,14 @@
 """The penalties' and FGM's kernels for the GPU, without one: bytes, launches, races, stray accesses, spills, widths."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 import fastreg
-from fastreg import penalties
+from fastreg import _plan, penalties
 from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
 from tests.proving import cubin, cudahost
 
@@ -208,3 +211,14 @@ def test_nothing_waits_for_the_device(backend):
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_what_a_captured_copy_reads_stays(capturing, monkeypatch):
+    """A graph's replay reads the table of addresses from pinned memory again: nobody else may get that memory."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(_plan, "_captured", [])
+    place = weakref.ref(_plan._pinned(torch.arange(3)))
+    gc.collect()
+    assert (place() is not None) == capturing
