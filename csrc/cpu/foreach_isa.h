@@ -1,10 +1,11 @@
 // Compiles a kernel file once per instruction set.
 //
-// A kernel file `f.cpp` defines FASTREG_FILE as its own name and includes this header once, which includes the
-// file again for each instruction set with FASTREG_ISA defined (`baseline`, `avx2`, `avx512`) and the compiler
-// told to use that set. What stands under `#ifdef FASTREG_ISA` belongs in `namespace fastreg::FASTREG_ISA`, so
-// no code of one level can be linked into another. `FASTREG_PICK(name)` is the level of this machine.
-// Headers must be included before, outside of any level: inline functions of the standard library stay baseline.
+// A kernel file `f.cpp` defines FASTREG_FILE as its own name and includes this header once, which includes
+// the file again for each instruction set with FASTREG_ISA defined (`baseline`, `avx2`, `avx512`) and the
+// compiler told to use that set. What stands under `#ifdef FASTREG_ISA` belongs in `namespace
+// fastreg::FASTREG_ISA`, so no code of one level can be linked into another. `FASTREG_PICK(name)` is the
+// level of this machine. Headers must be included before, outside of any level: inline functions of the
+// standard library stay baseline.
 #ifndef FASTREG_FILE
 #error "define FASTREG_FILE as the file to compile for each instruction set"
 #endif
@@ -52,9 +53,9 @@
 #undef FASTREG_ISA
 #undef FASTREG_VECTOR_BYTES
 
-#define FASTREG_PICK(name)                                               \
-  (fastreg::capability() == fastreg::Capability::avx512 ? avx512::name   \
-   : fastreg::capability() == fastreg::Capability::avx2 ? avx2::name     \
+#define FASTREG_PICK(name)                                             \
+  (fastreg::capability() == fastreg::Capability::avx512 ? avx512::name \
+   : fastreg::capability() == fastreg::Capability::avx2 ? avx2::name   \
                                                         : baseline::name)
 #else
 #define FASTREG_PICK(name) (baseline::name)

@@ -191,7 +191,8 @@ struct Quick {
 
   FASTREG_INLINE_MEMBER Quick(const Softmax<float>& softmax, float slope)
       : center(coarse ? 0 : softmax.high),
-        lowest((coarse ? softmax.high : 0) + softmax.log_sum - 130),  // p = 2^-187.5, with slope below 2^-150: nothing
+        lowest((coarse ? softmax.high : 0) + softmax.log_sum -
+               130),  // p = 2^-187.5, with slope below 2^-150: nothing
         magic(K::magic + static_cast<float>(127 + lift - rint(tail(softmax)))),
         times_slope(static_cast<float>(slope * exp2(rint(tail(softmax)) - tail(softmax) - lift))) {}
 

@@ -1,4 +1,4 @@
-// What the kernels of the losses share: element types, accesses of 16 bytes, sums over a block.
+// What the kernels share: element types, accesses of 16 bytes, sums over a block.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,6 +20,23 @@ struct alignas(16) Vector {
   static constexpr int size = 16 / sizeof(T);
   T values[size];
 };
+
+template <class T>
+__device__ double widen(T x) {
+  if constexpr (sizeof(T) == 2)
+    return static_cast<float>(x);
+  else
+    return x;
+}
+
+// To the nearest, through fp32 for the half types, as PyTorch does.
+template <class T>
+__device__ T nearest(double x) {
+  if constexpr (sizeof(T) == 2)
+    return static_cast<T>(static_cast<float>(x));
+  else
+    return static_cast<T>(x);
+}
 
 __device__ inline float fast_exp(float x) { return __expf(x); }
 __device__ inline double fast_exp(double x) { return exp(x); }

@@ -13,25 +13,11 @@ namespace fastreg {
 namespace {
 
 using cuda::check;
+using cuda::code_of;
 using cuda::OnDevice;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-
-int code_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return 0;
-    case ScalarType::Half:
-      return 1;
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Double:
-      return 3;
-    default:
-      throw std::runtime_error("group_norm: tensors must be floating point");
-  }
-}
 
 // What forward and backward share: the cut of the call, and tensors as rows.
 struct Call {

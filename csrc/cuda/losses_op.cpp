@@ -14,25 +14,11 @@ namespace fastreg {
 namespace {
 
 using cuda::check;
+using cuda::code_of;
 using cuda::OnDevice;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-
-int code_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return 0;
-    case ScalarType::Half:
-      return 1;
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Double:
-      return 3;
-    default:
-      throw std::runtime_error("cross_entropy: the input must be floating point");
-  }
-}
 
 // Per-class vectors as the kernels take them; tensors converted here live as long as this.
 class Vectors {
@@ -76,7 +62,7 @@ struct Call {
        double smoothing, double gamma, double alpha_scale, double scale, double z_loss)
       : arithmetic(input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
         vectors(arithmetic) {
-    to.dtype = code_of(input.scalar_type());
+    to.dtype = code_of(input);
     to.input = input.const_data_ptr();
     to.n = input.size(0), to.classes = input.size(1), to.d = input.dim() == 3 ? input.size(2) : 1;
     set_strides(input, to.stride_n, to.stride_c, to.stride_d);
@@ -215,8 +201,8 @@ void scale_gradient(Tensor grad, const Tensor& factor) {
       grad.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const Tensor by = factor.scalar_type() == arithmetic ? factor : torch::stable::to(factor, arithmetic);
   Tensor piece = is_dense(grad) ? grad : torch::stable::contiguous(grad);
-  check(cuda::scale_gradient(code_of(grad.scalar_type()), piece.mutable_data_ptr(), by.const_data_ptr(),
-                             grad.numel(), on.multiprocessors(), on.stream));
+  check(cuda::scale_gradient(code_of(grad), piece.mutable_data_ptr(), by.const_data_ptr(), grad.numel(),
+                             on.multiprocessors(), on.stream));
   if (piece.const_data_ptr() != grad.const_data_ptr()) torch::stable::copy_(grad, piece);
 }
 
@@ -224,7 +210,7 @@ void scale_gradient(Tensor grad, const Tensor& factor) {
 void run_sigmoid_focal(const OnDevice& on, const Tensor* grad_loss, const Tensor& input, const Tensor& target,
                        const MaybeTensor& weight, const MaybeTensor& normalizer, Tensor& out, bool wide,
                        double alpha, double gamma, bool reduce, double factor) {
-  const int dtype = code_of(input.scalar_type());
+  const int dtype = code_of(input);
   const ScalarType arithmetic = dtype == 3 ? ScalarType::Double : ScalarType::Float;
   const Tensor x = torch::stable::contiguous(input), t = torch::stable::contiguous(target);
   const bool dense = target.dim() == input.dim();

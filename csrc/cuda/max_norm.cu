@@ -39,23 +39,6 @@ struct Job {
 };
 
 template <class T>
-__device__ double widen(T x) {
-  if constexpr (sizeof(T) == 2)
-    return static_cast<float>(x);
-  else
-    return x;
-}
-
-// To the nearest, through fp32 for the half types, as PyTorch does.
-template <class T>
-__device__ T nearest(double x) {
-  if constexpr (sizeof(T) == 2)
-    return static_cast<T>(static_cast<float>(x));
-  else
-    return static_cast<T>(x);
-}
-
-template <class T>
 __device__ T toward_zero(double exact) {
   using Bits =
       std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;

@@ -10,27 +10,15 @@
 namespace fastreg {
 namespace {
 using cuda::check;
+using cuda::code_of;
 using cuda::OnDevice;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-int dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return 1;
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Double:
-      return 3;
-    default:
-      return 0;
-  }
-}
-
 Tensor drop_path(const Tensor& x, const Tensor& mask, double p, std::optional<Tensor> residual) {
   const OnDevice on(x);
   Tensor out = torch::stable::empty_like(x);
-  check(cuda::drop_path(dtype_of(x), x.const_data_ptr(), mask.const_data_ptr(),
+  check(cuda::drop_path(code_of(x), x.const_data_ptr(), mask.const_data_ptr(),
                         residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr(), x.numel(),
                         mask.numel(), p, on.stream));
   return out;
@@ -40,7 +28,7 @@ Tensor soft_threshold(const Tensor& x, const Tensor& tau, int64_t run, int64_t c
                       int64_t channel_step) {
   const OnDevice on(x);
   Tensor out = torch::stable::empty_like(x);
-  check(cuda::soft_threshold(dtype_of(x), x.const_data_ptr(), tau.const_data_ptr(), out.mutable_data_ptr(),
+  check(cuda::soft_threshold(code_of(x), x.const_data_ptr(), tau.const_data_ptr(), out.mutable_data_ptr(),
                              x.numel(), run, channels, sample_step, channel_step, on.stream));
   return out;
 }
@@ -52,7 +40,7 @@ std::tuple<Tensor, Tensor> soft_threshold_backward(const Tensor& grad, const Ten
   Tensor grad_x = torch::stable::empty_like(x);
   Tensor sums = on.empty({(x.numel() + run - 1) / run}, tau.scalar_type());
   check(cuda::soft_threshold_backward(
-      dtype_of(x), grad.const_data_ptr(), x.const_data_ptr(), tau.const_data_ptr(), grad_x.mutable_data_ptr(),
+      code_of(x), grad.const_data_ptr(), x.const_data_ptr(), tau.const_data_ptr(), grad_x.mutable_data_ptr(),
       sums.mutable_data_ptr(), x.numel(), run, channels, sample_step, channel_step, on.stream));
   return {grad_x, sums};
 }

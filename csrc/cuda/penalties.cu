@@ -22,23 +22,6 @@ using max_norm::Order;
 
 constexpr int kThreads = 256;
 
-template <class T>
-__device__ double widen(T x) {
-  if constexpr (sizeof(T) == 2)
-    return static_cast<float>(x);
-  else
-    return x;
-}
-
-// To the nearest, through fp32 for the half types, as PyTorch does.
-template <class T>
-__device__ T nearest(double x) {
-  if constexpr (sizeof(T) == 2)
-    return static_cast<T>(static_cast<float>(x));
-  else
-    return static_cast<T>(x);
-}
-
 struct Chunk {
   const int64_t* row;
   int64_t tensor, first, length;

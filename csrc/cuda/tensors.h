@@ -26,6 +26,22 @@ inline void check(cudaError_t error) {
     throw std::runtime_error(std::string("fastreg, CUDA: ") + cudaGetErrorString(error));
 }
 
+// How launchers name a floating dtype.
+inline int code_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return 0;
+    case ScalarType::Half:
+      return 1;
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Double:
+      return 3;
+    default:
+      throw std::runtime_error("fastreg, CUDA: the tensor must be floating point");
+  }
+}
+
 // The device of a tensor is current while this lives. Launch on `stream`.
 class __attribute__((visibility("hidden"))) OnDevice {
  public:
