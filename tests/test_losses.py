@@ -857,13 +857,14 @@ def test_gradcheck_and_gradgradcheck(backend, name, kind):
     target = {"index": y, "pair": (y, z, 0.3), "probabilities": torch.rand(3, 5, dtype=torch.float64)}[kind]
     options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options_named(name, 5).items()}
     weight = torch.rand(5, dtype=torch.float64)
-    for reduction in ("mean", "none"):
+    for reduction in ("mean", "none") if backend != "triton" else ("mean",):  # the interpreter is slow
         loss = lambda t: serve(  # noqa: E731
             backend,
             lambda: cross_entropy(t, target, weight, reduction=reduction, **options),  # noqa: B023
         )
         assert torch.autograd.gradcheck(loss, x)
-        assert torch.autograd.gradgradcheck(loss, x)
+        if backend == "reference" or name == "family":  # every second derivative is taken of the reference
+            assert torch.autograd.gradgradcheck(loss, x)
 
 
 def test_create_graph_gives_the_gradient_itself_too(backend):

