@@ -34,9 +34,9 @@ _backends.register("cross_entropy", kernels=_ops.KERNEL_BACKENDS)
 # A target is class indices, probabilities of the input's shape, or two index tensors and the share of the first.
 Target = Tensor | tuple[Tensor, Tensor, float | Tensor]
 
-# On the CPU a plain call on at most this many logits makes its gradient together with the loss: there the time goes
-# into calls, and one is saved. The gradient that waits for the backward is at most 4 MiB of fp32.
-_SMALL = 1 << 20
+# On the CPU a plain call on at most this many logits makes its gradient together with the loss, which saves a call and
+# a read. The gradient that waits for the backward is at most 32 MiB of fp32, as much as PyTorch's own loss keeps.
+_SMALL = 1 << 23
 _small = _ops.kernels("cross_entropy_small")["cpu"]
 _INT64 = torch.int64
 _current_level = torch._C._functorch.maybe_current_level
@@ -101,7 +101,7 @@ def cross_entropy(
             fp16 input is treated as without it: a gradient scaler's factor must come before the rounding.
             "in_place" lets the gradient take the place of the logits, which are then spoilt: for logits that nobody
             else needs, not a leaf, and for one backward. Where the gradient is not made in the forward, they stay.
-            On the CPU plain calls on up to 2^20 logits do so by themselves.
+            On the CPU plain calls on up to 2^23 logits do so by themselves.
         outputs: return `LossOutputs`, what else the same pass knows, instead of the loss alone.
         statistics: a `fastreg.longtail.ClassStatistics`, to which this call's rows are added per target class.
             Only for class indices.
@@ -452,29 +452,33 @@ class _SmallCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, target, ignore_index, reduction, fp32_loss):
         loss, grad = _small(input, target, ignore_index, reduction, fp32_loss)
-        ctx.save_for_backward(input, target, grad)
-        ctx.ignore_index, ctx.reduction = ignore_index, reduction
+        ctx.save_for_backward(input, target)
+        ctx.made = grad, ignore_index, reduction
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        input, target, grad = ctx.saved_tensors
+        grad, ignore_index, reduction = ctx.made
+        ctx.made = None, ignore_index, reduction  # handed over once; a second backward makes its own
         try:
             factor = grad_loss.item()
         except RuntimeError:
             factor = None  # one of many, under vmap
+        if factor == 1.0 and grad is not None and not torch.is_grad_enabled():
+            return grad, None, None, None, None
+        input, target = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a second derivative may be asked for
-            reduction = _ops.REDUCTIONS[ctx.reduction]
-            loss = cross_entropy_reference(input, target, ignore_index=ctx.ignore_index, reduction=reduction)
+            named = _ops.REDUCTIONS[reduction]
+            loss = cross_entropy_reference(input, target, ignore_index=ignore_index, reduction=named)
             (grad,) = torch.autograd.grad(loss, input, grad_loss.to(loss.dtype), create_graph=True)
-        elif factor is None:
-            grad = grad * grad_loss
-        elif not math.isfinite(factor):  # times an exact 0 it would be NaN
-            args = input, target, *[None] * 6, ctx.ignore_index, ctx.reduction, 0.0, 0.0, 1.0, 1.0, 0.0
+        elif factor is not None and not math.isfinite(factor):  # times an exact 0 it would be NaN
+            args = input, target, *[None] * 6, ignore_index, reduction, 0.0, 0.0, 1.0, 1.0, 0.0
             _, *softmax = _forward["cpu"](*args, False, False)
             grad = _backward["cpu"](grad_loss, *args[:8], *softmax, *args[8:])
-        elif factor != 1.0:
-            grad = grad * factor
+        else:
+            if grad is None:
+                _, grad = _small(input, target, ignore_index, reduction, False)
+            grad = grad * grad_loss if factor is None else grad.mul_(factor)
         return grad, None, None, None, None
 
 
