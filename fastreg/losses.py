@@ -35,8 +35,8 @@ _backends.register("cross_entropy", kernels=_ops.KERNEL_BACKENDS)
 Target = Tensor | tuple[Tensor, Tensor, float | Tensor]
 
 # On the CPU a plain call on at most this many logits makes its gradient together with the loss, which saves a call and
-# a read. The gradient that waits for the backward is at most 32 MiB of fp32, as much as PyTorch's own loss keeps.
-_SMALL = 1 << 23
+# a read. The gradient that waits for the backward is at most 4 MiB of fp32.
+_SMALL = 1 << 20
 _small = _ops.kernels("cross_entropy_small")["cpu"]
 _INT64 = torch.int64
 _current_level = torch._C._functorch.maybe_current_level
@@ -101,7 +101,7 @@ def cross_entropy(
             fp16 input is treated as without it: a gradient scaler's factor must come before the rounding.
             "in_place" lets the gradient take the place of the logits, which are then spoilt: for logits that nobody
             else needs, not a leaf, and for one backward. Where the gradient is not made in the forward, they stay.
-            On the CPU plain calls on up to 2^23 logits do so by themselves.
+            On the CPU plain calls on up to 2^20 logits do so by themselves.
         outputs: return `LossOutputs`, what else the same pass knows, instead of the loss alone.
         statistics: a `fastreg.longtail.ClassStatistics`, to which this call's rows are added per target class.
             Only for class indices.

@@ -106,8 +106,10 @@ def _enter(rank, world, port, job):
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
         job(rank, world)
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # threads of the process group may outlive it, and abort a process that winds down
 
 
 @pytest.mark.skipif(not dist.is_available() or sys.platform != "linux", reason="needs gloo")

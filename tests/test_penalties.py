@@ -71,7 +71,9 @@ def test_value_and_gradient(seed, sizes, dtypes, p, squared):
     for t in tensors:
         want = 3 * exact_gradient(t, p, squared)
         info = torch.finfo(t.dtype)
-        error = (t.grad.double() - want).abs() - 8 * info.eps * want.abs()
+        # In fp64 the norm's sum too, ours and the oracle's, to the power of p − 1.
+        roundings = 8 + (2 * p * len(t) ** 0.5 if t.dtype == torch.float64 else 0)
+        error = (t.grad.double() - want).abs() - roundings * info.eps * want.abs()
         assert t.grad.dtype == t.dtype and (error <= info.smallest_normal).all()
 
 
