@@ -204,7 +204,7 @@ def cross_entropy(
         other_target,
         share,
         ignore_index,
-        _ops.REDUCTIONS.index(reduction),
+        _REDUCTION[reduction],
         label_smoothing,
         gamma,
         1.0 if alpha is None or isinstance(alpha, Tensor) else alpha,
@@ -412,7 +412,8 @@ def _as_kernels_know(input: Tensor, target: Tensor, *per_row: Tensor | None) -> 
 
 
 def _small_ready() -> bool:
-    """Whether nothing but the arguments can keep a call from the CPU kernels, and a gradient is wanted."""
+    """Whether nothing but the arguments can keep a call from the CPU kernels, and a gradient is wanted: what
+    `_backends.choose` finds, without its calls, which would be a microsecond of forty."""
     return (
         (_backends._forced is None or _backends._forced == "cpu")
         and torch.is_grad_enabled()
@@ -470,7 +471,7 @@ class _SmallCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: a second derivative may be asked for
             named = _ops.REDUCTIONS[reduction]
             loss = cross_entropy_reference(input, target, ignore_index=ignore_index, reduction=named)
-            (grad,) = torch.autograd.grad(loss, input, grad_loss.to(loss.dtype), create_graph=True)
+            grad = _differentiable_gradient(loss, input, grad_loss)
         elif factor is not None and not math.isfinite(factor):  # times an exact 0 it would be NaN
             args = input, target, *[None] * 6, ignore_index, reduction, 0.0, 0.0, 1.0, 1.0, 0.0
             _, *softmax = _forward["cpu"](*args, False, False)
@@ -569,6 +570,10 @@ def _differentiable_backward(ctx, grad_loss: Tensor) -> Tensor:
         z_loss=z_loss,
         all_ignored="zero" if ctx.zero_if_empty else "nan",
     )
+    return _differentiable_gradient(loss, input, grad_loss)
+
+
+def _differentiable_gradient(loss: Tensor, input: Tensor, grad_loss: Tensor) -> Tensor:
     (grad,) = torch.autograd.grad(loss, input, grad_loss.to(loss.dtype), create_graph=True)
     return grad
 
@@ -918,8 +923,7 @@ def _differentiable_sigmoid_backward(ctx, grad_loss: Tensor) -> Tensor:
     alpha, gamma, reduce, scale = ctx.options
     reduction = "sum" if reduce else "none"
     loss = scale * sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction, weight, normalizer)
-    (grad,) = torch.autograd.grad(loss, inputs, grad_loss.to(loss.dtype), create_graph=True)
-    return grad
+    return _differentiable_gradient(loss, inputs, grad_loss)
 
 
 def sigmoid_focal_loss_reference(

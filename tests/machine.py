@@ -10,6 +10,7 @@
 
 import os
 import shutil
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
@@ -87,3 +88,13 @@ def move(value, device: str):
     flat = value.new_empty(0).set_(storage, 0, (storage.nbytes() // value.element_size(),), (1,))
     moved = flat.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
     return moved.requires_grad_(value.requires_grad)
+
+
+@contextmanager
+def no_sync():
+    """Where the host waits for the GPU, it raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

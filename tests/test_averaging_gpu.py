@@ -8,7 +8,7 @@ from torch import nn
 
 import fastreg
 from fastreg import EMA, SWA, AveragedModel, PowerEMA, TanhEMA, WeightAverager, average_, averaging
-from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
+from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas, no_sync
 from tests.proving import cubin, cudahost
 
 RULES = {"ema": EMA(0.9), "swa": SWA(), "tanh": TanhEMA(), "power": PowerEMA(0.1)}
@@ -304,8 +304,7 @@ def test_a_cuda_graph_replays_a_changing_decay_without_a_sync(backend):
         with torch.cuda.graph(graph):
             averager.update()
         exact = {name: [p.detach().double() for p in net] for name in RULES}
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_sync():
             for n in range(1, 20):
                 with torch.no_grad():
                     for p in net:
@@ -315,8 +314,6 @@ def test_a_cuda_graph_replays_a_changing_decay_without_a_sync(backend):
                 for name, rule in RULES.items():
                     w = float(rule.weight(count))
                     exact[name] = [e + w * (p.detach().double() - e) for e, p in zip(exact[name], net)]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert averager.n_averaged.item() == 20
     for name, tensors in exact.items():
         for ours, e in zip(averager.state_dict()["averages"][name].values(), tensors):
@@ -349,13 +346,10 @@ def test_updates_and_swaps_do_not_sync(backend):
         averager.update()
         with averager.swapped("ema"):
             pass
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_sync():
             averager.update(found_inf=torch.zeros((), device="cuda"))
             with averager.swapped("ema"):
                 pass
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_cuda
@@ -369,14 +363,11 @@ def test_an_average_on_the_host_follows_a_model_on_the_gpu_without_a_sync():
         now = [p.detach().double().cpu() for p in net]
         exact = now if n == 0 else [torch.lerp(e, p, 0.5) for e, p in zip(exact, now)]
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_sync():
             averaged.update_parameters(net, found_inf=torch.zeros((), device="cuda"))
             with torch.no_grad():
                 for p in net:
                     p.fill_(float("nan"))  # the next step, which is not to reach the average
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert averaged.n_averaged.item() == 5
     for ours, e in zip(averaged.module, exact):
         torch.testing.assert_close(ours.double(), e, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import torch
 import fastreg
 from benchmarks.gpu_check import GPU_BACKENDS, OPS, agree
 from fastreg import _backends
-from tests.machine import needs_cuda
+from tests.machine import needs_cuda, no_sync
 
 pytestmark = needs_cuda
 
@@ -42,11 +42,8 @@ def test_never_waits_for_the_device(op, backend):
     for ours, _ in OPS[op].calls("cuda"):
         with fastreg.use_backend(backend):
             ours()  # compiles
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with no_sync():
                 ours()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
 
 
 @every_kernel

@@ -7,7 +7,7 @@ import torch
 
 import fastreg
 from fastreg import _ops
-from tests.machine import needs_cuda, needs_cudahost, needs_nvcc
+from tests.machine import needs_cuda, needs_cudahost, needs_nvcc, no_sync
 from tests.proving import cubin, cudahost
 
 max_norm = import_module("fastreg.max_norm")  # the name in the package is the function
@@ -101,8 +101,5 @@ def test_projecting_does_not_sync(backend):
     with fastreg.use_backend(backend):
         constraint = fastreg.MaxNorm(tensors, 1.0)
         constraint.project()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_sync():
             constraint.project()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

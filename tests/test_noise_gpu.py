@@ -5,7 +5,7 @@ import torch
 
 import fastreg
 from fastreg import _plan, noise
-from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
+from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas, no_sync
 from tests.proving import cubin, cudahost
 
 LAUNCHERS = ("drop_path", "soft_threshold", "soft_threshold_backward")
@@ -148,8 +148,5 @@ def test_nothing_waits_for_the_device(backend):
 
     with fastreg.use_backend(backend):
         step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_sync():
             step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

@@ -9,7 +9,7 @@ from torch import nn
 
 import fastreg
 from fastreg import _plan, penalties
-from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
+from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas, no_sync
 from tests.proving import cubin, cudahost
 
 LAUNCHERS = ("lp_norms", "lp_penalty_backward", "fgm_attack", "fgm_restore")
@@ -206,11 +206,8 @@ def test_nothing_waits_for_the_device(backend):
 
     with fastreg.use_backend(backend):
         step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_sync():
             step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("capturing", [True, False])
