@@ -38,7 +38,7 @@ Target = Tensor | tuple[Tensor, Tensor, float | Tensor]
 # a read. The gradient that waits for the backward is at most 4 MiB of fp32.
 _SMALL = 1 << 20
 _small = _ops.kernels("cross_entropy_small")["cpu"]
-_INT64 = torch.int64
+_INT64, _FP16, _FP32 = torch.int64, torch.float16, torch.float32
 _current_level = torch._C._functorch.maybe_current_level
 _is_autocast_enabled = torch.is_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
@@ -130,14 +130,15 @@ def cross_entropy(
         and input.requires_grad
         and input.is_cpu
         and input.dim() == 2
-        and input.dtype is not torch.float16  # there a gradient waits for its scaler's factor
+        and (dtype := input.dtype) is not _FP16  # there a gradient waits for its scaler's factor
         and target.dtype is _INT64
         and input.numel() <= _SMALL
         and not _is_compiling()
         and _small_ready()
     ):
+        widen = dtype is not _FP32 and _is_autocast_enabled("cpu")
         try:
-            return _small_cross_entropy(input, target, ignore_index, _REDUCTION[reduction], _is_autocast_enabled("cpu"))
+            return _small_cross_entropy(input, target, ignore_index, _REDUCTION[reduction], widen)
         except (RuntimeError, IndexError, TypeError):
             pass  # what is wrong is said below in this function's own words
 

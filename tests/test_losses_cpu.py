@@ -435,18 +435,37 @@ def test_small_batches_under_any_incoming_gradient(dtype, reduction, factor):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
-@pytest.mark.parametrize("classes", (1, 2, 15, 16, 17, 33, 100, 1000, 4096, 5000))
+@pytest.mark.parametrize("classes", (1, 2, 15, 16, 17, 32, 33, 100, 1000, 4096, 5000))
 def test_small_batches_are_accurate(dtype, classes):
+    rows = 37 if classes <= 32 else 9  # of few classes a vector holds 4 to 16 rows
     for layout in ("contiguous", "sliced", "transposed"):
-        x = with_layout((5 * torch.randn(9, classes)).to(dtype), layout)
-        target = torch.randint(classes, (9,))
+        x = with_layout((5 * torch.randn(rows, classes)).to(dtype), layout)
+        target = torch.randint(classes, (rows,))
         check(x, target)
         target[4] = -100
         check(x, target, reduction="sum")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
-def test_small_batches_of_extreme_logits(dtype):
+def test_rows_of_few_classes_do_not_depend_on_their_neighbours(dtype):
+    x, target = (5 * torch.randn(37, 10)).to(dtype), torch.randint(10, (37,))
+
+    def gradient(x, target):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(cross_entropy(leaf, target, reduction="sum"), leaf)
+        return grad
+
+    whole = gradient(x, target)
+    for rows in (slice(0, 1), slice(3, 20), slice(30, 37)):
+        assert torch.equal(gradient(x[rows], target[rows]), whole[rows])
+    x[5], target[5] = float("nan"), -100
+    kept = torch.arange(37) != 5
+    assert torch.equal(gradient(x, target)[kept], whole[kept])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("classes", (3, 40))  # both ways to lay rows in vectors
+def test_small_batches_of_extreme_logits(dtype, classes):
     inf, nan = float("inf"), float("nan")
     rows = [
         [0, -inf, 3],
@@ -457,14 +476,15 @@ def test_small_batches_of_extreme_logits(dtype):
         [1e4, 1e4, -1e4],
         [nan, inf, 0],
     ]
-    x = torch.tensor(rows, dtype=dtype)
+    x = F.pad(torch.tensor(rows, dtype=dtype), (0, classes - 3), value=-inf)
     target = torch.tensor([0, 1, 0, 0, 0, 1, -100])
-    results = []
-    for loss_of in (cross_entropy, F.cross_entropy):
-        leaf = x[:6].clone().requires_grad_()
-        (grad,) = torch.autograd.grad(loss_of(leaf, target[:6], reduction="sum"), leaf)
-        results.append(grad)
-    torch.testing.assert_close(*results, equal_nan=True)
+    for row in range(6):
+        results = []
+        for loss_of in (cross_entropy, F.cross_entropy):
+            leaf = x[row : row + 1].clone().requires_grad_()
+            loss = loss_of(leaf, target[row : row + 1], reduction="sum")
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        torch.testing.assert_close(*results, equal_nan=True)
     leaf = x.clone().requires_grad_()
     cross_entropy(leaf, target).backward()
     assert (leaf.grad[6] == 0).all()  # ignored, whatever it holds
