@@ -92,10 +92,10 @@ def test_a_dropped_branch_leaves_no_nan_behind():
     assert x.grad.eq(0).all()
 
 
-def test_drop_path_keeps_the_mean():
-    torch.manual_seed(0)
-    out = fastreg.drop_path(torch.ones(200_000, 1), 0.2)
-    assert abs(out.mean().item() - 1) < 5 * math.sqrt(0.2 / 0.8 / 200_000)
+def test_drop_path_keeps_the_mean(backend):
+    rows = 5_000 if backend == ON_HOST else 200_000  # there each row is a block of threads
+    out = fastreg.drop_path(torch.ones(rows, 1), 0.2)
+    assert abs(out.mean().item() - 1) < 5 * math.sqrt(0.2 / 0.8 / rows)
 
 
 def test_drop_path_second_derivative():
