@@ -1,9 +1,10 @@
 """Argument checks. Every message names the argument, what came and what was expected."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32, torch.uint8)
@@ -12,6 +13,11 @@ INDICES = (torch.int64, torch.int32, torch.uint8)
 def is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def is_module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def dtype_in(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
@@ -32,14 +38,21 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 def in_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """low <= value <= high; NaN is outside."""
+    _is_number(name, value)
     if not low <= value <= high:
         wanted = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 def finite_at_least(name: str, value: float, low: float) -> None:
+    _is_number(name, value)
     if not low <= value < float("inf"):
         raise ValueError(f"{name} must be finite and at least {low:g}, got {value}")
+
+
+def _is_number(name: str, value: object) -> None:
+    if not isinstance(value, Real | Tensor):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def in_bounds(name: str, target: Tensor, classes: int, ignore_index: int) -> None:
@@ -49,3 +62,11 @@ def in_bounds(name: str, target: Tensor, classes: int, ignore_index: int) -> Non
         raise IndexError(
             f"{name} must be in [0, {classes}) or ignore_index, {ignore_index}, got {int(target[wrong][0])}"
         )
+
+
+# ---- words for messages and reprs
+
+
+def counted(things: Sized, noun: str) -> str:
+    """ "1 tensor", "3 tensors"."""
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"

@@ -798,6 +798,7 @@ class AveragedModel(nn.Module):
         rounding_seed: int | None = None,
     ) -> None:
         super().__init__()
+        _checks.is_module("model", model)
         self.rule = _check_rule("rule", SWA() if rule is None else rule)
         _check_clock(update_every, start_step)
         _check_dtype(dtype)
@@ -970,6 +971,7 @@ class WeightAverager:
         start_step: int = 0,
         rounding_seed: int | None = None,
     ) -> None:
+        _checks.is_module("model", model)
         if not isinstance(rules, Mapping) or not rules:
             raise ValueError(f"rules must map at least one name to a rule, got {rules!r}")
         self.rules = {name: _check_rule(f"rules[{name!r}]", rule) for name, rule in rules.items()}
@@ -988,6 +990,9 @@ class WeightAverager:
         self._model, self.rounding_seed = model, rounding_seed
         self._link: _Link | None = None
         self._swapped: str | None = None
+
+    def __repr__(self) -> str:
+        return f"WeightAverager({_checks.counted(self._follows, 'tensor')}, {self.rules})"
 
     def _copy(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
         """A tensor of its own per name; names that share memory share the copy."""

@@ -246,6 +246,9 @@ class _Constraint:
             )
         self.steps = 0
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_checks.counted(self.params, 'tensor')}, p={self.p}, dim={self.dim})"
+
     def project(self) -> Tensor:
         raise NotImplementedError
 

@@ -270,8 +270,7 @@ def replace_modules(model: nn.Module, group_norm: bool = True, fuse_activation: 
     leaves an `nn.Identity`; not where a hook would see the difference, nor where the GroupNorm stands in several
     places.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _checks.is_module("model", model)
     report = Replacements()
     if not group_norm:
         return report

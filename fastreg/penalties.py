@@ -201,6 +201,9 @@ class Penalty:
         chosen = _select(module, include)
         self.names, self.params, self.l1, self.l2 = list(chosen), list(chosen.values()), l1, l2
 
+    def __repr__(self) -> str:
+        return f"Penalty({_checks.counted(self.params, 'tensor')}, l1={self.l1}, l2={self.l2})"
+
     def _terms(self) -> list[tuple[float, float, bool]]:
         return [term for term in ((self.l1, 1.0, False), (self.l2, 2.0, True)) if term[0]]
 
@@ -243,6 +246,9 @@ class FGM:
         self._perturbation = Perturbation()
         self._chosen = _select(module, include)
         self._watch = _plan.Watch(module)
+
+    def __repr__(self) -> str:
+        return f"FGM({_checks.counted(self._chosen, 'tensor')}, epsilon={self.epsilon})"
 
     @torch.no_grad()
     def attack(self, epsilon: float | None = None) -> None:
@@ -386,8 +392,7 @@ def _refuse_fgm(backend: str, params: list[Tensor]) -> str | None:
 
 def _select(module: nn.Module, include: str | Iterable[str] | Callable[[str, Tensor], bool]) -> dict[str, Tensor]:
     """The module's parameters chosen by name; tied ones once."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    _checks.is_module("module", module)
     if not callable(include):
         parts = [include] if isinstance(include, str) else list(include)
         chosen = {name: param for name, param in module.named_parameters() if any(part in name for part in parts)}
