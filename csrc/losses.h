@@ -61,8 +61,8 @@ struct ScalarMath {
     return ::expm1(x);
   }
   template <class A>
-  static FASTREG_HD A log(A x) {
-    return ::log(x);
+  static FASTREG_HD A log1p(A x) {
+    return ::log1p(x);
   }
   template <class A>
   static FASTREG_HD A pow(A base, A exponent) {

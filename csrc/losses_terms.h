@@ -2,7 +2,7 @@
 //
 // Included inside a namespace and without a guard: losses.h does so for numbers, and the CPU kernels once
 // more for each instruction set, because what runs on vectors must be compiled for that set. Math has exp,
-// expm1, log and pow.
+// expm1, log1p (of 0 to 1) and pow.
 
 // The focal term (1 - p)^gamma * -log p. V is A or a vector of it.
 template <class Math = ScalarMath, class V, class A>
@@ -24,24 +24,35 @@ FASTREG_HD V focal_slope(V log_p, A gamma) {
   return Math::pow(u, gamma) * (one + gamma * ratio);
 }
 
-// One term of the sigmoid focal loss, alpha_t * (1 - p_t)^gamma * (-t * log p - (1 - t) * log(1 - p)) with
-// p = sigmoid(x), and its derivative by x. A negative alpha means alpha_t = 1. 1 - p_t = p * (1 - t) + (1 -
-// p) * t.
+// sigmoid(|x|), sigmoid(-|x|) and log(1 + exp(-|x|)).
+template <class V>
+struct Logistic {
+  V near_one, near_zero, log1p;
+};
+
+template <class Math, class A, class V>
+FASTREG_HD Logistic<V> logistic(V x) {
+  const V zero{}, one = zero + A(1), e = Math::exp(x > zero ? -x : x), near_one = one / (one + e);
+  return {near_one, e * near_one, Math::log1p(e)};
+}
+
 template <class V>
 struct SigmoidFocal {
   V loss, derivative;
 };
 
+// One term of the sigmoid focal loss, alpha_t * (1 - p_t)^gamma * (-t * log p - (1 - t) * log(1 - p)) with
+// p = sigmoid(x), and its derivative by x. A negative alpha means alpha_t = 1. 1 - p_t = p * (1 - t) + (1 -
+// p) * t.
 template <class Math = ScalarMath, class V, class A>
 FASTREG_HD SigmoidFocal<V> sigmoid_focal(V x, V t, A alpha, A gamma) {
   const V zero{}, one = zero + A(1);
-  const V e = Math::exp(x > zero ? -x : x), sum = one + e, near_one = one / sum, near_zero = e * near_one;
-  // log(1 + e), with the digits that rounding takes off 1 + e
-  const V log1p = Math::log(sum) + (e - (sum - one)) * near_one;
-  const V p = x > zero ? near_one : near_zero, not_p = x > zero ? near_zero : near_one;
+  const Logistic<V> sides = logistic<Math, A>(x);
+  const V p = x > zero ? sides.near_one : sides.near_zero,
+          not_p = x > zero ? sides.near_zero : sides.near_one;
   // Where the target has no share of a side, or the derivative is 0, an infinite x must not make it NaN.
   const V side = x > zero ? one - t : t, distance = x > zero ? x : -x;
-  const V entropy = (side == zero ? zero : distance * side) + log1p;
+  const V entropy = (side == zero ? zero : distance * side) + sides.log1p;
   const V u = p * (one - t) + not_p * t;
   const V power = gamma == 0 ? one : Math::pow(u, gamma);
   const V balance = alpha < 0 ? one : t * alpha + (one - t) * (A(1) - alpha);
@@ -52,4 +63,18 @@ FASTREG_HD SigmoidFocal<V> sigmoid_focal(V x, V t, A alpha, A gamma) {
   const V inner = ratio == zero ? zero : gamma * (t + t - one) * ratio * entropy;
   const V derivative = slope - inner;
   return {balance * power * entropy, balance * power * derivative};
+}
+
+// The same for a target of 0 or 1, without alpha_t and by the logit of being wrong: x for 0, -x for 1. With
+// u = sigmoid(wrong) it is u^gamma * log(1 + exp(wrong)).
+template <class Math = ScalarMath, class V, class A>
+FASTREG_HD SigmoidFocal<V> hard_sigmoid_focal(V wrong, A gamma) {
+  const V zero{}, one = zero + A(1);
+  const Logistic<V> sides = logistic<Math, A>(wrong);
+  const V u = wrong > zero ? sides.near_one : sides.near_zero;
+  const V rest = wrong > zero ? sides.near_zero : sides.near_one;
+  const V entropy = (wrong > zero ? wrong : zero) + sides.log1p;
+  const V power = gamma == 0 ? one : Math::pow(u, gamma);
+  const V inner = rest == zero ? zero : gamma * rest * entropy;  // where entropy may be infinite
+  return {power * entropy, power * (u + inner)};
 }

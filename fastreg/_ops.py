@@ -118,17 +118,29 @@ _define(
     "losses",
 )
 
+
 # input is (N, C); target is (N, C), of its dtype, or holds one class index per row (N), where any value outside
 # [0, C) makes the whole row negative. weight is (C,). With reduce the result is 0-d: the sum · scale, divided by
 # the 0-d normalizer where there is one (a normalizer of 0 counts as 1).
+def _sigmoid_focal_forward(input, target, weight, normalizer, alpha, gamma, reduce, scale, fp32_loss):
+    return input.new_empty([] if reduce else input.shape, dtype=accumulator(input) if fp32_loss else input.dtype)
+
+
 _define(
     "sigmoid_focal_forward",
     "(Tensor input, Tensor target, Tensor? weight, Tensor? normalizer, float alpha, float gamma, bool reduce, "
     "float scale, bool fp32_loss) -> Tensor loss",
-    lambda input, target, weight, normalizer, alpha, gamma, reduce, scale, fp32_loss: input.new_empty(
-        [] if reduce else input.shape, dtype=accumulator(input) if fp32_loss else input.dtype
-    ),
+    _sigmoid_focal_forward,
     "losses",
+)
+_define(
+    "sigmoid_focal_small",
+    # The same, and the gradient of the loss; for reduce false, that of each term by its own logit.
+    "(Tensor input, Tensor target, Tensor? weight, Tensor? normalizer, float alpha, float gamma, bool reduce, "
+    "float scale, bool fp32_loss) -> (Tensor loss, Tensor grad_input)",
+    lambda input, *rest: (_sigmoid_focal_forward(input, *rest), torch.empty_like(input)),
+    "losses",
+    backends=("cpu",),
 )
 _define(
     "sigmoid_focal_backward",

@@ -34,8 +34,8 @@ _backends.register("cross_entropy", kernels=_ops.KERNEL_BACKENDS)
 # A target is class indices, probabilities of the input's shape, or two index tensors and the share of the first.
 Target = Tensor | tuple[Tensor, Tensor, float | Tensor]
 
-# On the CPU a plain call on at most this many logits makes its gradient together with the loss, which saves a call and
-# a read. The gradient that waits for the backward is at most 4 MiB of fp32.
+# On the CPU a plain call, or the sigmoid focal loss, makes the gradient of at most this many logits together with the
+# loss, which saves a call and a read. The gradient that waits for the backward is at most 4 MiB of fp32.
 _SMALL = 1 << 20
 _small = _ops.kernels("cross_entropy_small")["cpu"]
 _INT64, _FP16, _FP32 = torch.int64, torch.float16, torch.float32
@@ -246,7 +246,8 @@ class LossOutputs(NamedTuple):
     """logsumexp(z) of each row, in the dtype of the computation; 0 in ignored rows."""
     argmax: Tensor
     """The class of the largest logit of each row, the lowest among equals, int64; −1 in ignored rows. It is taken of
-    input, not of the adjusted z: the adjustment belongs to training, the prediction to the bare logits."""
+    input, not of the adjusted z: the adjustment belongs to training, the prediction to the bare logits. NaN is not
+    the largest, unlike in torch.argmax; a row of nothing else says some class."""
     correct: Tensor | None
     """Whether argmax is the target, False in ignored rows; None unless the target is class indices."""
 
@@ -602,7 +603,11 @@ def _reference_with_extra(
     """The loss, and per row the log-sum-exp, the loss before reduction and the argmax."""
     losses, counts, z = _row_losses(input, target, weight, **options)
     dim = 0 if input.dim() == 1 else 1
-    known = torch.logsumexp(z.detach(), dim), losses.detach(), input.detach().argmax(dim)
+    known = (
+        torch.logsumexp(z.detach(), dim),
+        losses.detach(),
+        input.detach().masked_fill(input.isnan(), -math.inf).argmax(dim),
+    )
     return _reduce(losses, counts, reduction, all_ignored, input), *known
 
 
@@ -791,6 +796,7 @@ def autocast_enabled(device: str) -> bool:
 
 _sigmoid_forward = _ops.kernels("sigmoid_focal_forward")
 _sigmoid_backward = _ops.kernels("sigmoid_focal_backward")
+_sigmoid_small = _ops.kernels("sigmoid_focal_small")["cpu"]
 _backends.register("sigmoid_focal_loss", kernels=_ops.KERNEL_BACKENDS)
 
 
@@ -825,7 +831,7 @@ def sigmoid_focal_loss(
 
     Returns:
         The loss, 0-d or, for "none", of inputs' shape, in inputs' dtype (fp32 under autocast), computed in fp32
-        (fp64 for fp64) and rounded once.
+        (fp64 for fp64) and rounded once. On the CPU the gradient of up to 2^20 logits is made together with it.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or range.
@@ -843,8 +849,16 @@ def sigmoid_focal_loss(
     elif normalizer is not None and not isinstance(normalizer, Tensor):
         scale, normalizer = 1 / (normalizer or 1), None
     classes = inputs.shape[-1] if inputs.dim() else 1
+    small = (
+        backend == "cpu"
+        and inputs.requires_grad
+        and inputs.numel() <= _SMALL
+        and (inputs.dtype == compute or (inputs.dtype == torch.bfloat16 and reduction != "none"))  # as exact as later
+        and torch.is_grad_enabled()
+        and not _is_compiling()
+    )
     return _apply(
-        _SigmoidFocal,
+        _SmallSigmoidFocal if small else _SigmoidFocal,
         inputs.reshape(-1, classes),
         targets.reshape(-1, classes) if targets.shape == inputs.shape else targets.reshape(-1),
         _as_dtype(weight, compute),
@@ -916,6 +930,30 @@ class _SigmoidFocal(torch.autograd.Function):
             grad = _differentiable_sigmoid_backward(ctx, grad_loss)
         else:
             grad = _sigmoid_backward[ctx.backend](grad_loss, *ctx.saved_tensors, *ctx.options)
+        return grad, *([None] * 9)
+
+
+class _SmallSigmoidFocal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        *args, fp32_loss, _ = args
+        loss, ctx.made = _sigmoid_small(*args, fp32_loss)
+        ctx.save_for_backward(*args[:4])
+        ctx.options = args[4:]
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        made, ctx.made = ctx.made, None  # handed over once; a second backward makes its own
+        if torch.is_grad_enabled():  # create_graph: a second derivative may be asked for
+            grad = _differentiable_sigmoid_backward(ctx, grad_loss)
+        elif made is None:
+            grad = _sigmoid_backward["cpu"](grad_loss, *ctx.saved_tensors, *ctx.options)
+        else:
+            try:
+                grad = made if grad_loss.dim() == 0 and grad_loss.item() == 1.0 else made.mul_(grad_loss)
+            except RuntimeError:  # one of many, under vmap
+                grad = made * grad_loss
         return grad, *([None] * 9)
 
 

@@ -369,10 +369,16 @@ def test_sigmoid_focal_is_accurate(dtype, gamma, kind):
         check_sigmoid(x, target, gamma=gamma, alpha=-1, weight=torch.rand(classes), reduction="sum", normalizer=3.0)
 
 
+@pytest.fixture(params=["together", "apart"])
+def loss_and_gradient(request, monkeypatch):
+    """Made together, as of a small batch, or each by itself."""
+    if request.param == "apart":
+        monkeypatch.setattr(fastreg.losses, "_SMALL", 0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sigmoid_focal_layouts_are_accurate(dtype, layout):
-    torch.manual_seed(0)
+def test_sigmoid_focal_layouts_are_accurate(dtype, layout, loss_and_gradient):
     x = with_layout(torch.randn(9, 37).to(dtype), layout)
     for target in (with_layout(torch.rand(9, 37).to(dtype), layout), torch.arange(9, dtype=torch.int32)):
         for reduction in ("none", "sum"):
@@ -380,7 +386,7 @@ def test_sigmoid_focal_layouts_are_accurate(dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sigmoid_focal_is_finite_for_every_logit(dtype):
+def test_sigmoid_focal_is_finite_for_every_logit(dtype, loss_and_gradient):
     x = torch.tensor([-6e4, -1e3, -104.0, -88.5, -17.0, 0.0, 17.0, 88.5, 104.0, 1e3, 6e4], dtype=dtype)
     x = x[None].expand(3, -1).contiguous()
     target = torch.tensor([0.0, 1.0, 0.5], dtype=dtype)[:, None].expand_as(x)
@@ -388,12 +394,54 @@ def test_sigmoid_focal_is_finite_for_every_logit(dtype):
         check_sigmoid(x, target, gamma=gamma)
 
 
-def test_sigmoid_focal_of_infinite_logits():
+def test_sigmoid_focal_of_infinite_logits(loss_and_gradient):
     x = torch.tensor([float("inf"), -float("inf")])[None].expand(2, 2).contiguous().requires_grad_()
     loss = sigmoid_focal_loss(x, torch.tensor([[0.0, 0.0], [1.0, 1.0]]), alpha=-1)
     assert loss.tolist() == [[float("inf"), 0.0], [0.0, float("inf")]]
     (grad,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
     assert grad.tolist() == [[1.0, 0.0], [0.0, -1.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_sigmoid_focal_made_together_or_apart(dtype, reduction, monkeypatch):
+    """The same bits, a rounding of bf16 to that type before the factor excepted; again in a second backward."""
+    x, t = torch.randn(5, 33).to(dtype), torch.rand(5, 33).round().to(dtype)
+    t[0] = 0.3
+    grads = []
+    for most in (1 << 20, 0):
+        monkeypatch.setattr(fastreg.losses, "_SMALL", most)
+        leaf = x.clone().requires_grad_()
+        loss = sigmoid_focal_loss(leaf, t, reduction=reduction)
+        factor = torch.full_like(loss, -3.7)
+        factors = (factor, factor, factor / -3.7)
+        grads.append([torch.autograd.grad(loss, leaf, f, retain_graph=True)[0] for f in factors])
+        (penalty,) = torch.autograd.grad(loss, leaf, factor, create_graph=True)
+        torch.testing.assert_close(penalty.detach(), grads[0][0], rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+        assert torch.autograd.grad(penalty.float().sum(), leaf)[0].isfinite().all()
+    twice = dtype == torch.bfloat16 and reduction == "sum"
+    for together, apart in zip(*grads, strict=True):
+        torch.testing.assert_close(together, apart, rtol=2**-7 if twice else 0, atol=0)
+    assert torch.equal(grads[1][0], grads[1][1])
+
+
+def test_sigmoid_focal_takes_batches_of_gradients(loss_and_gradient):
+    x = torch.randn(4, 3, requires_grad=True)
+    loss = sigmoid_focal_loss(x, torch.tensor([0, 2, -1, 1]), reduction="sum")
+    factors = torch.tensor([1.0, 2.0, -3.0])
+    (batch,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True, retain_graph=True)
+    (one,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(batch, factors[:, None, None] * one)
+
+
+def test_hard_targets_among_soft_ones_keep_their_bits():
+    """A vector of which some targets are neither 0 nor 1 takes another way; the others must not show it."""
+    x, hard = torch.randn(64), torch.rand(64).round()
+    mixed = hard.clone()
+    mixed[::3] = 0.4
+    kept = mixed == hard
+    whole, some = (sigmoid_focal_loss(x, t) for t in (hard, mixed))
+    assert torch.equal(whole[kept], some[kept])
 
 
 def test_threads_change_nothing_for_sigmoid_focal():

@@ -360,6 +360,9 @@ def test_argmax_is_the_lowest_among_equals_wherever_it_stands(backend):
             got = run_extra(backend, x, target, logit_adjustment=torch.randn(shape[1]))
             assert torch.equal(got.argmax, x.argmax(1))
             assert (run_extra(backend, torch.full(shape, -torch.inf, dtype=dtype), target).argmax == 0).all()
+            x[:, 0 : shape[1] // 3 : 2] = torch.nan
+            got = run_extra(backend, x, target)
+            assert torch.equal(got.argmax, x.nan_to_num(-torch.inf).argmax(1))
 
 
 @ours
@@ -372,7 +375,7 @@ def test_the_gradient_of_ignored_rows_is_zero_in_place(backend, shape):
         y = x.clone()
         got = run_extra(backend, y, target, y, **options)
         assert got.loss.isfinite() and (y[1] == 0).all() and y.isfinite().all() and (got.losses[1] == 0).all()
-        assert got.argmax.amin() >= 0 and got.argmax.amax() < shape[1]
+        assert got.argmax.amin() >= 0 and got.argmax.amax() < shape[1]  # of the row of NaN too
     y = x.clone()
     run_extra(backend, y, target.fill_(-100), y)
     assert (y == 0).all()

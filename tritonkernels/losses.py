@@ -261,8 +261,14 @@ def _merge(m, s, m2, s2):
 @triton.jit
 def _largest(x, c, NOWHERE: tl.constexpr):
     """The largest x of each row and the lowest class that has it. (NaN is no candidate.)"""
+    x = _without_nan(x)
     top = tl.max(x, 1)
     return top, tl.min(tl.where(x == top[:, None], c, NOWHERE), 1)
+
+
+@triton.jit
+def _without_nan(x):
+    return tl.where(x == x, x, float("-inf"))
 
 
 @triton.jit
@@ -511,7 +517,8 @@ def _forward(
                 d = _deviation(z, pivot[:, None], mask, c, weight, alpha, TYPE)
                 ds += tl.sum(tl.reshape(d, (ROWS, FOLD, BLOCK // FOLD)), 1)
             if argmax is not None:
-                found, strip = tl.max(tl.reshape(raw, (ROWS, FOLD, BLOCK // FOLD)), 1, return_indices=True)
+                bare = tl.reshape(_without_nan(raw), (ROWS, FOLD, BLOCK // FOLD))
+                found, strip = tl.max(bare, 1, return_indices=True)
                 found_c = first + b + strip * (BLOCK // FOLD) + tl.arange(0, BLOCK // FOLD)[None, :]
                 best_cs = tl.where(found > bests, found_c, best_cs)
                 bests = tl.where(found > bests, found, bests)

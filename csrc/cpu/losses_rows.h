@@ -337,11 +337,11 @@ struct Row {
     });
   }
 
-  // The first class of the largest x, if a block has a larger one than those before it. `high` is the block's
-  // largest z.
-  void look_for_argmax(int64_t block, A high, A& best, int64_t& argmax) const {
+  // The first class of the largest x, NaN left out, if a block has a larger one than those before it.
+  void look_for_argmax(int64_t block, const Partial<A>& part, A& best, int64_t& argmax) const {
     const int64_t begin = block * kBlock, n = size(block);
-    if (call.input_class == 1) {
+    if (call.input_class == 1 && part.sum == part.sum) {
+      A high = part.high;
       if (!call.plain) high = horizontal_max(largest<A>(x + begin, n, splat(A(-INFINITY))));
       if (high > best) best = high, argmax = begin + first_of(x + begin, n, high);
       return;
@@ -360,7 +360,7 @@ struct Row {
       const Weighted<A> next = call.partials.empty() ? reduce_part(b) : call.partials[r * call.blocks() + b];
       whole.part = b == 0 ? next.part : merge(whole.part, whole.weight, next.part, next.weight);
       whole.weight += next.weight;
-      if (call.argmax) look_for_argmax(b, next.part.high, best, argmax);
+      if (call.argmax) look_for_argmax(b, next.part, best, argmax);
     }
     return {{whole.part.high, log(whole.part.sum)}, whole.part.linear, whole.weight, argmax};
   }

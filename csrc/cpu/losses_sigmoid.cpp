@@ -29,11 +29,10 @@ struct SigmoidFocalCall {
   int64_t rows, classes;
   Elements input, target, grad_loss;  // strides: of rows, of classes
   bool dense;                         // the target has a value for each term
-  bool reduce;
   double alpha, gamma;
   Elements weight;        // of each class, or none
-  double grad_scale = 0;  // backward, reduced: what each term's derivative is multiplied by
-  Elements out;           // contiguous, or with the strides of the gradient
+  double grad_scale = 1;  // what each term's derivative is multiplied by, beside grad_loss where there is one
+  Elements loss, grad;    // of each term, where they are wanted
   int64_t rows_per_task, parts, tasks;
   std::vector<double> sums;  // of each task
 
@@ -48,23 +47,24 @@ namespace fastreg {
 namespace {
 
 void prepare(SigmoidFocalCall& call, const Tensor& input, const Tensor& target,
-             const std::optional<Tensor>& weight, double alpha, double gamma, bool reduce) {
+             const std::optional<Tensor>& weight, double alpha, double gamma) {
   call.rows = input.size(0), call.classes = input.size(1);
   call.input = elements_of(input, input.stride(0), input.stride(1));
   call.dense = target.dim() == 2;
   call.target = elements_of(target, target.stride(0), call.dense ? target.stride(1) : 0);
-  call.alpha = alpha, call.gamma = gamma, call.reduce = reduce;
+  call.alpha = alpha, call.gamma = gamma;
   if (weight) call.weight = elements_of(*weight, 0, weight->stride(0));
 }
 
+// Also of what is not there.
 bool one_row(const SigmoidFocalCall& call, const Elements& elements) {
-  return elements.inner == 1 && (elements.outer == call.classes || call.rows == 1);
+  return elements.data == nullptr ||
+         (elements.inner == 1 && (elements.outer == call.classes || call.rows == 1));
 }
 
 void divide(SigmoidFocalCall& call) {
   if (call.dense && call.weight.data == nullptr && one_row(call, call.input) && one_row(call, call.target) &&
-      (call.out.data == nullptr || one_row(call, call.out)) &&
-      (call.grad_loss.data == nullptr || one_row(call, call.grad_loss))) {
+      one_row(call, call.loss) && one_row(call, call.grad) && one_row(call, call.grad_loss)) {
     call.classes *= call.rows;
     call.rows = call.classes > 0;
   }
@@ -80,38 +80,57 @@ double factor(double scale, const std::optional<Tensor>& normalizer) {
   return by == 0 ? scale : scale / by;
 }
 
-Tensor sigmoid_focal_forward(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
-                             std::optional<Tensor> normalizer, double alpha, double gamma, bool reduce,
-                             double scale, bool fp32_loss) {
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& target,
+                                   const std::optional<Tensor>& weight,
+                                   const std::optional<Tensor>& normalizer, double alpha, double gamma,
+                                   bool reduce, double scale, bool fp32_loss, bool with_gradient) {
   SigmoidFocalCall call;
-  prepare(call, input, target, weight, alpha, gamma, reduce);
+  prepare(call, input, target, weight, alpha, gamma);
   const ScalarType dtype = !fp32_loss                               ? call.input.dtype
                            : call.input.dtype == ScalarType::Double ? ScalarType::Double
                                                                     : ScalarType::Float;
   Tensor loss = reduce ? new_tensor({}, dtype) : new_tensor({call.rows, call.classes}, dtype);
-  if (!reduce) call.out = elements_of(loss, call.classes, 1);
+  Tensor grad = with_gradient ? new_like(input) : loss;
+  const double by = reduce ? factor(scale, normalizer) : 1;
+  if (!reduce) call.loss = elements_of(loss, call.classes, 1);
+  if (with_gradient) call.grad = elements_of(grad, grad.stride(0), grad.stride(1));
+  call.grad_scale = by;
   divide(call);
   call.sums.resize(call.tasks);
   run(call.tasks, call.rows * call.classes * 4,
       [&](int64_t begin, int64_t end) { FASTREG_PICK(sigmoid_forward)(call, begin, end); });
   if (reduce) {
     const double sum = std::accumulate(call.sums.begin(), call.sums.end(), 0.0);
-    elements_of(loss, 0, 0).put(0, sum * factor(scale, normalizer));
+    elements_of(loss, 0, 0).put(0, sum * by);
   }
-  return loss;
+  return {loss, grad};
+}
+
+Tensor sigmoid_focal_forward(const Tensor& input, const Tensor& target, std::optional<Tensor> weight,
+                             std::optional<Tensor> normalizer, double alpha, double gamma, bool reduce,
+                             double scale, bool fp32_loss) {
+  return std::get<0>(
+      forward(input, target, weight, normalizer, alpha, gamma, reduce, scale, fp32_loss, false));
+}
+
+std::tuple<Tensor, Tensor> sigmoid_focal_small(const Tensor& input, const Tensor& target,
+                                               std::optional<Tensor> weight, std::optional<Tensor> normalizer,
+                                               double alpha, double gamma, bool reduce, double scale,
+                                               bool fp32_loss) {
+  return forward(input, target, weight, normalizer, alpha, gamma, reduce, scale, fp32_loss, true);
 }
 
 Tensor sigmoid_focal_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
                               std::optional<Tensor> weight, std::optional<Tensor> normalizer, double alpha,
                               double gamma, bool reduce, double scale) {
   SigmoidFocalCall call;
-  prepare(call, input, target, weight, alpha, gamma, reduce);
+  prepare(call, input, target, weight, alpha, gamma);
   if (reduce)
     call.grad_scale = elements_of(grad_loss, 0, 0).get<double>(0) * factor(scale, normalizer);
   else
     call.grad_loss = elements_of(grad_loss, grad_loss.stride(0), grad_loss.stride(1));
   Tensor grad = new_like(input);
-  call.out = elements_of(grad, grad.stride(0), grad.stride(1));
+  call.grad = elements_of(grad, grad.stride(0), grad.stride(1));
   divide(call);
   run(call.tasks, call.rows * call.classes * 4,
       [&](int64_t begin, int64_t end) { FASTREG_PICK(sigmoid_backward)(call, begin, end); });
@@ -123,6 +142,7 @@ Tensor sigmoid_focal_backward(const Tensor& grad_loss, const Tensor& input, cons
 
 STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
   m.impl("sigmoid_focal_forward.cpu", TORCH_BOX(&fastreg::sigmoid_focal_forward));
+  m.impl("sigmoid_focal_small.cpu", TORCH_BOX(&fastreg::sigmoid_focal_small));
   m.impl("sigmoid_focal_backward.cpu", TORCH_BOX(&fastreg::sigmoid_focal_backward));
 }
 
@@ -150,60 +170,90 @@ const A* gathered(const Elements& from, int64_t row, int64_t column, int64_t n, 
   return buffer;
 }
 
-// The terms of the classes [begin, begin + n) of a row, as vectors, handed to `use` with their place and
-// number.
-template <class T, class A, bool backward>
+// Where results of a row go from `column` on: to their place where they lie so there, else to the buffer,
+// which `put_back` takes there.
+template <class T, class A>
+A* room_for(const Elements& to, int64_t row, int64_t column, A* buffer) {
+  const bool there =
+      std::is_same_v<T, A> && to.inner == 1 && to.dtype == torch::headeronly::CppTypeToScalarType<A>::value;
+  return there ? reinterpret_cast<A*>(to.data) + to.at(row, column) : buffer;
+}
+
+template <class T, class A>
+void put_back(const Elements& to, int64_t row, int64_t column, int64_t n, const A* from) {
+  const int64_t at = to.at(row, column);
+  if (to.inner == 1 && to.dtype == torch::headeronly::CppTypeToScalarType<T>::value) {
+    T* out = reinterpret_cast<T*>(to.data) + at;
+    if (reinterpret_cast<const char*>(out) == reinterpret_cast<const char*>(from)) return;
+    int64_t j = 0;
+    for (; j + lanes<A> <= n; j += lanes<A>) store(out + j, load(from + j));
+    if (j < n) store_first(out + j, load(from + j), n - j);
+  } else {
+    for (int64_t j = 0; j < n; ++j) to.put(at + j * to.inner, from[j]);
+  }
+}
+
+// The terms of the classes [begin, begin + n) of a row, n <= kSigmoidBlock, and their sum.
+template <class T, class A, bool forward, bool differentiate>
 double sigmoid_block(const SigmoidFocalCall& call, int64_t row, int64_t begin, int64_t n) {
   alignas(64) A x_buffer[kSigmoidBlock], t_buffer[kSigmoidBlock], g_buffer[kSigmoidBlock],
-      w_buffer[kSigmoidBlock], out[kSigmoidBlock];
+      w_buffer[kSigmoidBlock], loss_buffer[kSigmoidBlock], grad_buffer[kSigmoidBlock];
   const A* x = gathered<T, A>(call.input, row, begin, n, x_buffer);
   const A* t = call.dense ? gathered<T, A>(call.target, row, begin, n, t_buffer) : nullptr;
   const A* w = call.weight.data ? gathered<A, A>(call.weight, 0, begin, n, w_buffer) : nullptr;
-  const A* g = backward && !call.reduce ? gathered<T, A>(call.grad_loss, row, begin, n, g_buffer) : nullptr;
+  const A* g = differentiate && call.grad_loss.data ? gathered<T, A>(call.grad_loss, row, begin, n, g_buffer)
+                                                    : nullptr;
+  A* losses = forward && call.loss.data ? room_for<T>(call.loss, row, begin, loss_buffer) : nullptr;
+  A* grads = differentiate ? room_for<T>(call.grad, row, begin, grad_buffer) : nullptr;
   const int64_t y = call.dense ? -1 : call.target.get<int64_t>(call.target.at(row, 0)) - begin;
   const A alpha = static_cast<A>(call.alpha), gamma = static_cast<A>(call.gamma);
-  const bool inside = y >= 0 && y < n;
+  const Vec<A> zero{}, one = splat(A(1)), scale = splat(static_cast<A>(call.grad_scale));
+  const Vec<A> of_one = splat(alpha < 0 ? A(1) : alpha), of_zero = splat(alpha < 0 ? A(1) : A(1) - alpha);
   double total = 0;
   Vec<A> sum{};  // of eight vectors, so that a long sum keeps its digits
   for (int64_t j = 0; j < n; j += lanes<A>) {
     const int64_t count = std::min(lanes<A>, n - j);
     const bool whole = count == lanes<A>;
-    Vec<A> target{};
+    auto of = [&](const A* from) __attribute__((always_inline)) {
+      return whole ? load(from + j) : load_first(from + j, count, A(0));
+    };
+    Vec<A> target = zero;
     if (t != nullptr)
-      target = whole ? load(t + j) : load_first(t + j, count, A(0));
-    else if (inside && y >= j && y < j + count)
-      target = is_first<A>(y - j + 1) & ~is_first<A>(y - j) ? splat(A(1)) : target;
-    const Vec<A> at = whole ? load(x + j) : load_first(x + j, count, A(0));
-    const SigmoidFocal<Vec<A> > term = sigmoid_focal<VectorMath<A> >(at, target, alpha, gamma);
-    Vec<A> value = backward ? term.derivative : term.loss;
-    if (w != nullptr) value *= whole ? load(w + j) : load_first(w + j, count, A(0));
-    if constexpr (backward) {
-      value *= g == nullptr ? splat(static_cast<A>(call.grad_scale))
-                            : (whole ? load(g + j) : load_first(g + j, count, A(0)));
-    } else if (call.reduce) {
-      sum += whole ? value : (is_first<A>(count) ? value : Vec<A>{});
-      if (!whole || (j / lanes<A> + 1) % 8 == 0) {
-        total += static_cast<double>(horizontal_sum(sum));
-        sum = Vec<A>{};
-      }
-      continue;
+      target = of(t);
+    else if (y >= j && y < j + count)
+      target = is_first<A>(y - j + 1) & ~is_first<A>(y - j) ? one : zero;
+    const Vec<A> at = of(x);
+    const auto term = hard_sigmoid_focal<VectorMath<A> >(target != zero ? -at : at, gamma);
+    const Vec<A> balance = target != zero ? of_one : of_zero;
+    Vec<A> loss = term.loss * balance, grad = term.derivative * (target != zero ? -balance : balance);
+    if (t != nullptr && any_different(target, target != zero ? one : zero)) {
+      const auto soft = sigmoid_focal<VectorMath<A> >(at, target, alpha, gamma);
+      const auto hard = (target == zero) | (target == one);  // which lanes are must not show in the others
+      loss = hard ? loss : soft.loss, grad = hard ? grad : soft.derivative;
     }
-    store(out + j, value);  // the buffer ends with a whole vector
+    if (w != nullptr) loss *= of(w), grad *= of(w);
+    if constexpr (differentiate) {
+      grad *= g == nullptr ? scale : of(g);
+      whole ? store(grads + j, grad) : store_first(grads + j, grad, count);
+    }
+    if constexpr (forward) {
+      if (losses != nullptr) {
+        whole ? store(losses + j, loss) : store_first(losses + j, loss, count);
+      } else {
+        sum += whole ? loss : (is_first<A>(count) ? loss : zero);
+        if (!whole || (j / lanes<A> + 1) % 8 == 0) {
+          total += static_cast<double>(horizontal_sum(sum));
+          sum = zero;
+        }
+      }
+    }
   }
-  if (!backward && call.reduce) return total + static_cast<double>(horizontal_sum(sum));
-  const int64_t at = call.out.at(row, begin);
-  if (call.out.inner == 1 && call.out.dtype == torch::headeronly::CppTypeToScalarType<T>::value) {
-    T* to = reinterpret_cast<T*>(call.out.data) + at;
-    int64_t j = 0;
-    for (; j + lanes<A> <= n; j += lanes<A>) store(to + j, load(out + j));
-    if (j < n) store_first(to + j, load(out + j), n - j);
-  } else {
-    for (int64_t j = 0; j < n; ++j) call.out.put(at + j * call.out.inner, out[j]);
-  }
-  return 0;
+  if (losses != nullptr) put_back<T>(call.loss, row, begin, n, losses);
+  if (grads != nullptr) put_back<T>(call.grad, row, begin, n, grads);
+  return total + static_cast<double>(horizontal_sum(sum));
 }
 
-template <class T, class A, bool backward>
+template <class T, class A, bool forward, bool differentiate>
 void sigmoid_tasks(SigmoidFocalCall& call, int64_t task_begin, int64_t task_end) {
   for (int64_t task = task_begin; task < task_end; ++task) {
     const int64_t first = task / call.parts * call.rows_per_task;
@@ -213,31 +263,32 @@ void sigmoid_tasks(SigmoidFocalCall& call, int64_t task_begin, int64_t task_end)
     double sum = 0;
     for (int64_t r = first; r < last; ++r)
       for (int64_t c = begin; c < end; c += kSigmoidBlock)
-        sum += sigmoid_block<T, A, backward>(call, r, c, std::min(kSigmoidBlock, end - c));
-    if (!backward) call.sums[task] = sum;
+        sum += sigmoid_block<T, A, forward, differentiate>(call, r, c, std::min(kSigmoidBlock, end - c));
+    if (forward) call.sums[task] = sum;
   }
 }
 
-template <bool backward>
+template <bool forward, bool differentiate>
 void sigmoid_by_dtype(SigmoidFocalCall& call, int64_t begin, int64_t end) {
   switch (call.input.dtype) {
     case ScalarType::Double:
-      return sigmoid_tasks<double, double, backward>(call, begin, end);
+      return sigmoid_tasks<double, double, forward, differentiate>(call, begin, end);
     case ScalarType::Float:
-      return sigmoid_tasks<float, float, backward>(call, begin, end);
+      return sigmoid_tasks<float, float, forward, differentiate>(call, begin, end);
     case ScalarType::BFloat16:
-      return sigmoid_tasks<BFloat16, float, backward>(call, begin, end);
+      return sigmoid_tasks<BFloat16, float, forward, differentiate>(call, begin, end);
     default:
-      return sigmoid_tasks<Half, float, backward>(call, begin, end);
+      return sigmoid_tasks<Half, float, forward, differentiate>(call, begin, end);
   }
 }
 
 void sigmoid_forward(SigmoidFocalCall& call, int64_t begin, int64_t end) {
-  sigmoid_by_dtype<false>(call, begin, end);
+  call.grad.data ? sigmoid_by_dtype<true, true>(call, begin, end)
+                 : sigmoid_by_dtype<true, false>(call, begin, end);
 }
 
 void sigmoid_backward(SigmoidFocalCall& call, int64_t begin, int64_t end) {
-  sigmoid_by_dtype<true>(call, begin, end);
+  sigmoid_by_dtype<false, true>(call, begin, end);
 }
 
 }  // namespace fastreg::FASTREG_ISA

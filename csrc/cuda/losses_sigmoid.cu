@@ -15,12 +15,17 @@
 namespace fastreg::cuda {
 namespace {
 
-// What the formula asks for; exponential and power, of numbers up to 1, may be the
-// fast ones: their code stands 32 times in a thread's loop.
+// What the formula asks for, of numbers up to 1. These may be the fast ones: their code stands 32 times in a
+// thread's loop.
 struct DeviceMath : ScalarMath {
   template <class A>
   static __device__ A exp(A x) {
     return fast_exp(x);
+  }
+  template <class A>
+  static __device__ A log1p(A x) {
+    const A sum = 1 + x;  // and what rounding has taken off it
+    return ::log(sum) + (x - (sum - 1)) * (1 / sum);
   }
   template <class A>
   static __device__ A pow(A base, A exponent) {
