@@ -189,6 +189,25 @@ def max_norm(device: str) -> Iterator[Call]:
             partial(projected, lambda weights, cap, p: fastreg.max_norm_(weights, cap, p=p)),
             partial(projected, renorm),
         )
+        for w in fresh:
+
+            def out_of_place(project, norms, w=w):
+                leaf = w.detach().requires_grad_()
+                out = project(leaf), norms(leaf)
+                return *(o.detach() for o in out), *torch.autograd.grad(out, leaf, [torch.ones_like(o) for o in out])
+
+            yield (
+                partial(
+                    out_of_place,
+                    partial(fastreg.max_norm, max_norm=cap, p=p),
+                    partial(fastreg.row_norms, p=p),
+                ),
+                partial(
+                    out_of_place,
+                    partial(torch.renorm, p=p, dim=0, maxnorm=cap),
+                    lambda w, p=p: torch.linalg.vector_norm(w.flatten(1), p, 1),
+                ),
+            )
 
 
 def lp_penalty(device: str) -> Iterator[Call]:

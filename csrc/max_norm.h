@@ -20,8 +20,8 @@ constexpr int kAddress = 0, kCode = 1, kRows = 2, kRowStride = 3, kLength = 4, k
 constexpr int64_t kFloat = 0, kHalf = 1, kBFloat16 = 2, kDouble = 3;  // codes of dtypes
 
 // What happens to a row: capped by scaling, divided by norm^tau, projected onto the l1 or the l-infinity
-// ball.
-enum class Kind : int64_t { cap = 0, normalize = 1, l1_ball = 2, linf_ball = 3 };
+// ball; or nothing, where its norm alone is wanted.
+enum class Kind : int64_t { cap = 0, normalize = 1, l1_ball = 2, linf_ball = 3, norm = 4 };
 // How a row's norm is summed.
 enum class Order : int64_t { one = 0, two = 1, largest = 2, any = 3 };
 

@@ -152,13 +152,14 @@ _define(
 
 # ---- max-norm --------------------------------------------------------------------------------------------
 # A plan's table with a row per tensor, see csrc/max_norm.h, and the caps in fp64. kind is an index of ROW_KINDS. The
-# tensors behind the addresses are written: these operators are called outside of any graph. Returns how many rows
-# changed, 0-d int64.
+# tensors behind the addresses are written: these operators are called outside of any graph. decay_tensor, fp64 and 0-d,
+# stands for decay where there is one. Returns how many rows changed, 0-d int64.
 ROW_KINDS = ("cap", "normalize", "l1_ball", "linf_ball")
 
 _define(
     "max_norm_rows",
-    "(Tensor table, Tensor chunks, int chunk, Tensor caps, float p, float tau, float decay, int kind) -> Tensor",
+    "(Tensor table, Tensor chunks, int chunk, Tensor caps, float p, float tau, float decay, Tensor? decay_tensor, "
+    "int kind) -> Tensor",
     lambda table, *rest: table.new_empty((), dtype=torch.int64),
     "max_norm",
 )

@@ -33,10 +33,8 @@ from . import _backends, _checks, _ops, _plan
 _kernels = _ops.kernels("max_norm_rows")
 _forward, _backward = _ops.kernels("max_norm_forward"), _ops.kernels("max_norm_backward")
 _norms_forward, _norms_backward = _ops.kernels("row_norms"), _ops.kernels("row_norms_backward")
-for _name in ("max_norm_", "project_lp_ball_", "tau_normalize_"):
+for _name in ("max_norm_", "max_norm", "project_lp_ball_", "tau_normalize_", "row_norms"):
     _backends.register(_name, kernels=("cpu", "cuda", "triton"))
-for _name in ("max_norm", "row_norms"):
-    _backends.register(_name, kernels=("cpu",))
 
 Cap = float | Tensor
 _ULP = 2.0**-53
@@ -52,7 +50,7 @@ def max_norm_(
     p: float = 2.0,
     dim: int = 0,
     tau: float = 1.0,
-    decay: float = 0.0,
+    decay: float | Tensor = 0.0,
 ) -> Tensor:
     """Scales, in place, every row whose norm to the power `tau` is above `max_norm` by max_norm / norm^tau.
 
@@ -66,7 +64,7 @@ def max_norm_(
         p: the norm's order, above 0; `inf` is the largest absolute value.
         tau: at least 0. Only tau = 1 bounds the norm by the cap.
         decay: decoupled weight decay in the same pass: every row is multiplied by 1 - decay (learning rate times
-            weight decay) and rounded, before its norm is taken.
+            weight decay) and rounded, before its norm is taken. A 0-d tensor on the tensors' device is not checked.
 
     Returns:
         How many rows were scaled down, a 0-d int64 tensor on the tensors' device; the host does not wait for it.
@@ -82,7 +80,7 @@ def max_norm_(
     caps = _caps(tensors, max_norm, "max_norm", dim)
     _check_order(p)
     _checks.in_range("tau", tau, 0.0, _LARGEST)
-    _checks.in_range("decay", decay, 0.0, 1.0)
+    decay = _check_decay(decay)
     return _run("max_norm_", "cap", tensors, caps, p, dim, tau, decay)
 
 
@@ -103,7 +101,7 @@ def max_norm(input: Tensor, max_norm: Cap, *, p: float = 2.0, dim: int = 0, tau:
     if backend == "reference" or not input.numel():
         return max_norm_reference(input, cap, p=p, dim=dim, tau=tau)
     if not isinstance(cap, Tensor):
-        cap = torch.full((1,), cap, dtype=torch.float64, device=input.device)
+        cap = _cap_tensor(cap, input.device)
     if torch.is_grad_enabled() and (input.requires_grad or cap_grad):
         return _MaxNorm.apply(input, cap, float(p), dim, tau, backend)
     rows, back = _as_rows(input, dim)
@@ -284,8 +282,8 @@ class MaxNorm(_Constraint):
         thresh: instead of max_norm, fixes each tensor's cap now, from its present weights: `max_norm_threshold`.
         p, dim, tau: as in `max_norm_`.
         weight_decay: decoupled weight decay, applied by the projections of an attached optimizer in the same pass:
-            w ← w · (1 - lr · weight_decay), lr the learning rate of w's parameter group (if that is a tensor, by a
-            multiplication before the pass). Leave the optimizer's own at 0 for these weights.
+            w ← w · (1 - lr · weight_decay), lr the learning rate of w's parameter group (a number or a tensor). Leave
+            the optimizer's own at 0 for these weights.
 
     Example:
         >>> constraint = fastreg.MaxNorm(model.fc, thresh=0.1)
@@ -326,11 +324,11 @@ class MaxNorm(_Constraint):
             self.caps = _caps(self.params, list(max_norm.values()) if named else max_norm, "max_norm", dim)
         self.total = _no_rows(self.params)
 
-    def project(self, decay: float = 0.0) -> Tensor:
+    def project(self, decay: float | Tensor = 0.0) -> Tensor:
         """Projects now; returns how many rows were scaled down, as `max_norm_` does."""
-        return self._project(self.params, self.caps, decay)
+        return self._project(self.params, self.caps, _check_decay(decay))
 
-    def _project(self, params: list[Tensor], caps: list[Cap], decay: float) -> Tensor:
+    def _project(self, params: list[Tensor], caps: list[Cap], decay: float | Tensor) -> Tensor:
         count = _run("max_norm_", "cap", params, caps, self.p, self.dim, self.tau, decay)
         self.total = self.total.to(count.device) + count
         return count
@@ -340,18 +338,12 @@ class MaxNorm(_Constraint):
             self.project()
             return
         rates = {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
-        by_rate: dict[float, list[int]] = {}
-        decayed: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        by_rate: dict[object, tuple[float | Tensor, list[int]]] = {}
         for index, param in enumerate(self.params):
-            rate = rates.get(id(param), 0.0)
-            if isinstance(rate, Tensor):  # to read it the host would wait: the device multiplies, in a pass of its own
-                decayed.setdefault(id(rate), (rate, []))[1].append(param)
-                rate = 0.0
-            by_rate.setdefault(float(rate), []).append(index)
-        with torch.no_grad():
-            for rate, params in decayed.values():
-                torch._foreach_mul_(params, 1 - rate * self.weight_decay)
-        for rate, indices in by_rate.items():
+            rate = rates.get(id(param), 0.0)  # that of a tensor is read where it lies: the host does not wait for it
+            key = id(rate) if isinstance(rate, Tensor) else rate
+            by_rate.setdefault((type(rate), key), (rate, []))[1].append(index)
+        for rate, indices in by_rate.values():
             params, caps = [self.params[i] for i in indices], [self.caps[i] for i in indices]
             self._project(params, caps, rate * self.weight_decay)
 
@@ -429,6 +421,16 @@ def _rows_dim(tensor: Tensor, dim: int, index: int | None = None) -> int:
     return dim % ndim
 
 
+def _check_decay(decay: float | Tensor) -> float | Tensor:
+    if not isinstance(decay, Tensor):
+        _checks.in_range("decay", decay, 0.0, 1.0)
+    elif decay.dim():
+        raise ValueError(f"decay must be a number or a 0-d tensor, got shape {tuple(decay.shape)}")
+    else:
+        _checks.dtype_in("decay", decay, _checks.FLOATS)
+    return decay
+
+
 def _check_order(p: float) -> None:
     if not isinstance(p, (int, float)) or not p > 0:
         raise ValueError(f"p must be a number above 0, or inf, got {p!r}")
@@ -486,12 +488,12 @@ def _run(
     p: float,
     dim: int,
     tau: float = 1.0,
-    decay: float = 0.0,
+    decay: float | Tensor = 0.0,
 ) -> Tensor:
     """Changes the rows of all tensors as `kind` says, and counts them. The caps are checked already."""
     if not tensors:
         return _no_rows(tensors)
-    backend = _backends.choose(op, tensors[0].device.type, _refuse, tensors, dim, kind)
+    backend = _backends.choose(op, tensors[0].device.type, _refuse, tensors, dim)
     if backend == "reference":
         _check_written(tensors, dim)
         count = _no_rows(tensors)
@@ -502,16 +504,24 @@ def _run(
                     seen.add(id(tensor))
                     count = count + _REFERENCES[kind](tensor, cap, p=p, dim=dim, tau=tau, decay=decay)
         return count
-    values, places = _cap_values(caps, tensors[0].device)
+    device = tensors[0].device
+    values, places = _cap_values(caps, device)
     plan = _plan.plan_for((op, dim, places), tensors, lambda: _build(tensors, dim, places))
+    decay_tensor = None
+    if isinstance(decay, Tensor):
+        if decay.device == device:  # the host does not wait for its value
+            decay, decay_tensor = 0.0, decay.detach().to(torch.float64)
+        else:
+            decay = decay.item()
+    kind_index = _ops.ROW_KINDS.index(kind)
     count = _kernels[backend](
-        plan.table, plan.chunks, plan.chunk, values, float(p), tau, decay, _ops.ROW_KINDS.index(kind)
+        plan.table, plan.chunks, plan.chunk, values, float(p), tau, decay, decay_tensor, kind_index
     )
     torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
     return count
 
 
-def _refuse(backend: str, tensors: list[Tensor], dim: int, kind: str) -> str | None:
+def _refuse(backend: str, tensors: list[Tensor], dim: int) -> str | None:
     if torch.compiler.is_compiling():
         return "it works on addresses, which torch.compile does not see"
     for tensor in tensors:
@@ -521,9 +531,6 @@ def _refuse(backend: str, tensors: list[Tensor], dim: int, kind: str) -> str | N
             return f"a row of a tensor with strides {tensor.stride()} spans more than {_INNER} dimensions of memory"
         if backend == "cuda" and tensor.numel() >= 2**32 and not tensor.is_contiguous():
             return "rows that are no run of memory may have up to 2^32 elements"
-        rows = tensor.shape[dim] if tensor.dim() > 1 else 1
-        if backend == "triton" and kind == "l1_ball" and tensor.numel() > _WIDTHS[-1] * rows:
-            return f"it projects rows of up to {_WIDTHS[-1]} elements onto the l1 ball"
     if torch._C._functorch.maybe_current_level() is not None:
         return "the call is inside a torch.func transform"
     return None
@@ -596,6 +603,13 @@ def _cap_values(caps: list[Cap], device: torch.device) -> tuple[Tensor, tuple[tu
         places.append((at, int(isinstance(cap, Tensor) and cap.dim() > 0)))
         at += part.numel()
     return torch.cat(parts), tuple(places)
+
+
+def _cap_tensor(cap: float, device: torch.device) -> Tensor:
+    """One cap for all rows, (1,)."""
+    if torch.compiler.is_compiling():
+        return torch.full((1,), cap, dtype=torch.float64, device=device)
+    return _constants((cap,), device)[0]
 
 
 @functools.lru_cache(16)
@@ -720,10 +734,10 @@ def _aim(cap: Tensor, length: int, p: float) -> tuple[Tensor, Tensor]:
 
 
 def max_norm_reference_(
-    tensor: Tensor, cap: Cap, *, p: float = 2.0, dim: int = 0, tau: float = 1.0, decay: float = 0.0
+    tensor: Tensor, cap: Cap, *, p: float = 2.0, dim: int = 0, tau: float = 1.0, decay: float | Tensor = 0.0
 ) -> Tensor:
     """`max_norm_` of one tensor in plain PyTorch; returns the count."""
-    if decay:
+    if isinstance(decay, Tensor) or decay:
         tensor.mul_(1 - decay)
     rows = _rows(tensor, dim)
     new, over = _capped(rows, _cap_column(cap, rows), p, tau, tensor.dtype)

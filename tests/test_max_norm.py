@@ -2,7 +2,6 @@
 
 import math
 from contextlib import nullcontext
-from importlib import import_module
 
 import pytest
 import torch
@@ -48,7 +47,7 @@ def backend(request, monkeypatch):
     if request.param != ON_HOST and (why := _backends.missing(op, request.param)) is not None:
         pytest.skip(why)
     if request.param == ON_HOST:
-        monkeypatch.setitem(import_module("fastreg.max_norm")._kernels, "cpu", test_max_norm_gpu.max_norm_rows)
+        test_max_norm_gpu.put_on_host(monkeypatch)
     # On a GPU, all that a test makes stands there.
     stands = torch.device(device) if device == "cuda" else nullcontext()
     with stands, fastreg.use_backend("cpu" if request.param == ON_HOST else request.param):
@@ -587,6 +586,18 @@ def test_ball_guarantees(seed, length, dtype, p, share, ties):
         assert ((w.double() - exact).abs() <= info.eps * exact.abs() + info.smallest_normal).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ball_of_long_rows(dtype):
+    w = torch.randn(2, 9001, dtype=torch.float64).to(dtype)
+    before = w.clone()
+    assert fastreg.project_lp_ball_(w, 500.0, 1).item() == 2
+    exact = torch.tensor([project_l1_by_sorting(row, 500.0) for row in before.double().tolist()], dtype=torch.float64)
+    eps = torch.finfo(dtype).eps
+    # The shift of a norm above the cap after rounding is spread over the elements that are left.
+    assert ((w.double() - exact).abs() <= 2 * eps * exact.abs() + 500 * eps / 100 + 2**-40).all()
+    assert (norms64(w, 1.0) <= 500).all() and fastreg.project_lp_ball_(w, 500.0, 1).item() == 0
+
+
 def test_ball_of_radius_one_for_huge_rows():
     w = torch.tensor([[1e30, -1e30, 1.0], [1e30, 0.0, 0.0], [3.0, math.nan, 1.0]])
     assert fastreg.project_lp_ball_(w, 1.0, 1).item() == 2
@@ -742,6 +753,18 @@ def test_attach_leaves_the_optimizer_state_alone():
         states.append([state["momentum_buffer"] for state in optimizer.state.values()])
     for without, with_ in zip(*states):
         assert torch.equal(without, with_)
+
+
+def test_decay_in_a_tensor():
+    w = torch.randn(20, 33)
+    expected = w.clone()
+    fastreg.max_norm_(expected, 5.0, decay=0.25)
+    fastreg.max_norm_(w, 5.0, decay=torch.tensor(0.25))
+    assert torch.equal(w, expected)
+    with pytest.raises(ValueError, match=r"decay must be a number or a 0-d tensor, got shape \(1,\)"):
+        fastreg.max_norm_(w, 5.0, decay=torch.tensor([0.25]))
+    with pytest.raises(TypeError, match="decay must have a dtype among"):
+        fastreg.max_norm_(w, 5.0, decay=torch.tensor(1))
 
 
 def test_weight_decay_with_the_group_s_learning_rate():

@@ -6,26 +6,67 @@ import pytest
 import torch
 
 import fastreg
-from fastreg import _ops
-from tests.machine import needs_cuda, needs_cudahost, needs_nvcc, no_sync
+from fastreg import _ops, _plan
+from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas, no_sync
 from tests.proving import cubin, cudahost
 
 max_norm = import_module("fastreg.max_norm")  # the name in the package is the function
 
 
-def max_norm_rows(table, chunks, chunk, caps, p, tau, decay, kind, behind=()):
-    """The CUDA kernel on the host, called as the operator; `behind` are tensors at the table's addresses."""
-    kernels = cudahost.load("csrc/cuda/max_norm.cu", ["fastreg::cuda::max_norm_rows"])
+LAUNCHERS = ("max_norm_rows", "max_norm_forward", "max_norm_backward", "row_norms", "row_norms_backward")
+
+
+def kernels():
+    return cudahost.load("csrc/cuda/max_norm.cu", [f"fastreg::cuda::{name}" for name in LAUNCHERS])
+
+
+# The CUDA kernels on the host, called as the operators; `behind` are tensors at the table's addresses.
+def max_norm_rows(table, chunks, chunk, caps, p, tau, decay, decay_tensor, kind, behind=()):
     count = torch.zeros((), dtype=torch.int64)
-    kernels.max_norm_rows(table, chunks, len(chunks), caps, p, tau, decay, kind, count, *behind)
+    kernels().max_norm_rows(table, chunks, len(chunks), caps, p, tau, decay, decay_tensor, kind, count, *behind)
     return count
+
+
+def max_norm_forward(input, caps, p, tau):
+    output, norms = torch.empty_like(input), torch.empty(len(input), dtype=torch.float64)
+    sizes = int(len(caps) > 1), norms, *input.shape
+    kernels().max_norm_forward(_plan.DTYPE_CODES[input.dtype], input, output, caps, *sizes, p, tau)
+    return output, norms
+
+
+def max_norm_backward(grad_output, input, caps, norms, p, tau):
+    grad, slopes = torch.empty_like(input), torch.empty_like(norms)
+    rest = caps, int(len(caps) > 1), norms, slopes, *input.shape, p, tau
+    kernels().max_norm_backward(_plan.DTYPE_CODES[input.dtype], grad_output, input, grad, *rest)
+    return grad, slopes
+
+
+def row_norms(input, p):
+    norms = torch.empty(len(input), dtype=torch.float64)
+    kernels().row_norms(_plan.DTYPE_CODES[input.dtype], input, norms, *input.shape, p)
+    return norms
+
+
+def row_norms_backward(grad, input, norms, p):
+    out = torch.empty_like(input)
+    kernels().row_norms_backward(_plan.DTYPE_CODES[input.dtype], grad, input, out, norms, *input.shape, p)
+    return out
+
+
+def put_on_host(monkeypatch):
+    """The CUDA kernels in place of the C++ ones."""
+    for attribute, kernel in (
+        ("_kernels", max_norm_rows), ("_forward", max_norm_forward), ("_backward", max_norm_backward),
+        ("_norms_forward", row_norms), ("_norms_backward", row_norms_backward),
+    ):  # fmt: skip
+        monkeypatch.setitem(getattr(max_norm, attribute), "cpu", kernel)
 
 
 def project(tensors, cap, kind="cap", p=2.0, dim=0, tau=1.0, decay=0.0):
     values, places = max_norm._cap_values(max_norm._caps(tensors, cap, "cap", dim), torch.device("cpu"))
     plan = max_norm._build(tensors, dim, places)
     kind = _ops.ROW_KINDS.index(kind)
-    return max_norm_rows(plan.table, plan.chunks, plan.chunk, values, p, tau, decay, kind, tensors)
+    return max_norm_rows(plan.table, plan.chunks, plan.chunk, values, p, tau, decay, None, kind, tensors)
 
 
 # Rows that go to a warp and to a block, rows that do not fit on chip, and biases.
@@ -68,8 +109,93 @@ def test_cuda_accesses_are_wide_whatever_the_offset():
         assert wide == 0 and log[0].moved < 2.2 * w.nbytes
 
 
+@pytest.fixture(
+    params=[pytest.param("triton", marks=needs_interpreter), pytest.param("cuda on the host", marks=needs_cudahost)]
+)
+def ours(request, monkeypatch):
+    if request.param != "triton":
+        put_on_host(monkeypatch)
+    with fastreg.use_backend("triton" if request.param == "triton" else "cpu"):
+        yield request.param
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("shape", [(33, 50), (5, 300), (3, 2049)], ids=str)
+def test_out_of_place_reads_and_writes_once_each_way(ours, shape, p):
+    from tests.proving.traffic import traffic
+
+    w = torch.randn(shape).requires_grad_()
+    norms = torch.linalg.vector_norm(w.detach().double(), p, dim=1)
+    over = norms > norms.median()
+    with traffic() as log:
+        out = fastreg.max_norm(w, norms.median().item(), p=p)
+    assert len(log) == 1
+    assert log.reads(w).eq(1).all() and log.writes(w).eq(0).all() and log.writes(out).eq(1).all()
+    assert torch.equal(out[~over], w[~over])
+    grad = torch.randn(shape)
+    with traffic() as log:
+        out.backward(grad)
+    assert len(log) == 1
+    assert torch.equal(log.reads(w), over.long()[:, None].expand(shape))  # a row that stayed passes its gradient on
+    assert log.reads(grad).eq(1).all() and log.writes(w.grad).eq(1).all()
+
+
+@pytest.mark.parametrize("shape", [(33, 50), (5, 300), (3, 2049), (2, 9001)], ids=str)
+def test_norms_take_one_read(ours, shape):
+    from tests.proving.traffic import traffic
+
+    w = torch.randn(shape).requires_grad_()
+    with traffic() as log:
+        norms = fastreg.row_norms(w)
+    assert len(log) == 1 and log.reads(w).eq(1).all() and log.writes(w).eq(0).all()
+    with traffic() as log:
+        norms.sum().backward()
+    assert len(log) == 1 and log.reads(w).eq(1).all() and log.writes(w.grad).eq(1).all()
+
+
+# Every number of lanes that share a row, unaligned rows, rows that do not fit on chip.
+MATRICES = [(300, 1), (200, 3), (100, 9), (70, 27), (40, 64), (9, 300), (5, 1025), (3, 2049), (3, 4100), (2, 20001)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_values_and_gradients_of_matrices(ours, shape, dtype):
+    whole = torch.randn(shape[0] * shape[1] + 1, dtype=torch.float64).to(dtype)
+    w = whole[1:].view(shape).requires_grad_()
+    caps = torch.linalg.vector_norm(w.detach().double(), dim=1) * torch.tensor([0.5, 2.0]).repeat(shape[0])[: shape[0]]
+    grad = torch.randn(shape, dtype=torch.float64).to(dtype)
+    out = fastreg.max_norm(w, caps.requires_grad_())
+    ours = out, *torch.autograd.grad(out, (w, caps), grad)
+    with fastreg.use_backend("reference"):
+        out = fastreg.max_norm(w, caps)
+        theirs = out, *torch.autograd.grad(out, (w, caps), grad)
+    # Roundings, and in fp64 sums in another order; the two terms of a gradient may cancel: relative to the first.
+    eps, order = torch.finfo(dtype).eps, shape[1] * 2**-52
+    for a, b in zip(ours, theirs):
+        largest = max(b.abs().max().item(), grad.abs().max().item())
+        assert (a - b).abs().max() <= (4 * eps + order) * largest
+    norms, (grads,) = fastreg.row_norms(w), torch.autograd.grad(fastreg.row_norms(w).sum(), w)
+    exact = torch.linalg.vector_norm(w.detach().double(), dim=1)
+    torch.testing.assert_close(norms.double(), exact, rtol=2**-23 if dtype != torch.float64 else eps + order, atol=0)
+    torch.testing.assert_close(grads.double(), w.detach().double() / exact[:, None], rtol=2 * eps + order, atol=0)
+
+
+def test_few_elements_per_row_fill_the_lanes():
+    """Rows of 27 fp32 elements: 8 vectors, which 4 lanes of a warp share, so that a block treats 32 rows at a time."""
+    w = torch.randn(1000, 27)
+    before = w.clone()
+    count = project([w], 5.0)
+    assert count.item() == int((before.double().norm(dim=1) > 5).sum())
+
+
 def cuda_calls():
     """What the sanitizers watch: every width of rows, kind and order, each with a rest."""
+    for shape in MATRICES:
+        for dtype, p in ((torch.float32, 2.0), (torch.float16, 1.0), (torch.float64, 3.0)):
+            w, caps = torch.randn(shape).to(dtype), torch.rand(shape[0], dtype=torch.float64)
+            out, norms = max_norm_forward(w, caps, p, 1.5)
+            max_norm_backward(out, w, caps, norms, p, 1.5)
+            row_norms_backward(caps, w, row_norms(w, p), p)
     for dtype in (torch.float32, torch.float16, torch.float64):
         for p, kind in ((1.0, "cap"), (2.0, "cap"), (1.0, "l1_ball"), (float("inf"), "linf_ball"), (3.0, "normalize")):
             project([torch.randn(shape).to(dtype) for shape in SHAPES], 0.5, kind, p, decay=0.125)
@@ -91,6 +217,28 @@ def test_cuda_kernels_do_not_spill():
         assert facts.loads.get(128) and facts.stores.get(128), facts
 
 
+def compile_all():
+    from tritonkernels import max_norm as triton_kernels
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in (64, 1000, 4096, 1 << 16):
+            w, caps = torch.empty(64, length, dtype=dtype), torch.ones(1, dtype=torch.float64)
+            _, norms = triton_kernels.max_norm_forward(w, caps, 2.0, 1.0)
+            triton_kernels.max_norm_backward(w, w, caps, norms, 2.0, 1.0)
+            triton_kernels.row_norms_backward(norms, w, triton_kernels.row_norms(w, 3.0), 3.0)
+
+
+@needs_ptxas
+@pytest.mark.slow
+def test_triton_matrix_kernels_do_not_spill():
+    (launches,) = cubin.launch_facts("tests.test_max_norm_gpu:compile_all").values()
+    for facts in launches:
+        assert facts.spills == 0, facts
+        assert facts.loads.get(128), facts
+        if facts.kernel == "_matrix_gradients":
+            assert facts.stores.get(128), facts
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------
 
 
@@ -98,8 +246,14 @@ def test_cuda_kernels_do_not_spill():
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_projecting_does_not_sync(backend):
     tensors = [torch.randn(shape, device="cuda") for shape in SHAPES]
+    rate = torch.full((), 0.01, device="cuda")
+
+    def step(constraint, w):
+        constraint.project(rate)
+        (fastreg.max_norm(w, 1.0) + fastreg.row_norms(w)[:, None]).sum().backward()
+
     with fastreg.use_backend(backend):
-        constraint = fastreg.MaxNorm(tensors, 1.0)
-        constraint.project()
+        constraint, w = fastreg.MaxNorm(tensors, 1.0), torch.randn(33, 50, device="cuda", requires_grad=True)
+        step(constraint, w)
         with no_sync():
-            constraint.project()
+            step(constraint, w)

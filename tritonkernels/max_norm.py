@@ -1,8 +1,9 @@
 """Max-norm and its kin in Triton. The formulas stand in fastreg/max_norm.py, the decisions in csrc/max_norm.h.
 
 Bytes     each element is read once, if its row has at most 4,096 elements; longer rows are read once more if they
-          are over the cap, and once more to be written. Rows under the cap are not written.
-Launches  1 for all tensors of the plan, whatever their sizes and dtypes.
+          are over the cap, and once more to be written. Rows under the cap are not written, but for the form out of
+          place, which writes each row once. Backward: x and the gradient are read once, or twice if long.
+Launches  1 for all tensors of the plan, whatever their sizes and dtypes; 1 each way out of place.
 Tiles     [rows, elements] in registers, of four widths; a program takes the width that its tensor's rows need.
 Numerics  norms in fp64. Values are scaled by a power of two (by the largest one for other p) where sums of fp64
           or high powers could overflow. Cap after rounding as in the reference.
@@ -20,6 +21,7 @@ import triton.language as tl
 COLUMNS = tl.constexpr(16)
 ONE, TWO, LARGEST, ANY = (tl.constexpr(i) for i in range(4))  # how a norm is summed
 CAP, NORMALIZE, L1_BALL, LINF_BALL = (tl.constexpr(i) for i in range(4))  # _ops.ROW_KINDS
+IN_PLACE, AWAY, NORMS = (tl.constexpr(i) for i in range(3))  # where rows go: back, to a copy, or only their norms
 ULP = tl.constexpr(2.0**-53)
 INF = tl.constexpr(math.inf)
 # (elements, rows) of the tiles, and the widest row that is held in registers.
@@ -200,17 +202,17 @@ def _offsets(j, box, BOXED: tl.constexpr):
 
 @triton.jit
 def _tile(
-    base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
-    KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr, SCALED: tl.constexpr,
-    BOXED: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    base, to, norms, r, last, length, stride, box, caps, cap_step, p, tau, keep,
+    FORM: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
+    SCALED: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows [r, r + ROWS) below `last`, held in registers. Returns how many changed."""
     rows = r + tl.arange(0, ROWS).to(tl.int64)
     j = tl.arange(0, BLOCK).to(tl.int64)
     live = rows < last
     mask = live[:, None] & (j < length)[None, :]
-    pointers = base + rows[:, None] * stride + _offsets(j, box, BOXED)[None, :]
-    x = tl.load(pointers, mask=mask, other=0.0)
+    places = rows[:, None] * stride + _offsets(j, box, BOXED)[None, :]
+    x = tl.load(base + places, mask=mask, other=0.0)
     if DECAY:
         if TYPE == tl.float64:
             x = x * keep
@@ -218,6 +220,11 @@ def _tile(
             x = (x.to(tl.float32) * keep.to(tl.float32)).to(TYPE)
     wide = x.to(tl.float64)
     size = tl.abs(wide)
+    if FORM == NORMS:
+        scale, s, finite = _norm_of(size, p, ORDER, SCALED)
+        # Of a row with NaN or inf, that.
+        tl.store(norms + rows, tl.where(finite, scale * s, tl.sum(size, 1)), mask=live)
+        return tl.sum(rows * 0, 0)
     cap = tl.load(caps + rows * cap_step, mask=live, other=INF)
     cap = tl.where(cap >= 0, cap, INF)
     slack, below, aim = _margins(length, p, ORDER)
@@ -254,44 +261,65 @@ def _tile(
                 fails = _plain_norm(tl.where(high[:, None], second, 0.0), p, ORDER, SCALED) > bound
                 second = tl.where(fails[:, None], _toward_zero(exact, TYPE), second)
                 new = tl.where(high[:, None], second, new)
-    if DECAY:
-        tl.store(pointers, tl.where(over[:, None], new, x), mask=mask)
+    if FORM == AWAY:
+        tl.store(norms + rows, tl.where(over, scale * s, -1.0), mask=live)
+    if DECAY or (FORM == AWAY):
+        tl.store(to + places, tl.where(over[:, None], new, x), mask=mask)
     else:
-        tl.store(pointers, new, mask=mask & over[:, None])
+        tl.store(to + places, new, mask=mask & over[:, None])
     return tl.sum(over.to(tl.int64), 0)
 
 
 @triton.jit
-def _long_sum(
-    base, row, length, box, p, keep, inverse, factor, bound,
-    ORDER: tl.constexpr, DECAY: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr, WHAT: tl.constexpr,
+def _long_load(
+    base, row, start, length, box, keep,
+    DECAY: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """One pass over a long row. WHAT: "largest" |x|, "norm" of x · inverse, or of what "nearest" or "zero" rounding
-    makes of x · inverse · factor; "write nearest" and "write zero" store that."""
+    """Elements [start, start + LOOP) of a long row, the mask of those there are, and their places."""
+    j = start + tl.arange(0, LOOP).to(tl.int64)
+    mask = (j < length)[None, :]
+    places = row + _offsets(j, box, BOXED)[None, :]
+    x = tl.load(base + places, mask=mask, other=0.0)
+    if DECAY:
+        if TYPE == tl.float64:
+            x = x * keep
+        else:
+            x = (x.to(tl.float32) * keep.to(tl.float32)).to(TYPE)
+    return x, mask, places
+
+
+@triton.jit
+def _long_sum(
+    base, to, row, length, box, p, keep, a, b,
+    ORDER: tl.constexpr, SOFT: tl.constexpr, DECAY: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr,
+    WHAT: tl.constexpr,
+):  # fmt: skip
+    """One pass over a long row. WHAT: "largest" |x|, "norm" of x · a, or of what "nearest" or "zero" rounding makes of
+    x · a · b (SOFT: of sign(x) · max(|x| - a - b, 0)); "write nearest" and "write zero" store that, "clamp" x clamped
+    to b, "write x" itself."""
     total = tl.zeros([1, LOOP], tl.float64)
     for start in range(0, length, LOOP):
-        j = start + tl.arange(0, LOOP).to(tl.int64)
-        mask = (j < length)[None, :]
-        pointers = base + row + _offsets(j, box, BOXED)[None, :]
-        x = tl.load(pointers, mask=mask, other=0.0)
-        if DECAY:
-            if TYPE == tl.float64:
-                x = x * keep
-            else:
-                x = (x.to(tl.float32) * keep.to(tl.float32)).to(TYPE)
+        x, mask, places = _long_load(base, row, start, length, box, keep, DECAY, BOXED, TYPE)
+        wide = x.to(tl.float64)
         if WHAT == "write x":
-            tl.store(pointers, x, mask=mask)
-        wide = x.to(tl.float64) * inverse
-        if (WHAT == "nearest") or (WHAT == "write nearest"):
-            new = _rounded(wide * factor, TYPE)
-        if (WHAT == "zero") or (WHAT == "write zero"):
-            new = _toward_zero(wide * factor, TYPE)
-        if WHAT == "clamp":
-            limit = tl.minimum(tl.abs(wide), bound)
-            new = _toward_zero(tl.where(wide < 0, -limit, limit), TYPE)
-        if (WHAT == "write nearest") or (WHAT == "write zero") or (WHAT == "clamp"):
-            tl.store(pointers, new, mask=mask)
-        if (WHAT == "nearest") or (WHAT == "zero"):
+            tl.store(to + places, x, mask=mask)
+        elif WHAT == "norm":
+            wide = wide * a
+        elif WHAT == "clamp":
+            limit = tl.minimum(tl.abs(wide), b)
+            tl.store(to + places, _toward_zero(tl.where(wide < 0, -limit, limit), TYPE), mask=mask)
+        elif WHAT != "largest":
+            if SOFT:
+                left = tl.maximum((tl.abs(wide) - a) - b, 0.0)
+                exact = tl.where(mask, tl.where(wide < 0, -left, left), 0.0)
+            else:
+                exact = wide * a * b
+            if (WHAT == "nearest") or (WHAT == "write nearest"):
+                new = _rounded(exact, TYPE)
+            else:
+                new = _toward_zero(exact, TYPE)
+            if (WHAT == "write nearest") or (WHAT == "write zero"):
+                tl.store(to + places, new, mask=mask)
             wide = new.to(tl.float64)
         size = tl.abs(wide)
         if (WHAT == "largest") or (ORDER == LARGEST):
@@ -305,70 +333,99 @@ def _long_sum(
 
 
 @triton.jit
+def _long_theta(
+    base, row, length, box, keep, top, radius,
+    DECAY: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """`_theta` of a long row, which is read once per iteration."""
+    theta = -radius
+    kept = theta * 0 - 1
+    moving = 1
+    while moving > 0:
+        count = tl.zeros([1, LOOP], tl.float64)
+        total = tl.zeros([1, LOOP], tl.float64)
+        for start in range(0, length, LOOP):
+            x, mask, _places = _long_load(base, row, start, length, box, keep, DECAY, BOXED, TYPE)
+            gap = tl.where(mask, tl.abs(x.to(tl.float64)) - top, -INF)
+            inside = gap > theta
+            count += inside.to(tl.float64)
+            total += tl.where(inside, gap, 0.0)
+        inner = tl.sum(tl.sum(count, 1), 0)
+        sum_inside = tl.sum(tl.sum(total, 1), 0)
+        change = (inner != kept) & (inner > 0)
+        theta = tl.where(change, (sum_inside - radius) / tl.where(inner > 0, inner, 1.0), theta)
+        kept = inner
+        moving = change.to(tl.int32)
+    return theta
+
+
+@triton.jit
 def _long(
-    base, r, length, stride, box, caps, cap_step, p, tau, keep,
-    KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr, SCALED: tl.constexpr,
-    BOXED: tl.constexpr, TYPE: tl.constexpr,
+    base, to, norms, r, length, stride, box, caps, cap_step, p, tau, keep,
+    FORM: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
+    SCALED: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """One row too long for registers. Returns 1 if it changed."""
+    SOFT: tl.constexpr = KIND == L1_BALL
     row = r * stride
     one = keep * 0 + 1
+    scale, finite = one, one > 0
+    if SCALED:
+        largest = _long_sum(base, to, row, length, box, p, keep, one, one, ORDER, False, DECAY, BOXED, TYPE, "largest")
+        scale, finite = _scale_of(largest, ORDER), largest < INF
+    inverse = 1 / scale
+    total = _long_sum(base, to, row, length, box, p, keep, inverse, one, ORDER, False, DECAY, BOXED, TYPE, "norm")
+    s = _root(total, p, ORDER)
+    finite = finite & (s < INF)
+    if FORM == NORMS:
+        norm = scale * s
+        if not finite:
+            norm = _long_sum(base, to, row, length, box, p, keep, one, one, ONE, False, DECAY, BOXED, TYPE, "norm")
+        tl.store(norms + r, norm)
+        return (r * 0).to(tl.int64)
     cap = tl.load(caps + r * cap_step)
     cap = tl.where(cap >= 0, cap, INF)
     slack, below, aim = _margins(length, p, ORDER)
     bound, target = cap * (1 - below), cap * (1 - aim)
-    scale, finite = one, one > 0
-    if SCALED:
-        largest = _long_sum(base, row, length, box, p, keep, one, one, one, ORDER, DECAY, BOXED, TYPE, "largest")
-        scale, finite = _scale_of(largest, ORDER), largest < INF
-    inverse = 1 / scale
-    s = _root(
-        _long_sum(base, row, length, box, p, keep, inverse, one, one, ORDER, DECAY, BOXED, TYPE, "norm"), p, ORDER
-    )
-    if KIND == LINF_BALL:
-        over, factor = s > cap, one
+    if SOFT or (KIND == LINF_BALL):
+        over, a, b = s > cap * (1 + slack) / scale, one, bound
     else:
-        over, factor = _factor(scale, s, cap, target, slack, tau, KIND, TAU)
-    over = over & finite & (s < INF)
+        over, b = _factor(scale, s, cap, target, slack, tau, KIND, TAU)
+        a = inverse
+    over = over & finite
+    if FORM == AWAY:
+        tl.store(norms + r, tl.where(over, scale * s, -1.0))
     if over:
+        if SOFT:
+            a = _long_sum(base, to, row, length, box, p, keep, one, one, ORDER, False, DECAY, BOXED, TYPE, "largest")
+            b = _long_theta(base, row, length, box, keep, a, target, DECAY, BOXED, TYPE)
         if KIND == LINF_BALL:
-            _long_sum(base, row, length, box, p, keep, one, one, bound, ORDER, DECAY, BOXED, TYPE, "clamp")
+            _long_sum(base, to, row, length, box, p, keep, one, bound, ORDER, SOFT, DECAY, BOXED, TYPE, "clamp")
         elif (TYPE == tl.float64) or (KIND == NORMALIZE) or TAU:
-            _long_sum(base, row, length, box, p, keep, inverse, factor, one, ORDER, DECAY, BOXED, TYPE, "write nearest")
+            _long_sum(base, to, row, length, box, p, keep, a, b, ORDER, SOFT, DECAY, BOXED, TYPE, "write nearest")
         else:
             # What is rounded lies below the cap: its powers need no scaling.
-            ratio = (
-                _root(
-                    _long_sum(
-                        base, row, length, box, p, keep, inverse, factor, one, ORDER, DECAY, BOXED, TYPE, "nearest"
-                    ),
-                    p,
-                    ORDER,
-                )
-                / bound
-            )
+            tried = _long_sum(base, to, row, length, box, p, keep, a, b, ORDER, SOFT, DECAY, BOXED, TYPE, "nearest")
+            ratio = _root(tried, p, ORDER) / bound
             fails = ratio > 1
+            lower = b
             if fails:
-                factor = factor / (2 * ratio - 1)
-                again = _root(
-                    _long_sum(
-                        base, row, length, box, p, keep, inverse, factor, one, ORDER, DECAY, BOXED, TYPE, "nearest"
-                    ),
-                    p,
-                    ORDER,
+                if SOFT:
+                    lower = _long_theta(base, row, length, box, keep, a, target / (2 * ratio - 1), DECAY, BOXED, TYPE)
+                else:
+                    lower = b / (2 * ratio - 1)
+                tried = _long_sum(
+                    base, to, row, length, box, p, keep, a, lower, ORDER, SOFT, DECAY, BOXED, TYPE, "nearest"
                 )
-                fails = again > bound
+                fails = _root(tried, p, ORDER) > bound
             if fails:
-                factor = factor * (2 * ratio - 1)
-                _long_sum(
-                    base, row, length, box, p, keep, inverse, factor, one, ORDER, DECAY, BOXED, TYPE, "write zero"
-                )
+                _long_sum(base, to, row, length, box, p, keep, a, b, ORDER, SOFT, DECAY, BOXED, TYPE, "write zero")
             else:
                 _long_sum(
-                    base, row, length, box, p, keep, inverse, factor, one, ORDER, DECAY, BOXED, TYPE, "write nearest"
+                    base, to, row, length, box, p, keep, a, lower, ORDER, SOFT, DECAY, BOXED, TYPE, "write nearest"
                 )
-    elif DECAY:
-        _long_sum(base, row, length, box, p, keep, one, one, one, ORDER, DECAY, BOXED, TYPE, "write x")
+    elif DECAY or (FORM == AWAY):
+        _long_sum(base, to, row, length, box, p, keep, one, one, ORDER, False, DECAY, BOXED, TYPE, "write x")
     return over.to(tl.int64)
 
 
@@ -391,41 +448,43 @@ def _chunk(
     changed = first * 0
     if length <= 128:
         for r in range(first, last, 16):
-            changed += _tile(base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
-                             KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, 16, 128)  # fmt: skip
+            changed += _tile(base, base, base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
+                             IN_PLACE, KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, 16, 128)  # fmt: skip
     if WIDEST > 128:
         if (length > 128) & (length <= 512):
             for r in range(first, last, 4):
-                changed += _tile(base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
-                                 KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, 4, 512)  # fmt: skip
+                changed += _tile(base, base, base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
+                                 IN_PLACE, KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, 4, 512)  # fmt: skip
     if WIDEST > 512:
         if (length > 512) & (length <= 2048):
             for r in range(first, last, 1):
-                changed += _tile(base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
-                                 KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, 1, 2048)  # fmt: skip
+                changed += _tile(base, base, base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
+                                 IN_PLACE, KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, 1, 2048)  # fmt: skip
     if WIDEST > 2048:
         if (length > 2048) & (length <= 4096):
             for r in range(first, last, 1):
-                changed += _tile(base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
-                                 KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, 1, 4096)  # fmt: skip
-    if (WIDEST > 4096) and (KIND != L1_BALL):
+                changed += _tile(base, base, base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
+                                 IN_PLACE, KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, 1, 4096)  # fmt: skip
+    if WIDEST > 4096:
         if length > 4096:
             for r in range(first, last, 1):
-                changed += _long(base, r, length, stride, box, caps, cap_step, p, tau, keep,
-                                 KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE)  # fmt: skip
+                changed += _long(base, base, base, r, length, stride, box, caps, cap_step, p, tau, keep,
+                                 IN_PLACE, KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE)  # fmt: skip
     return changed
 
 
-@triton.jit(do_not_specialize=["p_bits", "tau_bits", "keep_bits"])
+@triton.jit(do_not_specialize=["p_bits", "tau_bits", "decay_bits"])
 def _max_norm_rows(
-    table, chunks, caps, count, p_bits, tau_bits, keep_bits,
+    table, chunks, caps, count, p_bits, tau_bits, decay_bits, decay_tensor,
     KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
     CODES: tl.constexpr, WIDEST: tl.constexpr, BOXED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     tensor = table + tl.load(chunks + 2 * chunk) * COLUMNS
     first = tl.load(chunks + 2 * chunk + 1)
-    p, tau, keep = _float64(p_bits), _float64(tau_bits), _float64(keep_bits)
+    p, tau, keep = _float64(p_bits), _float64(tau_bits), 1 - _float64(decay_bits)
+    if decay_tensor is not None:
+        keep = 1 - tl.load(decay_tensor)
     code = tl.load(tensor + 1)
     changed = first * 0
     if CODES & 1:
@@ -448,20 +507,193 @@ def _max_norm_rows(
         tl.atomic_add(count, changed, sem="relaxed")
 
 
+@triton.jit(do_not_specialize=["rows", "length", "p_bits", "tau_bits"])
+def _matrix_rows(
+    x, out, norms, caps, rows, length, p_bits, tau_bits,
+    FORM: tl.constexpr, CAP_STEP: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of a matrix (one, of any length, if BLOCK is 0): capped, to `out`, or only their norms."""
+    TYPE: tl.constexpr = x.dtype.element_ty
+    SCALED: tl.constexpr = (TYPE == tl.float64 and ORDER != LARGEST) or ORDER == ANY
+    p, tau = _float64(p_bits), _float64(tau_bits)
+    keep = p * 0 + 1
+    rows, length = rows.to(tl.int64), tl.multiple_of(length.to(tl.int64), ALIGN)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    if BLOCK:
+        _tile(x, out, norms, first, rows, length, length, caps, caps, CAP_STEP, p, tau, keep,
+              FORM, CAP, ORDER, TAU, False, SCALED, False, TYPE, ROWS, BLOCK)  # fmt: skip
+    else:
+        _long(x, out, norms, first, length, length, caps, caps, CAP_STEP, p, tau, keep,
+              FORM, CAP, ORDER, TAU, False, SCALED, False, TYPE)  # fmt: skip
+
+
+@triton.jit
+def _slope(x, p, inverse, ORDER: tl.constexpr):
+    """sign(x) · (|x| · inverse)^(p - 1)."""
+    if ORDER == TWO:
+        return x * inverse
+    elif ORDER == ONE:
+        return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x * 0))
+    else:
+        size = _power(tl.abs(x) * inverse, p - 1, ORDER)
+        return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def _coefficients(norm, moves, along, cap, tau, TAU: tl.constexpr):
+    """(a, b, slope in the cap): the gradient of x is a · g + b · slope(x)."""
+    norm = tl.where(moves, norm, 1.0)
+    inverse = 1 / norm
+    below = inverse * 0 + 1  # norm^(1 - tau)
+    if TAU:
+        below = tl.exp2((1 - tau) * tl.log2(norm))
+    a = tl.where(cap >= 0, cap, INF) * below * inverse
+    return a, -a * tau * along, along * below
+
+
+@triton.jit(do_not_specialize=["rows", "length", "p_bits", "tau_bits"])
+def _matrix_gradients(
+    x, g, out, caps, norms, grads, slopes, rows, length, p_bits, tau_bits,
+    WITH_G: tl.constexpr, CAP_STEP: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOPED: tl.constexpr,
+):  # fmt: skip
+    """Of the capped rows of a matrix given the gradient g, or without it of their norms given `grads`. Rows of more
+    than BLOCK elements, if LOOPED, are walked through twice."""
+    TYPE: tl.constexpr = x.dtype.element_ty
+    p, tau = _float64(p_bits), _float64(tau_bits)
+    rows, length = rows.to(tl.int64), tl.multiple_of(length.to(tl.int64), ALIGN)
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    live = r < rows
+    norm = tl.load(norms + r, mask=live, other=-1.0)
+    a, b = norm * 0, norm * 0
+    moves = live
+    if WITH_G:
+        moves = live & (norm >= 0)
+    inverse = 1 / tl.where(moves & (norm != 0), norm, 1.0)
+    if WITH_G:
+        along = norm * 0
+        if LOOPED:
+            part = tl.zeros([ROWS, BLOCK], tl.float64)
+            if tl.max(moves.to(tl.int32), 0) > 0:
+                for start in range(0, length, BLOCK):
+                    j = start + tl.arange(0, BLOCK).to(tl.int64)
+                    mask = moves[:, None] & (j < length)[None, :]
+                    places = r[:, None] * length + j[None, :]
+                    w = tl.load(x + places, mask=mask, other=0.0).to(tl.float64)
+                    part += tl.load(g + places, mask=mask, other=0.0).to(tl.float64) * (w * inverse[:, None])
+            along = tl.sum(part, 1)
+        else:
+            j = tl.arange(0, BLOCK).to(tl.int64)
+            mask = live[:, None] & (j < length)[None, :]
+            places = r[:, None] * length + j[None, :]
+            vx = tl.load(x + places, mask=mask & moves[:, None], other=0.0)
+            vg = tl.load(g + places, mask=mask, other=0.0)
+            along = tl.sum(vg.to(tl.float64) * (vx.to(tl.float64) * inverse[:, None]), 1)
+        cap = tl.load(caps + r * CAP_STEP, mask=live, other=0.0)
+        a, b, slope = _coefficients(norm, moves, along, cap, tau, TAU)
+        tl.store(slopes + r, tl.where(moves, slope, 0.0), mask=live)
+    else:
+        b = tl.load(grads + r, mask=live, other=0.0)
+        b = tl.where(norm == 0, 0.0, b)
+    if LOOPED:
+        for start in range(0, length, BLOCK):
+            j = start + tl.arange(0, BLOCK).to(tl.int64)
+            mask = live[:, None] & (j < length)[None, :]
+            places = r[:, None] * length + j[None, :]
+            wide = tl.load(x + places, mask=mask & moves[:, None], other=0.0).to(tl.float64)
+            new = _slope(wide, p, inverse[:, None], ORDER) * b[:, None]
+            if WITH_G:
+                vg = tl.load(g + places, mask=mask, other=0.0)
+                new += vg.to(tl.float64) * a[:, None]
+                tl.store(out + places, tl.where(moves[:, None], _rounded(new, TYPE), vg), mask=mask)
+            else:
+                tl.store(out + places, _rounded(new, TYPE), mask=mask)
+    else:
+        if WITH_G:
+            new = _slope(vx.to(tl.float64), p, inverse[:, None], ORDER) * b[:, None] + vg.to(tl.float64) * a[:, None]
+            tl.store(out + places, tl.where(moves[:, None], _rounded(new, TYPE), vg), mask=mask)
+        else:
+            j = tl.arange(0, BLOCK).to(tl.int64)
+            mask = live[:, None] & (j < length)[None, :]
+            places = r[:, None] * length + j[None, :]
+            wide = tl.load(x + places, mask=mask, other=0.0).to(tl.float64)
+            tl.store(out + places, _rounded(_slope(wide, p, inverse[:, None], ORDER) * b[:, None], TYPE), mask=mask)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------
+
+
 def _bits(value: float) -> int:
     return int(torch.tensor(value, dtype=torch.float64).view(torch.int64))
 
 
-def max_norm_rows(table, chunks, chunk, caps, p, tau, decay, kind):
+def _order(p: float) -> tl.constexpr:
+    return {1.0: ONE, 2.0: TWO, math.inf: LARGEST}.get(p, ANY)
+
+
+def max_norm_rows(table, chunks, chunk, caps, p, tau, decay, decay_tensor, kind):
     """`chunk` is what the plan knows about its tensors: see `_traits` in fastreg/max_norm.py."""
     count = torch.zeros((), dtype=torch.int64, device=table.device)
     if chunks.shape[0]:
-        order = {1.0: ONE, 2.0: TWO, math.inf: LARGEST}.get(p, ANY)
         widest = (*WIDTHS, 2 * WIDTHS[-1])[chunk >> 8]
         _max_norm_rows[(chunks.shape[0],)](
-            table, chunks, caps, count, _bits(p), _bits(tau), _bits(1.0 - decay),
-            KIND=kind, ORDER=order, TAU=tau != 1.0, DECAY=decay != 0.0,
+            table, chunks, caps, count, _bits(p), _bits(tau), _bits(decay), decay_tensor,
+            KIND=kind, ORDER=_order(p), TAU=tau != 1.0, DECAY=decay != 0.0 or decay_tensor is not None,
             CODES=chunk & 15, WIDEST=widest, BOXED=bool(chunk & 16), ALIGNED=bool(chunk & 32),
             num_warps=4 if widest <= 512 else 8,
         )  # fmt: skip
     return count
+
+
+def _tiles(matrix: torch.Tensor) -> tuple[int, int, int]:
+    """(elements to which the rows' length is a multiple, up to 16 bytes; rows and elements of a tile)."""
+    length = matrix.shape[1]
+    align = 16 // matrix.element_size()
+    block = max(16, triton.next_power_of_2(length))
+    return align if length % align == 0 else 1, max(1, 2048 // block), block
+
+
+def _capped(x, out, norms, caps, p, tau, form):
+    align, rows, block = _tiles(x)
+    long = block > WIDTHS[-1]
+    _matrix_rows[(triton.cdiv(x.shape[0], rows),)](
+        x, out, norms, caps, x.shape[0], x.shape[1], _bits(p), _bits(tau),
+        FORM=form, CAP_STEP=int(caps.shape[0] > 1), ORDER=_order(p), TAU=tau != 1.0, ALIGN=align, ROWS=rows,
+        BLOCK=0 if long else block, num_warps=4 if block <= 512 else 8,
+    )  # fmt: skip
+
+
+def max_norm_forward(input, caps, p, tau):
+    output, norms = torch.empty_like(input), caps.new_empty(input.shape[0])
+    _capped(input, output, norms, caps, p, tau, AWAY)
+    return output, norms
+
+
+def row_norms(input, p):
+    norms = torch.empty(input.shape[0], dtype=torch.float64, device=input.device)
+    _capped(input, input, norms, norms, p, 1.0, NORMS)
+    return norms
+
+
+def _gradients(x, g, out, caps, norms, grads, slopes, p, tau):
+    align, rows, block = _tiles(x)
+    looped = block > WIDTHS[-1]
+    _matrix_gradients[(triton.cdiv(x.shape[0], rows),)](
+        x, g, out, caps, norms, grads, slopes, x.shape[0], x.shape[1], _bits(p), _bits(tau),
+        WITH_G=g is not None, CAP_STEP=int(caps is not None and caps.shape[0] > 1), ORDER=_order(p), TAU=tau != 1.0,
+        ALIGN=align, ROWS=rows, BLOCK=LOOP.value if looped else block, LOOPED=looped,
+        num_warps=4 if block <= 512 else 8,
+    )  # fmt: skip
+
+
+def max_norm_backward(grad_output, input, caps, norms, p, tau):
+    grad, slopes = torch.empty_like(input), torch.empty_like(norms)
+    _gradients(input, grad_output, grad, caps, norms, None, slopes, p, tau)
+    return grad, slopes
+
+
+def row_norms_backward(grad, input, norms, p):
+    out = torch.empty_like(input)
+    _gradients(input, None, out, None, norms, grad, None, p, 1.0)
+    return out

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -244,7 +245,8 @@ bool treat_row(const Launch& launch, const Passes& passes, const int64_t* tensor
 }  // namespace
 
 Tensor max_norm_rows(const Tensor& table, const Tensor& chunks, int64_t /*chunk*/, const Tensor& caps,
-                     double p, double tau, double decay, int64_t kind) {
+                     double p, double tau, double decay, std::optional<Tensor> decay_tensor, int64_t kind) {
+  if (decay_tensor) decay = *static_cast<const double*>(decay_tensor->const_data_ptr());
   const auto* rows = static_cast<const int64_t*>(table.const_data_ptr());
   const auto* places = static_cast<const int64_t*>(chunks.const_data_ptr());
   const Launch launch{

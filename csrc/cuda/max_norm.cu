@@ -1,19 +1,19 @@
-// Max-norm and its kin in CUDA: all rows of all tensors of a plan in one launch. What is decided per row, and
-// the table's layout, stand in max_norm.h.
+// Max-norm and its kin in CUDA: all rows of all tensors of a plan in one launch, or of a matrix out of place,
+// with the gradient. What is decided per row, and the table's layout, stand in max_norm.h.
 //
-// Bytes     each element read once; rows that change are written once. Rows of more than kThreads *
-//           kVectors * 16 bytes do not fit on chip: those that change are read again, from L2 where it holds
-//           them.
-// Launches  one. A block takes one chunk: rows of one tensor, each dealt to a warp or to the block by its
-//           length.
+// Bytes     each element read once; rows that change are written once (out of place, every row). Rows of more
+//           than kThreads * kVectors * 16 bytes do not fit on chip: those that are written are read again,
+//           from L2 where it holds them. Backward: x and the gradient once, of rows of half that size.
+// Launches  one. A block takes one chunk: rows of one tensor, each dealt to 1, 2, 4 ... 32 lanes of a warp or
+//           to the block by its length.
 // Accesses  128 bits, whatever a row's length and offset: elements are counted from the 16-byte boundary at
-// or
-//           before the row's first, and only the first and the last vector go by elements.
+//           or before the row's first, and only the first and the last vector go by elements.
 // Numerics  norms in fp64, of values scaled where sums could overflow or vanish; sums in a fixed order.
 #ifndef CUDAHOST
 #include <cuda_pipeline.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
 
 #include "cuda/elements.h"
@@ -28,14 +28,26 @@ using mn::Kind;
 using mn::Order;
 
 constexpr int kThreads = 128;
-constexpr int kVectors = 16;  // of 16 bytes, that a thread holds of a row
+constexpr int kVectors = 16;         // of 16 bytes, that a thread holds
+constexpr int64_t kPerBlock = 8192;  // elements of the rows of a matrix that a block takes, if more than one
+
+// Rows of one tensor: a row of a plan's table, or a matrix.
+struct Rows {
+  int64_t data, code, rows, stride, length;
+  const int64_t* box;  // null if a row is a run of elements
+  int64_t per_chunk, cap, cap_step;
+};
 
 struct Job {
-  const int64_t *table, *chunks;
+  const int64_t *table, *chunks;  // of a plan; else
+  Rows matrix;
   const double* caps;
   double p, tau, decay;
+  const double* decay_tensor;  // if not null, instead of decay
   Kind kind;
-  unsigned long long* count;
+  unsigned long long* count;  // of the rows that changed, or null
+  int64_t out;                // the matrix to write, instead of the one that is read
+  double* norms;              // of the rows of a matrix; -1 of rows that stay
 };
 
 template <class T>
@@ -73,25 +85,38 @@ __device__ double root(double sum, double p) {
     return sum;
 }
 
-// The threads that share a row. Those of a warp, or of the block, walk through the same reductions together.
-template <int LANES>
+// The 2^log threads that share a row, of a warp or the whole block. Those of a warp, or of the block, walk
+// through the same reductions together.
 struct Team {
+  static constexpr int kBlock = 7;
+  static_assert(1 << kBlock == kThreads);
+  int log;
   double* warps;  // shared, one per warp
 
-  __device__ static int lane() { return threadIdx.x % LANES; }
+  // Two vectors per thread in a warp, if that is enough of them, up to eight; in a block up to kVectors.
+  static __host__ __device__ int log_for(int64_t vectors) {
+    if (vectors > 32 * 8) return kBlock;
+    int log = 0;
+    while (log < 5 && 2 << log < vectors) ++log;
+    return log;
+  }
+
+  __device__ int lane() const { return threadIdx.x & ((1 << log) - 1); }
+  __device__ int member() const { return threadIdx.x >> log; }  // which of the teams of the block
+  __device__ int teams() const { return kThreads >> log; }
 
   template <class Combine>
   __device__ double reduce(double value, const Combine& combine) const {
-#pragma unroll
-    for (int step = (LANES < 32 ? LANES : 32) / 2; step > 0; step /= 2)
+#pragma unroll 1
+    for (int step = log < 5 ? (1 << log) / 2 : 16; step > 0; step /= 2)
       value = combine(value, __shfl_xor_sync(everyone, value, step));
-    if constexpr (LANES > 32) {
+    if (log == kBlock) {
       __syncthreads();  // what was there is read
       if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
       __syncthreads();
       value = warps[0];
 #pragma unroll
-      for (int w = 1; w < LANES / 32; ++w) value = combine(value, warps[w]);
+      for (int w = 1; w < kThreads / 32; ++w) value = combine(value, warps[w]);
     }
     return value;
   }
@@ -102,51 +127,143 @@ struct Team {
     return reduce(value, [](double a, double b) { return a > b ? a : b; });
   }
   // Whether it is so for any of those who walk together; one answer per row of a block already is.
-  __device__ static bool any(bool here) {
-    if constexpr (LANES > 32)
-      return here;
-    else
-      return __any_sync(everyone, here);
+  __device__ bool any(bool here) const { return log == kBlock ? here : __any_sync(everyone, here); }
+};
+
+// A thread's vectors of a row, one in 2^log, counted from the 16-byte boundary at or before the row's first
+// element; of another tensor in step with it, `beside` gives the same elements. Zeros stand before and after
+// the row: they are neutral to all that is collected.
+template <class T>
+struct Run {
+  static constexpr int size = Vector<T>::size, kLogSize = size == 8 ? 3 : size == 4 ? 2 : 1;
+  T* data;
+  const int64_t* box;  // null if the elements lie side by side
+  int64_t start, length, count;
+  int log;
+  bool aligned;  // whether the vectors lie on 16-byte boundaries
+
+  __device__ Run(T* data, const int64_t* box, int64_t length, const Team& team)
+      : data(data), box(box), length(length), log(team.log + kLogSize), aligned(box == nullptr) {
+    start = (box ? 0 : -past(data)) + int64_t(team.lane()) * size;
+    count = start < length ? (length - start + (int64_t(1) << log) - 1) >> log : 0;
+  }
+  __device__ Run beside(T* other) const {
+    Run run = *this;
+    run.data = other;
+    run.aligned = aligned && past(other) == past(data);
+    return run;
+  }
+  static __host__ __device__ int64_t past(const T* data) {
+    return reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T);
+  }
+  // Vectors that a row may span, however it lies.
+  static __host__ __device__ int64_t vectors(int64_t length) { return (length + 2 * size - 2) >> kLogSize; }
+
+  __device__ int64_t at(int64_t i) const { return start + (i << log); }
+  __device__ bool whole(int64_t i) const { return aligned && at(i) >= 0 && at(i) + size <= length; }
+  __device__ int64_t place(int64_t j) const {
+    if (!box) return j;
+    // Such rows have fewer than 2^32 elements: a division of 64 bits would be a call, which spills.
+    int64_t offset = 0;
+    uint32_t left = static_cast<uint32_t>(j);
+#pragma unroll 1
+    for (int d = 0; d < mn::kInner; ++d) {
+      const uint32_t extent = static_cast<uint32_t>(box[2 * d]), next = left / extent;
+      offset += int64_t(left - next * extent) * box[2 * d + 1];
+      left = next;
+    }
+    return offset;
+  }
+  __device__ Vector<T> read(int64_t i) const {
+    if (whole(i)) return *reinterpret_cast<const Vector<T>*>(data + at(i));
+    Vector<T> v;
+#pragma unroll
+    for (int k = 0; k < size; ++k) v.values[k] = nearest<T>(0);
+#pragma unroll 1
+    for (int k = 0; k < size; ++k) {
+      const int64_t j = at(i) + k;
+      if (j < 0 || j >= length) continue;
+      const T x = data[place(j)];
+#pragma unroll
+      for (int other = 0; other < size; ++other)  // a register has no index
+        if (other == k) v.values[other] = x;
+    }
+    return v;
+  }
+  __device__ void write(int64_t i, const Vector<T>& v) const {
+    if (whole(i)) return store(data + at(i), v);
+#pragma unroll 1
+    for (int k = 0; k < size; ++k) {
+      const int64_t j = at(i) + k;
+      if (j < 0 || j >= length) continue;
+      T x = v.values[0];
+#pragma unroll
+      for (int other = 1; other < size; ++other)
+        if (other == k) x = v.values[other];
+      data[place(j)] = x;
+    }
+  }
+  // To shared memory, kThreads apart: vectors [first, first + most), as far as there are so many. All loads
+  // are under way before `wait_for_copies` waits for them.
+  __device__ void stage(Vector<T>* held, int64_t first, int64_t most) const {
+    const int64_t past_last = first + most < count ? first + most : count;
+#pragma unroll 1
+    for (int64_t i = first; i < past_last; ++i, held += kThreads) {
+      if (whole(i))
+        copy_async(held, data + at(i));
+      else
+        *held = read(i);
+    }
+  }
+  static __device__ void copy_async(Vector<T>* to, const T* from) {
+#ifdef CUDAHOST
+    *to = *reinterpret_cast<const Vector<T>*>(from);
+#else
+    __pipeline_memcpy_async(to, from, 16);
+#endif
+  }
+  static __device__ void wait_for_copies() {
+#ifndef CUDAHOST
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+#endif
   }
 };
 
-// A thread's share of a row: vectors of 16 bytes, one every LANES. They stay on chip if the row fits there,
-// and reach memory by `settle`; else they are read from memory and changed there.
-template <class T, int LANES>
+// What becomes of an element: x * a * b, or for the l1 ball sign(x) * max(|x| - a - b, 0), rounded, and
+// clamped to the limit.
+template <class T, Order ORDER>
+struct Change {
+  double a, b, limit;
+  bool soft, down;
+
+  __device__ T operator()(T x) const {
+    const double v = widen(x), left = (fabs(v) - a) - b;
+    const double exact = ORDER == Order::one && soft ? copysign(left > 0 ? left : 0, v) : v * a * b;
+    const T out = down ? toward_zero<T>(exact) : nearest<T>(exact);
+    if (ORDER == Order::largest && fabs(widen(out)) > limit) return nearest<T>(copysign(limit, v));
+    return out;
+  }
+};
+
+// A thread's share of a row. It stays in shared memory if the row fits there, and reaches memory by `settle`;
+// else it passes through shared memory in parts, and is changed where it is written.
+template <class T>
 class Share {
-  static constexpr int size = Vector<T>::size, pitch = LANES * size;
+  static constexpr int size = Vector<T>::size;
 
  public:
-  // What fits on chip, less the elements that may be missing before the first.
-  static constexpr int64_t kFits = int64_t(kVectors) * pitch - size + 1;
-
-  __device__ Share(T* data, const int64_t* tensor, bool live, double decay, Vector<T>* held)
-      : data_(data),
-        box_(tensor + mn::kBox),
-        held_(held + threadIdx.x),
-        keep_(1 - decay),
-        decays_(decay != 0) {
-    const int64_t length = tensor[mn::kLength];
-    apart_ = length > 1 && (box_[0] != length || box_[1] != 1);
-    length_ = live ? length : 0;
-    const int64_t past = reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T);
-    start_ = (apart_ ? 0 : -past) + int64_t(Team<LANES>::lane()) * size;
-    count_ = start_ < length_ ? (length_ - start_ + pitch - 1) / pitch : 0;
-    held_here_ = length <= kFits;
-    if (!held_here_) return;
-#pragma unroll 1
-    for (int64_t i = 0; i < count_; ++i) {
-      if (whole(at(i)))
-        copy_async(held_ + i * kThreads, data_ + at(i));
-      else
-        held_[i * kThreads] = read(at(i));
+  __device__ Share(const Run<T>& from, const Run<T>& to, bool fits, double keep, bool decays, Vector<T>* held)
+      : from_(from), to_(to), held_(held), keep_(keep), fits_(fits), decays_(decays) {
+    if (fits) {
+      from_.stage(held_, 0, kVectors);
+      Run<T>::wait_for_copies();
     }
-    wait_for_copies();
   }
 
   // The sum of |x * inverse|^p, or the largest.
   template <Order ORDER>
-  __device__ double collect(Team<LANES> team, double p, double inverse) const {
+  __device__ double collect(const Team& team, double p, double inverse) {
     double all = 0;
     each([&](T x) {
       const double v = widen(x) * inverse;
@@ -161,7 +278,7 @@ class Share {
   }
 
   // How many |x| - top are above theta, and their sum.
-  __device__ double gaps(Team<LANES> team, double top, double theta, double* count) const {
+  __device__ double gaps(const Team& team, double top, double theta, double* count) {
     double total = 0, kept = 0;
     each([&](T x) {
       const double gap = fabs(widen(x)) - top;
@@ -172,128 +289,80 @@ class Share {
   }
 
   // x <- to(x) where `which`; returns the sum of |x * inverse|^p of the new ones.
-  template <Order ORDER, class To>
-  __device__ double change(Team<LANES> team, bool which, double p, double inverse, const To& to) {
+  template <Order ORDER>
+  __device__ double change(const Team& team, bool which, double p, double inverse,
+                           const Change<T, ORDER>& to) {
     double all = 0;
     if (which) {
-#pragma unroll 1
-      for (int64_t i = 0; i < count_; ++i) {
-        Vector<T> v = get(i);
+      each_vector([&](int64_t i, Vector<T>& v, Vector<T>& held) {
 #pragma unroll
         for (int k = 0; k < size; ++k) {
           v.values[k] = to(v.values[k]);
           if constexpr (ORDER != Order::largest) all += power<ORDER>(widen(v.values[k]) * inverse, p);
         }
-        if (held_here_)
-          held_[i * kThreads] = v;
+        if (fits_)
+          held = v;
         else
-          write(at(i), v);
-      }
+          to_.write(i, v);
+      });
       decays_ = false;  // it is done
+      if (!fits_) from_ = to_, written_ = true;
     }
     return team.sum(all);
   }
 
   // Brings to memory what is not there yet.
   __device__ void settle(bool changed) {
-    if (held_here_ ? changed || decays_ : decays_)
-#pragma unroll 1
-      for (int64_t i = 0; i < count_; ++i) write(at(i), get(i));
+    const bool away = to_.data != from_.data;
+    if (written_ || !(decays_ || away || changed)) return;
+    each_vector([&](int64_t i, Vector<T>& v, Vector<T>&) { to_.write(i, v); });
   }
 
  private:
-  static __device__ void copy_async(Vector<T>* to, const T* from) {
-#ifdef CUDAHOST
-    *to = *reinterpret_cast<const Vector<T>*>(from);
-#else
-    __pipeline_memcpy_async(to, from, 16);
-#endif
-  }
-  static __device__ void wait_for_copies() {
-#ifndef CUDAHOST
-    __pipeline_commit();
-    __pipeline_wait_prior(0);
-#endif
-  }
-
-  __device__ int64_t at(int64_t i) const { return start_ + i * pitch; }
-  __device__ Vector<T> get(int64_t i) const {
-    Vector<T> v = held_here_ ? held_[i * kThreads] : read(at(i));
-    if (decays_) {
+  // body(number, the vector, where it is held) for each.
+  template <class Body>
+  __device__ void each_vector(const Body& body) {
+#pragma unroll 1
+    for (int64_t first = 0; first < from_.count; first += kVectors) {
+      // What this thread has just written may be on its way still, for loads that go past its registers.
+      if (!fits_ && !written_) {
+        from_.stage(held_, first, kVectors);
+        Run<T>::wait_for_copies();
+      }
+#pragma unroll 1
+      for (int i = 0; i < kVectors && first + i < from_.count; ++i) {
+        Vector<T> v = written_ ? from_.read(first + i) : held_[i * kThreads];
+        if (decays_) {
 #pragma unroll
-      for (int k = 0; k < size; ++k) {
-        if constexpr (sizeof(T) == 8)
-          v.values[k] = v.values[k] * keep_;
-        else
-          v.values[k] = nearest<T>(static_cast<float>(v.values[k]) * static_cast<float>(keep_));
+          for (int k = 0; k < size; ++k) {
+            if constexpr (sizeof(T) == 8)
+              v.values[k] = v.values[k] * keep_;
+            else
+              v.values[k] = nearest<T>(static_cast<float>(v.values[k]) * static_cast<float>(keep_));
+          }
+        }
+        body(first + i, v, held_[i * kThreads]);
       }
     }
-    return v;
   }
-  // Zeros stand before and after the row: they are neutral to all that is collected.
   template <class Each>
-  __device__ void each(const Each& body) const {
-#pragma unroll 1
-    for (int64_t i = 0; i < count_; ++i) {
-      const Vector<T> v = get(i);
+  __device__ void each(const Each& body) {
+    each_vector([&](int64_t, const Vector<T>& v, const Vector<T>&) {
 #pragma unroll
       for (int k = 0; k < size; ++k) body(v.values[k]);
-    }
-  }
-  __device__ bool whole(int64_t j) const { return !apart_ && j >= 0 && j + size <= length_; }
-  __device__ int64_t place(int64_t j) const {
-    if (!apart_) return j;
-    // Such rows have fewer than 2^32 elements: a division of 64 bits would be a call, which spills.
-    int64_t offset = 0;
-    uint32_t left = static_cast<uint32_t>(j);
-#pragma unroll 1
-    for (int d = 0; d < mn::kInner; ++d) {
-      const uint32_t extent = static_cast<uint32_t>(box_[2 * d]), next = left / extent;
-      offset += int64_t(left - next * extent) * box_[2 * d + 1];
-      left = next;
-    }
-    return offset;
-  }
-  __device__ Vector<T> read(int64_t j) const {
-    if (whole(j)) return *reinterpret_cast<const Vector<T>*>(data_ + j);
-    Vector<T> v;
-#pragma unroll
-    for (int k = 0; k < size; ++k) v.values[k] = nearest<T>(0);
-#pragma unroll 1
-    for (int k = 0; k < size; ++k) {
-      if (j + k < 0 || j + k >= length_) continue;
-      const T x = data_[place(j + k)];
-#pragma unroll
-      for (int other = 0; other < size; ++other)  // a register has no index
-        if (other == k) v.values[other] = x;
-    }
-    return v;
-  }
-  __device__ void write(int64_t j, const Vector<T>& v) const {
-    if (whole(j)) return store(data_ + j, v);
-#pragma unroll 1
-    for (int k = 0; k < size; ++k) {
-      if (j + k < 0 || j + k >= length_) continue;
-      T x = v.values[0];
-#pragma unroll
-      for (int other = 1; other < size; ++other)
-        if (other == k) x = v.values[other];
-      data_[place(j + k)] = x;
-    }
+    });
   }
 
-  T* data_;
-  const int64_t* box_;
+  Run<T> from_, to_;
   Vector<T>* held_;
   double keep_;
-  int64_t length_, start_, count_;
-  bool apart_, decays_, held_here_;
+  bool fits_, decays_, written_ = false;
 };
 
 // Theta of the soft threshold that brings the l1 norm to `radius`, relative to the largest value: Michelot's
 // iteration, in which the kept set only shrinks.
-template <class S, class G>
-__device__ double theta_of(const S& share, G team, bool which, double top, double radius) {
+template <class S>
+__device__ double theta_of(S& share, const Team& team, bool which, double top, double radius) {
   double theta = -(radius < top ? radius : top), kept = -1;
   bool moving = which;
   while (team.any(moving)) {
@@ -306,159 +375,357 @@ __device__ double theta_of(const S& share, G team, bool which, double top, doubl
   return theta;
 }
 
-// Does to one row what the job says. Returns whether it has changed.
-template <class T, Order ORDER, int LANES>
-__device__ bool treat(Share<T, LANES>& share, Team<LANES> team, const Job& job, int64_t length, double cap,
-                      bool live) {
+// Does to one row what the job says. Returns whether it has changed, and its norm.
+template <class T, Order ORDER>
+__device__ bool treat(Share<T>& share, const Team& team, const Job& job, int64_t length, double cap,
+                      bool live, double* found_norm) {
   constexpr int64_t code = sizeof(T) == 8              ? mn::kDouble
                            : sizeof(T) == 4            ? mn::kFloat
                            : std::is_same_v<T, __half> ? mn::kHalf
                                                        : mn::kBFloat16;
   const double p = job.p;
-  const double plain = share.template collect<ORDER>(team, p, 1);
-  const bool safe = mn::is_safe(plain, ORDER);
-  mn::Norm norm{1, root<ORDER>(plain, p)};
-  bool finite = true;
-  if (team.any(!safe)) {
-    const double top = share.template collect<Order::largest>(team, p, 1);
-    const bool scaled = !safe && top > 0 && top < HUGE_VAL && ORDER != Order::largest;
-    finite = top < HUGE_VAL;
-    const double scale = !scaled ? 1 : ORDER == Order::any ? top : mn::power_of_two(top);
+  mn::Norm norm{1, 0};
+  bool finite = true, scaled = true;
+  double plain = 0;
+  // Once as the values are, and where that overflows or vanishes once more of values scaled.
+#pragma unroll 1
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    const double sum = share.template collect<ORDER>(team, p, 1 / norm.scale);
+    if (scaled) norm.s = root<ORDER>(sum, p);
+    if (attempt == 1) break;
+    plain = sum;
+    const bool safe = !live || mn::is_safe(sum, ORDER);
+    if (!team.any(!safe)) break;
+    const double top = ORDER == Order::largest ? sum : share.template collect<Order::largest>(team, p, 1);
+    finite = safe || top < HUGE_VAL;
+    scaled = !safe && top > 0 && top < HUGE_VAL && ORDER != Order::largest;
     if (!safe) norm = {1, top};
-    if (team.any(scaled)) {
-      const double sum = share.template collect<ORDER>(team, p, 1 / scale);
-      if (scaled) norm = {scale, root<ORDER>(sum, p)};
-    }
+    if (scaled) norm.scale = ORDER == Order::any ? top : mn::power_of_two(top);
+    if (!team.any(scaled)) break;
   }
+  *found_norm = finite ? norm.scale * norm.s : plain;
+  if (job.kind == Kind::norm) {
+    if (ORDER == Order::largest && team.any(!finite))  // NaN or inf: a sum tells
+      plain = share.template collect<Order::one>(team, p, 1);
+    if (ORDER == Order::largest && !finite) *found_norm = plain;
+    return false;
+  }
+
   const mn::Margins m = mn::margins(length, p);
   const double bound = cap * (1 - m.below);
   const double target = cap * (1 - m.aim - mn::rounding_margin(length, code));
+  const bool soft = ORDER == Order::one && job.kind == Kind::l1_ball;
   // For x / scale; negative if the row stays.
-  const double found = job.kind == Kind::l1_ball || job.kind == Kind::linf_ball
+  const double found = soft || job.kind == Kind::linf_ball
                            ? (mn::is_over(norm, cap, m) ? 1 : -1)
                            : mn::factor_of(norm, cap, target, m, job.tau, job.kind);
   const bool over = live && finite && found >= 0, bounded = job.kind != Kind::normalize && job.tau == 1;
-  const double inverse = 1 / bound;
   if (team.any(over)) {
-    double sum;
-    if (ORDER == Order::one && job.kind == Kind::l1_ball) {
-      const double top = share.template collect<Order::largest>(team, p, 1);
-      const double theta = theta_of(share, team, over, top, target);
-      sum = share.template change<ORDER>(team, over, p, inverse, [top, theta](T x) {
-        const double left = (fabs(widen(x)) - top) - theta;
-        return nearest<T>(copysign(left > 0 ? left : 0, widen(x)));
-      });
-    } else {
-      const double scaling = 1 / norm.scale, factor = found;
-      // For p = inf no element may be rounded past the cap, which is all that the l-infinity ball asks for.
-      const double limit = bounded ? widen(toward_zero<T>(bound)) : HUGE_VAL;
-      sum = share.template change<ORDER>(team, over, p, inverse, [scaling, factor, limit](T x) {
-        const T scaled = nearest<T>(widen(x) * scaling * factor);
-        if (ORDER == Order::largest && fabs(widen(scaled)) > limit)
-          return nearest<T>(copysign(limit, widen(x)));
-        return scaled;
-      });
-    }
-    // Above the bound after rounding: what was rounded is scaled once more, at last towards zero.
-    if (sizeof(T) < 8 && ORDER != Order::largest && bounded) {
-      double ratio = root<ORDER>(sum, p);
-      bool high = over && ratio > 1;
-      if (team.any(high)) {
-        const double lower = 1 / (2 * ratio - 1);
-        sum = share.template change<ORDER>(team, high, p, inverse,
-                                           [lower](T x) { return nearest<T>(widen(x) * lower); });
-        ratio = root<ORDER>(sum, p);
-        high = high && ratio > 1;
-        if (team.any(high)) {
-          const double lowest = (1 - 8 * 0x1p-53) / ratio;
-          share.template change<ORDER>(team, high, p, inverse,
-                                       [lowest](T x) { return toward_zero<T>(widen(x) * lowest); });
-        }
+    Change<T, ORDER> how{1 / norm.scale, found, HUGE_VAL, soft, false};
+    // For p = inf no element may be rounded past the cap, which is all that the l-infinity ball asks for.
+    if (ORDER == Order::largest && bounded) how.limit = widen(toward_zero<T>(bound));
+    if constexpr (ORDER == Order::one) {
+      if (soft) {
+        how.a = share.template collect<Order::largest>(team, p, 1);
+        how.b = theta_of(share, team, over, how.a, target);
       }
     }
+    bool now = over;
+#pragma unroll 1
+    for (int attempt = 0; attempt < 3; ++attempt) {
+      const double sum = share.template change<ORDER>(team, now, p, 1 / bound, how);
+      if (sizeof(T) == 8 || ORDER == Order::largest || !bounded) break;
+      // Above the bound after rounding: what was rounded is scaled once more, at last towards zero.
+      const double ratio = root<ORDER>(sum, p);
+      now = now && ratio > 1;
+      if (!team.any(now)) break;
+      how = {1, attempt == 0 ? 1 / (2 * ratio - 1) : (1 - 8 * 0x1p-53) / ratio, HUGE_VAL, false,
+             attempt == 1};
+    }
   }
-  share.settle(over);
   return over;
 }
 
-template <class T, Order ORDER, int LANES>
-__device__ int run_rows(const Job& job, const int64_t* tensor, int64_t first, int64_t last, double* warps,
-                        void* held) {
-  const int64_t stride = tensor[mn::kRowStride], length = tensor[mn::kLength];
-  const Team<LANES> team{warps};
+template <class T, Order ORDER>
+__device__ int run_chunk(const Job& job, const Rows& rows, int64_t first, double* warps, void* held) {
+  const int64_t end = first + rows.per_chunk, last = end < rows.rows ? end : rows.rows;
+  const int64_t vectors = Run<T>::vectors(rows.length);
+  const Team team{Team::log_for(vectors), warps};
+  const double keep = 1 - (job.decay_tensor ? *job.decay_tensor : job.decay);
+  const bool decays = job.decay_tensor || job.decay != 0;
   int changed = 0;
-  for (int64_t r = first + threadIdx.x / LANES; r - threadIdx.x / LANES < last; r += kThreads / LANES) {
+  for (int64_t base = first; base < last; base += team.teams()) {
+    const int64_t r = base + team.member();
     const bool live = r < last;
-    T* data = reinterpret_cast<T*>(tensor[mn::kAddress]) + (live ? r * stride : 0);
-    const double cap = live ? mn::usable_cap(job.caps[tensor[mn::kCap] + r * tensor[mn::kCapStep]]) : 0;
-    Share<T, LANES> share(data, tensor, live, job.decay, static_cast<Vector<T>*>(held));
-    const bool over = treat<T, ORDER>(share, team, job, length, cap, live);
-    if (over && Team<LANES>::lane() == 0) ++changed;
+    T* data = reinterpret_cast<T*>(rows.data) + (live ? r * rows.stride : 0);
+    const double cap =
+        live && job.kind != Kind::norm ? mn::usable_cap(job.caps[rows.cap + r * rows.cap_step]) : 0;
+    const Run<T> from(data, rows.box, live ? rows.length : 0, team);
+    const Run<T> to = from.beside(
+        job.out ? reinterpret_cast<T*>(job.out) + (data - reinterpret_cast<T*>(rows.data)) : data);
+    Share<T> share(from, to, vectors <= kVectors << team.log, keep, decays,
+                   static_cast<Vector<T>*>(held) + threadIdx.x);
+    double norm;
+    const bool over = treat<T, ORDER>(share, team, job, rows.length, cap, live, &norm);
+    if (job.kind != Kind::norm) share.settle(over);
+    if (live && team.lane() == 0) {
+      changed += over;
+      if (job.norms) job.norms[r] = over || job.kind == Kind::norm ? norm : -1;
+    }
   }
   return changed;
 }
 
-template <class T, Order ORDER>
-__device__ int run_chunk(const Job& job, const int64_t* tensor, int64_t first, double* warps, void* held) {
-  const int64_t rows = tensor[mn::kRows], end = first + tensor[mn::kPerChunk], last = end < rows ? end : rows;
-  if (tensor[mn::kLength] <= Share<T, 32>::kFits)
-    return run_rows<T, ORDER, 32>(job, tensor, first, last, warps, held);
-  return run_rows<T, ORDER, kThreads>(job, tensor, first, last, warps, held);
-}
-
 template <Order ORDER>
-__global__ void __launch_bounds__(kThreads, 4) rows_kernel(Job job) {
+__global__ void __launch_bounds__(kThreads, ORDER == Order::any ? 3 : 4) rows_kernel(Job job) {
   DYN_SMEM(unsigned char, held);
   __shared__ double warps[kThreads / 32];
-  const int64_t* tensor = job.table + job.chunks[2 * int64_t(blockIdx.x)] * mn::kColumns;
-  const int64_t first = job.chunks[2 * int64_t(blockIdx.x) + 1];
+  Rows rows = job.matrix;
+  int64_t first = int64_t(blockIdx.x) * rows.per_chunk;
+  if (job.table) {
+    const int64_t* row = job.table + job.chunks[2 * int64_t(blockIdx.x)] * mn::kColumns;
+    first = job.chunks[2 * int64_t(blockIdx.x) + 1];
+    const int64_t* box = row + mn::kBox;
+    const bool apart = row[mn::kLength] > 1 && (box[0] != row[mn::kLength] || box[1] != 1);
+    rows = {row[mn::kAddress],     row[mn::kCode],     row[mn::kRows], row[mn::kRowStride], row[mn::kLength],
+            apart ? box : nullptr, row[mn::kPerChunk], row[mn::kCap],  row[mn::kCapStep]};
+  }
   int changed = 0;
-  switch (tensor[mn::kCode]) {
+  switch (rows.code) {
     case mn::kFloat:
-      changed = run_chunk<float, ORDER>(job, tensor, first, warps, held);
+      changed = run_chunk<float, ORDER>(job, rows, first, warps, held);
       break;
     case mn::kHalf:
-      changed = run_chunk<__half, ORDER>(job, tensor, first, warps, held);
+      changed = run_chunk<__half, ORDER>(job, rows, first, warps, held);
       break;
     case mn::kBFloat16:
-      changed = run_chunk<__nv_bfloat16, ORDER>(job, tensor, first, warps, held);
+      changed = run_chunk<__nv_bfloat16, ORDER>(job, rows, first, warps, held);
       break;
     case mn::kDouble:
-      changed = run_chunk<double, ORDER>(job, tensor, first, warps, held);
+      changed = run_chunk<double, ORDER>(job, rows, first, warps, held);
       break;
   }
   changed = __reduce_add_sync(everyone, changed);
-  if (threadIdx.x % 32 == 0 && changed) atomicAdd(job.count, static_cast<unsigned long long>(changed));
+  if (job.count && threadIdx.x % 32 == 0 && changed)
+    atomicAdd(job.count, static_cast<unsigned long long>(changed));
+}
+
+cudaError_t launch(const Job& job, int64_t blocks, int64_t shared, cudaStream_t stream) {
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  if (blocks == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
+  switch (mn::order_of(job.p)) {
+    case Order::one:
+      LAUNCH(rows_kernel<Order::one>, grid, block, shared, stream, job);
+      break;
+    case Order::two:
+      LAUNCH(rows_kernel<Order::two>, grid, block, shared, stream, job);
+      break;
+    case Order::largest:
+      LAUNCH(rows_kernel<Order::largest>, grid, block, shared, stream, job);
+      break;
+    default:
+      LAUNCH(rows_kernel<Order::any>, grid, block, shared, stream, job);
+  }
+  return cudaGetLastError();
+}
+
+constexpr int64_t kHeld = int64_t(kThreads) * 16;  // bytes of one vector per thread
+
+// Vectors that a thread holds of a row of a matrix, at most `most`: shared memory that is not asked for
+// leaves room for other blocks.
+int64_t held_vectors(int code, int64_t length, int64_t most) {
+  const int64_t size = code == mn::kDouble ? 2 : code == mn::kFloat ? 4 : 8;
+  const int64_t vectors = (length + 2 * size - 2) / size, lanes = int64_t(1) << Team::log_for(vectors);
+  return std::min(most, ceil_div(vectors, lanes));
+}
+
+int64_t rows_of_block(int64_t length) { return std::max<int64_t>(1, kPerBlock / length); }
+
+Rows matrix_of(int code, const void* input, int64_t rows, int64_t length, int64_t cap_step) {
+  return {reinterpret_cast<int64_t>(input),
+          code,
+          rows,
+          length,
+          length,
+          nullptr,
+          rows_of_block(length),
+          0,
+          cap_step};
+}
+
+// ---- gradients -------------------------------------------------------------------------------------------
+
+// dx = a * g + b * slope(x) row by row; without caps dx = grads[r] * slope(x).
+struct Gradient {
+  Rows x;
+  int64_t g, out;
+  const double *caps, *norms, *grads;
+  double* slopes;
+  double p, tau;
+};
+
+constexpr int kPairs = kVectors / 2;  // vectors of x and of g that a thread holds
+
+__device__ double slope_of(double x, double p, double inverse, Order order) {
+  if (order == Order::two) return x * inverse;
+  if (order == Order::one) return x > 0 ? 1 : x < 0 ? -1 : x * 0;
+  return x == 0 ? 0 : copysign(pow(fabs(x) * inverse, p - 1), x);
+}
+
+template <class T>
+__device__ void differentiate(const Gradient& job, double* warps, void* memory) {
+  const Rows& rows = job.x;
+  const int64_t first = int64_t(blockIdx.x) * rows.per_chunk, end = first + rows.per_chunk;
+  const int64_t last = end < rows.rows ? end : rows.rows, vectors = Run<T>::vectors(rows.length);
+  const Team team{Team::log_for(vectors), warps};
+  const bool fits = vectors <= kPairs << team.log;
+  const bool with_g = job.g != 0;
+  Vector<T>*held_x = static_cast<Vector<T>*>(memory) + threadIdx.x,
+  *held_g = held_x + (fits ? (vectors + (1 << team.log) - 1) >> team.log : kPairs) * kThreads;
+  for (int64_t base = first; base < last; base += team.teams()) {
+    const int64_t r = base + team.member(), offset = r < last ? r * rows.length : 0;
+    const bool live = r < last;
+    const Run<T> x(reinterpret_cast<T*>(rows.data) + offset, nullptr, live ? rows.length : 0, team);
+    const Run<T> g = x.beside(reinterpret_cast<T*>(with_g ? job.g : rows.data) + offset);
+    const Run<T> out = x.beside(reinterpret_cast<T*>(job.out) + offset);
+    const double norm = live ? job.norms[r] : -1;
+    const bool moves = live && (!with_g || norm >= 0);  // else the gradient passes, and x is not read
+    const double inverse = norm == 0 && !with_g ? 1 : 1 / norm;
+    Order order = mn::order_of(job.p);
+    double a = 0, b = 0;
+
+    // body(number, vector of x, vector of g), read anew where they do not fit.
+    const auto each = [&](bool stage, bool with_x, const auto& body) {
+#pragma unroll 1
+      for (int64_t start = 0; start < x.count; start += kPairs) {
+        if (stage || !fits) {
+          if (with_x) x.stage(held_x, start, kPairs);
+          if (with_g) g.stage(held_g, start, kPairs);
+          Run<T>::wait_for_copies();
+        }
+#pragma unroll 1
+        for (int i = 0; i < kPairs && start + i < x.count; ++i)
+          body(start + i, held_x[i * kThreads], held_g[i * kThreads]);
+      }
+    };
+    if (with_g) {
+      double along = 0;
+      if (moves)
+        each(true, true, [&](int64_t, const Vector<T>& vx, const Vector<T>& vg) {
+#pragma unroll
+          for (int k = 0; k < Run<T>::size; ++k)
+            along += widen(vg.values[k]) * (widen(vx.values[k]) * inverse);
+        });
+      along = team.sum(along);
+      if (moves) {
+        a = mn::usable_cap(job.caps[rows.cap_step * r]) * mn::power_below(norm, job.tau) * inverse;
+        b = -a * job.tau * along;
+      }
+      if (live && team.lane() == 0) job.slopes[r] = moves ? along * mn::power_below(norm, job.tau) : 0;
+    } else if (live) {
+      b = norm == 0 ? 0 : job.grads[r];
+      if (norm == 0) order = Order::one;
+    }
+    each(!with_g || !moves, moves, [&](int64_t i, const Vector<T>& vx, const Vector<T>& vg) {
+      Vector<T> v = vg;
+      if (moves) {
+#pragma unroll
+        for (int k = 0; k < Run<T>::size; ++k) {
+          const double slope = slope_of(widen(vx.values[k]), job.p, inverse, order) * b;
+          v.values[k] = nearest<T>(with_g ? widen(vg.values[k]) * a + slope : slope);
+        }
+      }
+      out.write(i, v);
+    });
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 4) gradient_kernel(Gradient job) {
+  DYN_SMEM(unsigned char, held);
+  __shared__ double warps[kThreads / 32];
+  switch (job.x.code) {
+    case mn::kFloat:
+      return differentiate<float>(job, warps, held);
+    case mn::kHalf:
+      return differentiate<__half>(job, warps, held);
+    case mn::kBFloat16:
+      return differentiate<__nv_bfloat16>(job, warps, held);
+    case mn::kDouble:
+      return differentiate<double>(job, warps, held);
+  }
+}
+
+cudaError_t launch(const Gradient& job, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(job.x.rows, job.x.per_chunk);
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  const int64_t held = held_vectors(static_cast<int>(job.x.code), job.x.length, kPairs);
+  LAUNCH(gradient_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 2 * held * kHeld, stream, job);
+  return cudaGetLastError();
 }
 }  // namespace
 
 cudaError_t max_norm_rows(const int64_t* table, const int64_t* chunks, int64_t chunk_count,
-                          const double* caps, double p, double tau, double decay, int64_t kind,
-                          int64_t* count, cudaStream_t stream) {
-  if (chunk_count > 0x7fffffff) return cudaErrorInvalidValue;
-  if (chunk_count == 0) return cudaSuccess;
+                          const double* caps, double p, double tau, double decay, const double* decay_tensor,
+                          int64_t kind, int64_t* count, cudaStream_t stream) {
   const Job job{table,
                 chunks,
+                {},
                 caps,
                 p,
                 tau,
                 decay,
+                decay_tensor,
                 static_cast<Kind>(kind),
-                reinterpret_cast<unsigned long long*>(count)};
-  const dim3 grid(static_cast<unsigned>(chunk_count)), block(kThreads);
-  switch (mn::order_of(p)) {
-    case Order::one:
-      LAUNCH(rows_kernel<Order::one>, grid, block, kVectors * kThreads * 16, stream, job);
-      break;
-    case Order::two:
-      LAUNCH(rows_kernel<Order::two>, grid, block, kVectors * kThreads * 16, stream, job);
-      break;
-    case Order::largest:
-      LAUNCH(rows_kernel<Order::largest>, grid, block, kVectors * kThreads * 16, stream, job);
-      break;
-    default:
-      LAUNCH(rows_kernel<Order::any>, grid, block, kVectors * kThreads * 16, stream, job);
-  }
-  return cudaGetLastError();
+                reinterpret_cast<unsigned long long*>(count),
+                0,
+                nullptr};
+  return launch(job, chunk_count, kVectors * kHeld, stream);
+}
+
+cudaError_t max_norm_forward(int code, const void* input, void* output, const double* caps, int64_t cap_step,
+                             double* norms, int64_t rows, int64_t length, double p, double tau,
+                             cudaStream_t stream) {
+  const Job job{nullptr,
+                nullptr,
+                matrix_of(code, input, rows, length, cap_step),
+                caps,
+                p,
+                tau,
+                0,
+                nullptr,
+                Kind::cap,
+                nullptr,
+                reinterpret_cast<int64_t>(output),
+                norms};
+  return launch(job, ceil_div(rows, job.matrix.per_chunk), held_vectors(code, length, kVectors) * kHeld,
+                stream);
+}
+
+cudaError_t row_norms(int code, const void* input, double* norms, int64_t rows, int64_t length, double p,
+                      cudaStream_t stream) {
+  const Job job{nullptr, nullptr, matrix_of(code, input, rows, length, 0),
+                nullptr, p,       1,
+                0,       nullptr, Kind::norm,
+                nullptr, 0,       norms};
+  return launch(job, ceil_div(rows, job.matrix.per_chunk), held_vectors(code, length, kVectors) * kHeld,
+                stream);
+}
+
+cudaError_t max_norm_backward(int code, const void* grad_output, const void* input, void* grad_input,
+                              const double* caps, int64_t cap_step, const double* norms, double* slopes,
+                              int64_t rows, int64_t length, double p, double tau, cudaStream_t stream) {
+  return launch(
+      Gradient{matrix_of(code, input, rows, length, cap_step), reinterpret_cast<int64_t>(grad_output),
+               reinterpret_cast<int64_t>(grad_input), caps, norms, nullptr, slopes, p, tau},
+      stream);
+}
+
+cudaError_t row_norms_backward(int code, const double* grad, const void* input, void* grad_input,
+                               const double* norms, int64_t rows, int64_t length, double p,
+                               cudaStream_t stream) {
+  return launch(Gradient{matrix_of(code, input, rows, length, 0), 0, reinterpret_cast<int64_t>(grad_input),
+                         nullptr, norms, grad, nullptr, p, 1},
+                stream);
 }
 }  // namespace fastreg::cuda

@@ -40,7 +40,21 @@ def _max_norm(backend: str, rows: int, length: int, dtype: torch.dtype) -> Tenso
     w = torch.empty(rows, length, dtype=dtype)
     plan, caps = _build([w], 0, ((0, 0),)), torch.ones(1, dtype=torch.float64)
     behind = {"behind": [w]} if backend == "cuda" else {}
-    _norms(backend, "max_norm").max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, 2.0, 1.0, 0.0, 0, **behind)
+    _norms(backend, "max_norm").max_norm_rows(
+        plan.table, plan.chunks, plan.chunk, caps, 2.0, 1.0, 0.0, None, 0, **behind
+    )
+    return w
+
+
+def _max_norm_functional(backend: str, rows: int, length: int, dtype: torch.dtype) -> Tensor:
+    w, caps, kernels = (
+        torch.empty(rows, length, dtype=dtype),
+        torch.ones(1, dtype=torch.float64),
+        _norms(backend, "max_norm"),
+    )
+    out, norms = kernels.max_norm_forward(w, caps, 2.0, 1.0)
+    kernels.max_norm_backward(out, w, caps, norms, 2.0, 1.0)
+    kernels.row_norms_backward(norms, w, kernels.row_norms(w, 2.0), 2.0)
     return w
 
 
@@ -73,6 +87,10 @@ CASES: list[Case] = [
     Case("max_norm bf16 rows of 768", _max_norm, (50257, 768, torch.bfloat16), (5, 768, torch.bfloat16)),
     Case("max_norm fp32 rows of 4,096", _max_norm, (512, 4096, torch.float32), (2, 4096, torch.float32)),
     Case("max_norm fp32 rows of 2^20", _max_norm, (4, 2**20, torch.float32), (1, 2**14, torch.float32)),
+    Case(
+        "max_norm, functional fp32 2,048", _max_norm_functional, (8192, 2048, torch.float32), (5, 2048, torch.float32)
+    ),
+    Case("max_norm, functional bf16 768", _max_norm_functional, (50257, 768, torch.bfloat16), (5, 768, torch.bfloat16)),
     Case("lp_penalty l2 fp32", _lp_penalty, (1 << 24, torch.float32, 2.0), (8192, torch.float32, 2.0)),
     Case("lp_penalty l1 bf16", _lp_penalty, (1 << 24, torch.bfloat16, 1.0), (8192, torch.bfloat16, 1.0)),
     Case("noise fp32", _noise, ((64, 64, 56, 56), torch.float32), ((2, 2, 56, 56), torch.float32)),
