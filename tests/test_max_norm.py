@@ -280,6 +280,28 @@ def test_half_rows_never_end_above_the_cap(dtype, length, backend):
     assert_projected(before, w, 1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1.0, 1e18, 1e30])
+def test_long_rows_at_the_cap_of_any_size(dtype, size, backend):
+    """Where a norm that is only estimated would decide wrongly."""
+    if dtype == torch.float16 and size != 1:
+        pytest.skip("fp16 has no such numbers")
+    w = (torch.randn(24, 300) * size).to(dtype)
+    w[1], w[2, :299] = size, 0  # all alike, and a single one
+    norms = w.double().norm(dim=1)
+    nearness = torch.tensor([0, 1e-12, -1e-12, 1e-8, -1e-8, 1e-7, -1e-7, 1e-6, -1e-6, 1e-3, -1e-3, -0.5])
+    cap = norms * (1 + nearness.repeat(2))
+    w[20, 5], w[21, 7] = math.nan, math.inf
+    before = w.clone()
+    count = fastreg.max_norm_(w, cap)
+    over = (norms > cap * (1 + 5e-13)) & w.isfinite().all(1)
+    assert count.item() == over.sum() and torch.equal(w[~over].view(torch.uint8), before[~over].view(torch.uint8))
+    finite = before.isfinite().all(1)
+    assert_projected(before[finite], w[finite], cap[finite])
+    again = w.clone()
+    assert fastreg.max_norm_(again, cap).item() == 0
+
+
 def test_one_dimension_caps_each_element():
     bias = torch.tensor([-3.0, 0.5, 2.0, math.nan])
     assert fastreg.max_norm_(bias, 1.0).item() == 2

@@ -66,8 +66,8 @@ FASTREG_INLINE double short_rows(const SmallCrossEntropy<A>& call, int64_t first
     classes[r] = y == call.ignore_index ? -1 : y;
     if (classes[r] >= 0) at_target[r] = z[y * lanes<A> + r];
   }
-  Vec<A> high = load(z), sum{};
-  for (int64_t c = 1; c < n; ++c) high = larger(load(z + c * lanes<A>), high);
+  Vec<A> high = splat(A(-INFINITY)), sum{};
+  for (int64_t c = 0; c < n; ++c) high = larger(load(z + c * lanes<A>), high);
   const Vec<A> base = high == -INFINITY ? Vec<A>{} : high;  // -inf - -inf would be NaN
   for (int64_t c = 0; c < n; ++c) {
     const Vec<A> e = exp_of<A>(load(z + c * lanes<A>) - base);
