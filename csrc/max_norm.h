@@ -67,8 +67,9 @@ FASTREG_HD Margins margins(int64_t n, double p) {
 
 // In a row of n elements of a narrow dtype, roundings of relative size u shift the norm by about u / sqrt(n).
 // Aiming that much lower, a fraction of a rounding, makes the first attempt nearly always good.
+constexpr int64_t kRounded = 256;
 FASTREG_HD double rounding_margin(int64_t n, int64_t code) {
-  if (code == kDouble || n < 256) return 0;
+  if (code == kDouble || n < kRounded) return 0;
   const double unit = code == kFloat ? 0x1p-24 : code == kHalf ? 0x1p-11 : 0x1p-8;
   return 4 * unit / sqrt(static_cast<double>(n));
 }

@@ -114,6 +114,18 @@ def test_layouts_and_ties():
     torch.testing.assert_close(view.grad.double(), exact_gradient(view, 2), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_so_large_that_they_bypass_the_caches(dtype, p, backend):
+    if backend != "cpu":
+        pytest.skip("the other backends have no such path")
+    whole = torch.randn(3 + (1 << 20)).to(dtype)
+    tensors = [t.requires_grad_() for t in (whole[3:], torch.randn(5).to(dtype), torch.randn(70_001).to(dtype))]
+    fastreg.lp_penalty(tensors, p).backward()
+    for t in tensors:
+        torch.testing.assert_close(t.grad.double(), exact_gradient(t, p), rtol=2 * torch.finfo(dtype).eps, atol=1e-40)
+
+
 def test_the_same_bits_every_time():
     tensors = [torch.randn(n) for n in (100_003, 5, 40_000)]
     first = fastreg.lp_penalty(tensors, 1)

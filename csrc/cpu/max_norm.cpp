@@ -28,6 +28,7 @@ namespace fastreg::max_norm {
 struct Change {
   Kind kind;
   double a, b;
+  bool blind = false;  // nobody asks for what the rounded elements add up to
 };
 
 // Passes over a run of contiguous elements of one dtype.
@@ -178,15 +179,20 @@ constexpr double kDoubt = 0x1p-20;
 // Does what `kind` says to one row, and writes it to `out`, which may be where it lies, if it changes.
 // Returns whether it does, and where asked its norm.
 bool treat(const Row& row, Kind kind, double cap, double tau, char* out, double* norm_out = nullptr) {
+  const bool bounded = kind != Kind::normalize && tau == 1;
   Norm norm;
   bool known = kind == Kind::cap && tau == 1 && row.estimate(&norm);
   if (known && norm.s < cap * (1 - kDoubt)) return false;
   known = known && norm.s > cap * (1 + kDoubt) && norm_out == nullptr;
   if (!known && !row.norm(&norm)) return false;
   const Margins m = margins(row.n, row.p);
-  const bool bounded = kind != Kind::normalize && tau == 1;
-  const double bound = cap * (1 - m.below), target = cap * (1 - m.aim - rounding_margin(row.n, row.code));
-  Change how{kind, 1 / norm.scale, 0};
+  // Rounding to fp32 lengthens a row by 2^-24 of it at most. Long rows aim that much lower, and need no
+  // second look.
+  const bool blind = bounded && kind == Kind::cap && row.code == kFloat && row.sum != Order::largest &&
+                     row.n >= kRounded && cap > 0x1p-60;
+  const double margin = blind ? 0x1p-24 * (1 + 0x1p-16) : rounding_margin(row.n, row.code);
+  const double bound = cap * (1 - m.below), target = cap * (1 - m.aim - margin);
+  Change how{kind, 1 / norm.scale, 0, blind};
   if (kind == Kind::cap || kind == Kind::normalize) {
     how.b = factor_of(norm, cap, target, m, tau, kind);
     if (how.b < 0) return false;
@@ -197,7 +203,7 @@ bool treat(const Row& row, Kind kind, double cap, double tau, char* out, double*
   }
   if (norm_out) *norm_out = norm.scale * norm.s;
   double sum = row.change(out, how, false);
-  if (!bounded || row.code == kDouble || kind == Kind::linf_ball) return true;
+  if (!bounded || blind || row.code == kDouble || kind == Kind::linf_ball) return true;
   // Above the bound after rounding: what was rounded is scaled once more, at last towards zero.
   const Row rounded{row.passes, row.code, row.n, out, row.sum, row.p};
   double ratio = row.norm_of(sum, out) / bound;
@@ -509,34 +515,26 @@ double change_run(const T* x, T* out, int64_t n, double p, Change how, bool towa
 }
 
 #if FASTREG_VECTOR_BYTES > 16  // there is a fused multiply-add
-// x * factor, for narrow T and a factor whose two floats lose nothing, in half of the instructions that
-// double takes: x * high + x * low is rounded once, but for the last bit of the small product. Returns the
-// sum of squares.
-template <class T>
+// x * factor for narrow T, in half of the instructions that double takes. Returns the sum of squares, unless
+// blind.
+template <class T, bool blind>
 double scale_floats(const T* x, T* out, int64_t n, double factor) {
   using V = Vec<float>;
-  // Rounded towards zero, so that both parts have one sign: zeros keep theirs.
-  const float first = static_cast<float>(factor);
-  const float larger_part =
-      static_cast<double>(first) > factor ? bits<float>(bits<int32_t>(first) - 1) : first;
-  const V high = splat(larger_part), low = splat(static_cast<float>(factor - larger_part));
+  const Factor by(factor);
   constexpr int64_t width = lanes<float>;
   Doubles total[4] = {};
   const auto one = [&](const T* from, T* to, int slot) __attribute__((always_inline)) {
-    const V v = load(from), rest = v * low;
-#if FASTREG_VECTOR_BYTES == 64
-    const V y = bits<V>(_mm512_fmadd_ps(bits<__m512>(v), bits<__m512>(high), bits<__m512>(rest)));
-#else
-    const V y = bits<V>(_mm256_fmadd_ps(bits<__m256>(v), bits<__m256>(high), bits<__m256>(rest)));
-#endif
+    const V y = by.times(load(from));
     store(to, y);
-    V written = y;
-    if constexpr (sizeof(T) == 2) written = load(to);
-    HalfFloats halves[2];
-    __builtin_memcpy(halves, &written, sizeof(written));
-    const Doubles a = to_double(halves[0]), b = to_double(halves[1]);
-    total[slot] += a * a;
-    total[slot + 1] += b * b;
+    if constexpr (!blind) {
+      V written = y;
+      if constexpr (sizeof(T) == 2) written = load(to);
+      HalfFloats halves[2];
+      __builtin_memcpy(halves, &written, sizeof(written));
+      const Doubles a = to_double(halves[0]), b = to_double(halves[1]);
+      total[slot] += a * a;
+      total[slot + 1] += b * b;
+    }
   };
   int64_t i = 0;
   for (; i + 2 * width <= n; i += 2 * width) {
@@ -564,8 +562,8 @@ double change_typed(const T* x, T* out, int64_t n, double p, Change how, bool to
   const Order sum = max_norm::order_of(p);
 #if FASTREG_VECTOR_BYTES > 16
   if constexpr (!std::is_same_v<T, double>)
-    if (sum == Order::two && how.a == 1 && !toward_zero && how.b > 0x1p-90 && how.b < 0x1p90)
-      return scale_floats(x, out, n, how.b);
+    if ((sum == Order::two || how.blind) && how.a == 1 && !toward_zero && Factor::takes(how.b))
+      return how.blind ? scale_floats<T, true>(x, out, n, how.b) : scale_floats<T, false>(x, out, n, how.b);
 #endif
   if (sum == Order::two && how.a == 1)
     return change_run<T, Order::two, Kind::normalize>(x, out, n, p, how, toward_zero);

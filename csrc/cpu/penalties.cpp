@@ -22,7 +22,9 @@
 namespace fastreg::penalties {
 struct Passes {
   double (*reduce)(int64_t code, const void* x, int64_t n, double p, double inverse);
-  void (*gradient)(int64_t code, const void* x, void* out, int64_t n, double p, Slope slope, bool add);
+  // To out, added to what is there or, where there is much of it, past the caches.
+  void (*gradient)(int64_t code, const void* x, void* out, int64_t n, double p, Slope slope, bool add,
+                   bool stream);
   void (*attack)(int64_t code, void* x, const void* g, void* backup, uint8_t* marks, int64_t n,
                  double inverse, double step);
   void (*restore)(int64_t code, void* x, const void* backup, uint8_t* marks, int64_t n);
@@ -38,6 +40,8 @@ using torch::stable::Tensor;
 
 namespace {
 using namespace penalties;
+
+constexpr int64_t kStream = 1 << 20;  // elements of gradients that bypass the caches
 
 int64_t size_of_code(int64_t code) {
   return code == max_norm::kDouble ? 8 : code == max_norm::kFloat ? 4 : 2;
@@ -141,12 +145,16 @@ void lp_penalty_backward(const Tensor& table, const Tensor& chunks, int64_t chun
   const auto* addresses = static_cast<const int64_t*>(outs.const_data_ptr());
   const auto* norm = static_cast<const double*>(norms.const_data_ptr());
   const double g = *static_cast<const double*>(grad.const_data_ptr());
+  int64_t elements = 0;
+  for (int64_t t = 0; t < table.size(0); ++t)
+    if (addresses[t]) elements += all.table[t * all.columns + kElements];
+  const bool stream = !add && elements >= kStream;
   all.each([&](int64_t i, const int64_t* row, int64_t first, int64_t n) {
     const int64_t t = all.places[2 * i], code = row[kCode];
     if (addresses[t] == 0) return;
     const Slope slope = slope_of(norm[2 * t], norm[2 * t + 1], g, p, squared);
     passes.gradient(code, element(row[kWeight], first, code), element(addresses[t], first, code), n, p, slope,
-                    add);
+                    add, stream);
   });
 }
 
@@ -229,6 +237,39 @@ void gradient_run(const T* x, T* out, int64_t n, double p, Slope slope) {
   });
 }
 
+#if FASTREG_VECTOR_BYTES > 16
+// The gradients of p = 1 and 2 in fp32: the factor is all that needs more digits.
+template <class T, Form form>
+void gradient_floats(const T* x, T* out, int64_t n, double factor, bool stream) {
+  using V = Vec<float>;
+  constexpr int64_t width = lanes<float>;
+  const Factor by(factor);
+  const float size = static_cast<float>(factor);
+  const auto value = [&](V v) __attribute__((always_inline)) {
+    if constexpr (form == Form::linear)
+      return by.times(v);
+    else
+      return v > 0 ? splat(size) : v < 0 ? splat(-size) : v * 0.0f;
+  };
+  const auto some = [&](int64_t at, int64_t count) {
+    store_first(out + at, value(load_first(x + at, count, 0.0f)), count);
+  };
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    if (stream && reinterpret_cast<uintptr_t>(out) % sizeof(T) == 0) {
+      const int64_t past = reinterpret_cast<uintptr_t>(out) % sizeof(V) / sizeof(T),
+                    head = past ? width - past : 0;
+      if (head >= n) return n ? some(0, n) : void();
+      if (head) some(0, head);
+      for (i = head; i + width <= n; i += width) store_past_caches(out + i, value(load(x + i)));
+      finish_writing();
+    }
+  }
+  for (; i + width <= n; i += width) store(out + i, value(load(x + i)));
+  if (i < n) some(i, n - i);
+}
+#endif
+
 template <class T, bool add>
 void gradient_typed(const T* x, T* out, int64_t n, double p, Slope slope) {
   if (slope.factor == 0 || p == 1)
@@ -240,7 +281,14 @@ void gradient_typed(const T* x, T* out, int64_t n, double p, Slope slope) {
 }
 
 template <class T>
-void gradient_either(const T* x, T* out, int64_t n, double p, Slope slope, bool add) {
+void gradient_either(const T* x, T* out, int64_t n, double p, Slope slope, bool add, bool stream) {
+#if FASTREG_VECTOR_BYTES > 16
+  if constexpr (!std::is_same_v<T, double>) {
+    if (!add && p == 1) return gradient_floats<T, Form::sign>(x, out, n, slope.factor, stream);
+    if (!add && p == 2 && Factor::takes(slope.inverse * slope.factor))
+      return gradient_floats<T, Form::linear>(x, out, n, slope.inverse * slope.factor, stream);
+  }
+#endif
   if (add)
     gradient_typed<T, true>(x, out, n, p, slope);
   else
@@ -312,8 +360,10 @@ void restore_typed(T* x, const T* backup, uint8_t* marks, int64_t n) {
   });
 }
 
-static void gradient(int64_t code, const void* x, void* out, int64_t n, double p, Slope slope, bool add) {
-  FASTREG_BY_CODE(code, gradient_either(static_cast<const T*>(x), static_cast<T*>(out), n, p, slope, add))
+static void gradient(int64_t code, const void* x, void* out, int64_t n, double p, Slope slope, bool add,
+                     bool stream) {
+  FASTREG_BY_CODE(code,
+                  gradient_either(static_cast<const T*>(x), static_cast<T*>(out), n, p, slope, add, stream))
 }
 static void attack(int64_t code, void* x, const void* g, void* backup, uint8_t* marks, int64_t n,
                    double inverse, double step) {

@@ -84,6 +84,44 @@ FASTREG_INLINE Doubles with_sign(Doubles size, Doubles sign) {
   return bits<Doubles>(bits<Int<double>>(size) | (bits<Int<double>>(sign) & INT64_MIN));
 }
 
+#if FASTREG_VECTOR_BYTES > 16  // there is a fused multiply-add
+// A factor of float values as two floats, which lose nothing for factors from 2^-90 to 2^90: x * high + x *
+// low is rounded once, but for the last bit of the small product.
+struct Factor {
+  Vec<float> high, low;
+
+  explicit Factor(double factor) {
+    // Rounded towards zero, so that both parts have one sign: zeros keep theirs.
+    const float first = static_cast<float>(factor);
+    const float larger = __builtin_fabs(static_cast<double>(first)) > __builtin_fabs(factor)
+                             ? bits<float>(bits<int32_t>(first) - 1)
+                             : first;
+    high = splat(larger), low = splat(static_cast<float>(factor - larger));
+  }
+  static bool takes(double factor) {
+    return __builtin_fabs(factor) > 0x1p-90 && __builtin_fabs(factor) < 0x1p90;
+  }
+  FASTREG_INLINE_MEMBER Vec<float> times(Vec<float> v) const {
+    const Vec<float> rest = v * low;
+#if FASTREG_VECTOR_BYTES == 64
+    return bits<Vec<float>>(_mm512_fmadd_ps(bits<__m512>(v), bits<__m512>(high), bits<__m512>(rest)));
+#else
+    return bits<Vec<float>>(_mm256_fmadd_ps(bits<__m256>(v), bits<__m256>(high), bits<__m256>(rest)));
+#endif
+  }
+};
+
+// Past the caches, to a multiple of the vector's size. `finish_writing` when all is written.
+FASTREG_INLINE void store_past_caches(float* to, Vec<float> v) {
+#if FASTREG_VECTOR_BYTES == 64
+  _mm512_stream_ps(to, bits<__m512>(v));
+#else
+  _mm256_stream_ps(to, bits<__m256>(v));
+#endif
+}
+FASTREG_INLINE void finish_writing() { _mm_sfence(); }
+#endif
+
 // Collects |x|^p: sums, or for p = inf the largest, and then a NaN or inf that `largest` would drop shows in
 // `zero`.
 template <Order kind>
