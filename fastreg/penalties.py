@@ -250,14 +250,12 @@ class FGM:
     def __repr__(self) -> str:
         return f"FGM({_checks.counted(self._chosen, 'tensor')}, epsilon={self.epsilon})"
 
-    @torch.no_grad()
     def attack(self, epsilon: float | None = None) -> None:
         if not self._watch.unchanged():
             self._chosen = _select(self.module, self.include)
             self._watch = _plan.Watch(self.module)
         self._perturbation.attack(self._chosen, self.epsilon if epsilon is None else epsilon)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Undoes the attacks since the last restore; without one it does nothing."""
         self._perturbation.restore()
@@ -281,20 +279,26 @@ class _Ready:
 
     backend: str
     forced: str | None
+    params: list[Tensor]
     backups: dict[str, _Backup]
-    places: np.ndarray
+    places: np.ndarray  # of the parameters, and then of their gradients
     plan: _plan.Plan
     grads: _plan.Plan
+    wide: bool
 
     def serves(self, chosen: dict[str, Tensor]) -> bool:
         if self.forced != _backends.forced() or self.backups.keys() != chosen.keys():
             return False
-        if any(self.backups[name].param is not param for name, param in chosen.items()):
+        if any(now is not then for now, then in zip(chosen.values(), self.params)):
             return False
-        grads = [param.grad for param in chosen.values()]
+        grads = [param.grad for param in self.params]
         if any(grad.layout is not torch.strided for grad in grads):
             return False
-        return _plan.unchanged([*chosen.values(), *grads], self.places)
+        return _plan.unchanged(self.params + grads, self.places)
+
+    def stands(self) -> bool:
+        """Whether the parameters are where they were, whatever the gradients."""
+        return self.forced == _backends.forced() and _plan.unchanged(self.params, self.places[: len(self.params)])
 
 
 class Perturbation:
@@ -311,55 +315,65 @@ class Perturbation:
         chosen = {name: p for name, p in params.items() if p.requires_grad and p.grad is not None and p.numel()}
         if not chosen:
             return
-        if self._ready is not None and self._ready.serves(chosen):
-            self._run(self._ready, epsilon)
+        if self._ready is None or not self._ready.serves(chosen):
+            self._ready = self._prepare(chosen, epsilon)
+        if (ready := self._ready) is None:
             return
-        self._ready = None
+        if self.backups is not ready.backups:  # attacked before, with other gradients or parameters
+            self.backups = {**self.backups, **ready.backups} if self.backups else ready.backups
+        grads, plan = ready.grads, ready.plan
+        _, norms = _norms[ready.backend](grads.table, grads.chunks, grads.chunk, 2.0, False, ready.wide)
+        _attack_kernels[ready.backend](plan.table, plan.chunks, plan.chunk, norms, epsilon)
+        torch.autograd.graph.increment_version(ready.params)
+
+    @torch.no_grad()
+    def _prepare(self, chosen: dict[str, Tensor], epsilon: float) -> _Ready | None:
+        """What the kernels need, or None if the attack is made, in plain PyTorch."""
         device = next(iter(chosen.values())).device
         backend = _backends.choose("FGM", device.type, _refuse_fgm, list(chosen.values()))
         if backend == "reference":
+            self.backups = dict(self.backups)
             for name, param in chosen.items():
                 if name not in self.backups:
                     self.backups[name] = _Backup(param, param.clone())
                 elif self.backups[name].marks is not None:
                     raise RuntimeError("attack: the attacks before one restore must run on one backend")
                 fgm_reference_(param, param.grad, epsilon)
-            return
+            return None
+        backups = {}
         for name, param in chosen.items():
-            backup = self.backups.get(name) or self._spare.pop(name, None)
+            backup = self.backups.get(name) or self._spare.get(name)
             if backup is None or backup.marks is None or not _alike(param, backup.old) or backup.param is not param:
                 marks = torch.zeros(-(-param.numel() // _BLOCK), dtype=torch.uint8, device=device)
                 backup = _Backup(param, torch.empty_like(param), marks)
-            self.backups[name] = backup
-        backups = {name: self.backups[name] for name in chosen}
-        grads = [param.grad for param in chosen.values()]
-        places = _plan.describe([*chosen.values(), *grads])
+            backups[name] = backup
+        self._spare |= backups
+        params = list(chosen.values())
+        grads = [param.grad for param in params]
+        places = _plan.describe(params + grads)
         plan = self._plan(list(backups.values()), True)
-        self._ready = _Ready(backend, _backends.forced(), backups, places, plan, _penalty_plan(grads))
-        self._run(self._ready, epsilon)
-
-    def _run(self, ready: "_Ready", epsilon: float) -> None:
-        for name, backup in ready.backups.items():
-            self.backups[name] = backup
-            self._spare.pop(name, None)
-        wide = any(backup.param.dtype == torch.float64 for backup in ready.backups.values())
-        grads, plan = ready.grads, ready.plan
-        _, norms = _norms[ready.backend](grads.table, grads.chunks, grads.chunk, 2.0, False, wide)
-        _attack_kernels[ready.backend](plan.table, plan.chunks, plan.chunk, norms, epsilon)
-        torch.autograd.graph.increment_version([backup.param for backup in ready.backups.values()])
+        wide = any(param.dtype == torch.float64 for param in params)
+        return _Ready(backend, _backends.forced(), params, backups, places, plan, _penalty_plan(grads), wide)
 
     def restore(self) -> None:
-        for name, backup in self.backups.items():
+        ready, backups = self._ready, self.backups
+        self.backups = {}
+        if ready is not None and backups is ready.backups and ready.stands():
+            plan = ready.plan  # restoring reads no gradient
+            _restore_kernels[ready.backend](plan.table, plan.chunks, plan.chunk)
+            torch.autograd.graph.increment_version(ready.params)
+        elif backups:
+            self._restore(backups)
+
+    @torch.no_grad()
+    def _restore(self, backups: dict[str, _Backup]) -> None:
+        marked = [backup for backup in backups.values() if backup.marks is not None]
+        for backup in backups.values():
             if backup.marks is None:
                 backup.param.copy_(backup.old)
-            else:
-                self._spare[name] = backup
-        marked = [backup for backup in self.backups.values() if backup.marks is not None]
-        self.backups = {}
         if marked:
-            device = marked[0].param.device
             plan = self._plan(marked, False)
-            backend = _backends.choose("FGM", device.type, lambda *_: None)
+            backend = _backends.choose("FGM", marked[0].param.device.type, lambda *_: None)
             _restore_kernels[backend](plan.table, plan.chunks, plan.chunk)
             torch.autograd.graph.increment_version([backup.param for backup in marked])
 
