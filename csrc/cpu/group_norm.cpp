@@ -1,11 +1,12 @@
 // GroupNorm on the CPU. The formulas are in group_norm.h.
 //
 // A sample is read as rows: its C channels of S positions (contiguous), or its S positions of C channels
-// (channels_last). A unit is what can be normalised alone: a group where rows are channels, a sample where
-// they are positions. Units are cut into parts of a fixed size, each part's statistics or sums go to a slot
-// of its own, and the slots are merged in order, in double: no result depends on the number of threads. With
-// at least as many units as threads, a thread takes a unit through all steps while it is in its cache; with
-// fewer, the threads share the parts.
+// (channels_last). A unit is what is normalised alone: a group where rows are channels; where they are
+// positions some groups, as many as fit in a core's cache and, if they do, whole cache lines of each row.
+// Units are cut into parts of a fixed size, each part's statistics or sums go to a slot of its own, and the
+// slots are merged in order, in double: no result depends on the number of threads. With at least as many
+// units as threads, a thread takes a unit through all steps while it is in its cache; with fewer, the threads
+// share the parts.
 #ifndef FASTREG_ISA
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -24,6 +25,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -39,9 +41,16 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kPart = 32768;      // elements of a part, where a unit has as many
+constexpr int64_t kPart = 32768;       // elements of a part, where a unit has as many
+constexpr int64_t kCache = 768 << 10;  // bytes that a core's own cache holds of a unit
+// Bytes of a tensor that the last cache may hold, from which narrow parts of rows come as fast as whole rows.
+constexpr int64_t kNear = 12 << 20;
+constexpr int64_t kAhead = 2048;      // bytes that a run is asked for before it is read
 constexpr int64_t kScratch = 131072;  // elements of a unit whose dz a thread keeps to itself, in its cache
 constexpr int64_t kStream = int64_t{4} << 20;  // bytes of a result that bypasses the caches
+
+// Elements of a row of the scratch: whole vectors.
+inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 template <class A>
 struct GroupNorm {
@@ -55,6 +64,8 @@ struct GroupNorm {
   const A *weight = nullptr, *bias = nullptr;   // [channels], filled with 1 and 0 where there are none
   A *mean, *rstd;                               // [samples, groups]
 
+  // Groups of a unit and, in channels_last, how many units that makes of a sample.
+  int64_t together = 1, slabs = 1;
   // The cut into parts. Rows are channels: `rows_per_part` of them, or one of `pieces` of a channel.
   int64_t rows_per_part, pieces, row_parts;
   // Statistics: per group and part, or per sample, part and channel. Sums: per sample, channel and piece, or
@@ -66,10 +77,20 @@ struct GroupNorm {
   bool stream = false;
   Rows dz;  // the gradient before the activation: written with the sums where there is one, read for dx
 
-  GroupNorm(int64_t samples, int64_t channels, int64_t groups, int64_t positions, bool last)
+  // `size`: bytes of an element of the tensors; `cached`: of all that belongs to an element of a unit and is
+  // read again.
+  GroupNorm(int64_t samples, int64_t channels, int64_t groups, int64_t positions, bool last, int64_t size,
+            int64_t cached)
       : samples(samples), channels(channels), groups(groups), positions(positions), last(last) {
     if (last) {
-      rows_per_part = std::max<int64_t>(256, kPart / std::max<int64_t>(channels, 1));
+      const int64_t line = 64 / std::gcd(int64_t{64}, std::max<int64_t>(per_group() * size, 1));
+      const int64_t group_bytes = std::max<int64_t>(per_group() * positions * cached, 1);
+      together = std::max(kCache / group_bytes / line, int64_t{1}) * line;
+      if (together > groups || line * group_bytes > 2 * kCache ||
+          samples * channels * positions * size > kNear)
+        together = groups;
+      slabs = (groups + together - 1) / together;
+      rows_per_part = std::max<int64_t>(256, kPart / std::max<int64_t>(width(), 1));
       pieces = 1;
       row_parts = (positions + rows_per_part - 1) / rows_per_part;
     } else {
@@ -80,15 +101,16 @@ struct GroupNorm {
   }
 
   int64_t per_group() const { return channels / groups; }
-  int64_t units() const { return last ? samples : samples * groups; }
+  int64_t width() const { return last ? together * per_group() : 1; }  // channels of a unit's row, at most
+  int64_t units() const { return last ? samples * slabs : samples * groups; }
   int64_t parts() const { return row_parts * pieces; }  // of a unit
   double group_size() const { return static_cast<double>(per_group()) * static_cast<double>(positions); }
 
   double* moments_slot(int64_t unit, int64_t part) const {
-    return slots.get() + (unit * parts() + part) * 2 * (last ? channels : 1);
+    return slots.get() + (unit * parts() + part) * 2 * width();
   }
-  double* sums_slot(int64_t unit, int64_t part) const {  // for channels_last: 2 rows of `channels`
-    return slots.get() + (unit * parts() + part) * 2 * channels;
+  double* sums_slot(int64_t unit, int64_t part) const {  // for channels_last: 2 rows of width()
+    return moments_slot(unit, part);
   }
   double* sums_slot(int64_t n, int64_t c, int64_t piece) const {  // for contiguous: 2 numbers
     return slots.get() + ((n * channels + c) * pieces + piece) * 2;
@@ -97,14 +119,27 @@ struct GroupNorm {
   double* sum_dz_x(int64_t n) const { return sums.get() + (samples + n) * channels; }
 
   void allocate_moments() {
-    slots = std::make_unique_for_overwrite<double[]>(units() * parts() * 2 * (last ? channels : 1));
+    slots = std::make_unique_for_overwrite<double[]>(units() * parts() * 2 * width());
   }
   void allocate_sums() {
-    slots = std::make_unique_for_overwrite<double[]>(samples * channels * 2 * (last ? parts() : pieces));
+    slots = std::make_unique_for_overwrite<double[]>(
+        2 * (last ? units() * parts() * width() : samples * channels * pieces));
     sums = std::make_unique_for_overwrite<double[]>(2 * samples * channels);
     terms = std::make_unique_for_overwrite<A[]>(2 * samples * groups);
   }
 };
+
+// The groups and channels of a unit, where rows are positions.
+struct Slab {
+  int64_t n, group, groups, channel, width;
+};
+
+template <class A>
+Slab slab_of(const GroupNorm<A>& call, int64_t unit) {
+  const int64_t group = unit % call.slabs * call.together;
+  const int64_t groups = std::min(call.together, call.groups - group);
+  return {unit / call.slabs, group, groups, group * call.per_group(), groups * call.per_group()};
+}
 
 // The part of a unit that a task works on, where rows are channels.
 struct Piece {
@@ -163,9 +198,10 @@ void run_backward(GroupNorm<A>& call) {
   const auto apply = FASTREG_PICK(apply_backward<A>);
   const int64_t units = call.units(), parts = call.parts();
   if (units >= torch::stable::get_num_threads()) {
-    const int64_t unit_size = call.per_group() * call.positions;
-    const bool keep = !call.last && call.activation && call.grad_input.data && !call.grad_residual.data &&
-                      unit_size <= kScratch;
+    const int64_t unit_size =
+        call.last ? call.positions * padded(call.width()) : call.per_group() * padded(call.positions);
+    const bool keep =
+        call.activation && call.grad_input.data && !call.grad_residual.data && unit_size <= kScratch;
     torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       const auto scratch = keep ? std::make_unique_for_overwrite<A[]>(unit_size) : nullptr;
       for (int64_t unit = begin; unit < end; ++unit) {
@@ -253,7 +289,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, int64_t groups, const st
   }
   const int64_t samples = input.size(0), channels = input.size(1), positions = layout.positions;
   const bool last = rows_are_positions(input, layout);
-  GroupNorm<A> call(samples, channels, groups, positions, last);
+  const int64_t size = input.element_size();
+  GroupNorm<A> call(samples, channels, groups, positions, last, size, size);
   Tensor kept_input, kept_residual;
   std::vector<A> weight_copy, bias_copy, own_stats;
   call.input = rows_of(input, last, positions, kept_input, new_strided);
@@ -303,7 +340,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   }
   const int64_t samples = input.size(0), channels = input.size(1), positions = layout.positions;
   const bool last = rows_are_positions(input, layout);
-  GroupNorm<A> call(samples, channels, groups, positions, last);
+  const int64_t size = input.element_size();
+  GroupNorm<A> call(samples, channels, groups, positions, last, size,
+                    2 * size + (activation ? sizeof(A) : 0));
   Tensor kept_input, kept_residual, kept_grad;
   std::vector<A> weight_copy, bias_copy;
   call.input = rows_of(input, last, positions, kept_input, new_strided);
@@ -360,21 +399,22 @@ namespace fastreg::FASTREG_ISA {
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// 2^r for r in [0, 1] and in [-1/2, 1/2]: near-minimax, of relative error 3.5e-6 (brief) and 2.5e-9.
+// 2^r for r in [0, 1] and in [-1/2, 1/2]: near-minimax, of relative error 3.5e-6 (brief);
+// else 6e-8 above and 2.5e-9 around 0.
 template <bool brief>
 struct Exp2;
 template <>
 struct Exp2<true> {
-  static constexpr int degree = 4;
+  static constexpr int degree = 4, degree_above = 4;
   static constexpr float above[] = {1.000003493f, 0.6929729222f, 0.2416043573f, 0.05174499776f,
                                     0.01367030945f},
                          around[] = {1.0f, 0.6931210452f, 0.2402234904f, 0.05592197584f, 0.009666368515f};
 };
 template <>
 struct Exp2<false> {
-  static constexpr int degree = 6;
-  static constexpr float above[] = {1.000000003f,   0.6931469328f,   0.2402304544f,   0.0554806302f,
-                                    0.00968418631f, 0.001239133183f, 0.0002186578479f},
+  static constexpr int degree = 6, degree_above = 5;
+  static constexpr float above[] = {0.9999999387f,  0.6931537337f,   0.2401485877f,
+                                    0.05583896667f, 0.008975590689f, 0.001883060416f},
                          around[] = {1.0f,           0.6931472067f,   0.2402265092f,
                                      0.05550327227f, 0.009618056679f, 0.001340042818f,
                                      0.000154614447f};
@@ -399,9 +439,9 @@ struct Math {
       // Newton's step for the reciprocal of 1 + exp(x) needs a finite one; NaN stays.
       if constexpr (!brief) t = bits<V>(_mm512_min_ps(bits<__m512>(splat(125.0f)), bits<__m512>(t)));
       const V r = bits<V>(_mm512_reduce_ps(bits<__m512>(t), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
-      p = splat(P::above[P::degree]);
+      p = splat(P::above[P::degree_above]);
 #pragma GCC unroll 8
-      for (int i = P::degree - 1; i >= 0; --i) p = p * r + P::above[i];
+      for (int i = P::degree_above - 1; i >= 0; --i) p = p * r + P::above[i];
       return bits<V>(_mm512_scalef_ps(bits<__m512>(p), bits<__m512>(t)));
 #else
       x = x > 87.0f ? splat(87.0f) : x;
@@ -442,6 +482,39 @@ FASTREG_INLINE Vec<A> load_part(const T* from, int64_t valid, A fill) {
 
 constexpr int64_t kRun = 8;  // rows added up in registers before they join the sums of a part
 
+// ---- rows, two vectors at a time -------------------------------------------------------------------------
+// pair(i) for the elements [i, i + 2·lanes), then single(i, slot) for [i, i + lanes), where the last reaches
+// back into what came before, and only a row shorter than a vector has but the `valid` elements of
+// one_of_row. What belongs to elements of a row lies in slots: those of a pair in the order of load_two,
+// those of a vector that reaches back in slots of their own.
+template <class A, class P, class S>
+FASTREG_INLINE void over_row(int64_t n, P pair, S single) {
+  constexpr int64_t L = lanes<A>;
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) pair(i);
+  for (; i < n; i += L) single(i + L <= n ? i : std::max<int64_t>(n - L, 0), i);
+}
+
+template <class A>
+FASTREG_INLINE int64_t slots_for(int64_t n) {
+  return (n + lanes<A> - 1) / lanes<A> * lanes<A>;
+}
+
+// f(i, slot) for each element of a row.
+template <class T, class A, class F>
+FASTREG_INLINE void each_slot(int64_t n, F f) {
+  constexpr int64_t L = lanes<A>;
+  over_row<A>(
+      n,
+      [&](int64_t i) {
+        for (int64_t k = 0; k < 2 * L; ++k)
+          f(i + k, i + (std::is_same_v<T, BFloat16> ? k % 2 * L + k / 2 : k));
+      },
+      [&](int64_t i, int64_t slot) {
+        for (int64_t k = 0; k < std::min(L, n); ++k) f(i + k, slot + k);
+      });
+}
+
 // ---- statistics of a run of adjacent elements
 // -----------------------------------------------------------------
 constexpr int64_t kBlock = 4096;  // elements added up at a time
@@ -455,8 +528,10 @@ Moments<double> moments_of_block(const T* x, int64_t n) {
   const int64_t lead = (n + 7) / 8;
   Vec<A> total[2] = {};
   int64_t i = 0;
-  for (; i + 2 * L <= lead; i += 2 * L)
-    for (int k = 0; k < 2; ++k) total[k] += load(x + i + k * L);
+  for (; i + 2 * L <= lead; i += 2 * L) {
+    const auto v = load_two(x + i);
+    total[0] += v.first, total[1] += v.second;
+  }
   for (; i < lead; i += L) total[0] += load_part<T, A>(x + i, std::min(L, lead - i), A(0));
   const A pivot = horizontal_sum(total[0] + total[1]) / static_cast<A>(lead);
   Vec<A> sum[4] = {}, square[4] = {};
@@ -465,8 +540,12 @@ Moments<double> moments_of_block(const T* x, int64_t n) {
     sum[k] += d;
     square[k] += d * d;
   };
-  for (i = 0; i + 4 * L <= n; i += 4 * L)
-    for (int k = 0; k < 4; ++k) add(k, load(x + i + k * L));
+  for (i = 0; i + 4 * L <= n; i += 4 * L) {
+    for (int k = 0; k < 4; k += 2) {
+      const auto v = load_two(x + i + k * L);
+      add(k, v.first), add(k + 1, v.second);
+    }
+  }
   for (int k = 0; i < n; i += L, ++k) add(k, load_part<T, A>(x + i, std::min(L, n - i), pivot));
   const double s = horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3])), count = static_cast<double>(n);
   const double q = horizontal_sum((square[0] + square[1]) + (square[2] + square[3]));
@@ -499,94 +578,111 @@ Moments<double> moments_of(const T* x, int64_t n) {
   return all;
 }
 
-// ---- statistics per channel of rows that are positions
-// -------------------------------------------------------- The channels [c, c + lanes) of a row: the last
-// vector reaches back into the one before, and only a row shorter than a vector is read in part. Sums of such
-// a vector have a place of their own at `slot`, not at c.
-template <class A, class F>
-FASTREG_INLINE void over_channels(int64_t channels, F f) {  // f(c, slot, valid)
-  constexpr int64_t L = lanes<A>;
-  int64_t c = 0;
-  for (; c + L <= channels; c += L) f(c, c, L);
-  if (c < channels) f(std::max<int64_t>(channels - L, 0), c, std::min(L, channels));
-}
+// ---- statistics per channel of rows that are positions ---------------------------------------------------
+// Asks for what is read some rows later: hardware does not see where narrow parts of long rows go on.
+template <class T>
+struct Ahead {
+  int64_t elements = 0;
 
-template <class A>
-FASTREG_INLINE int64_t slots_for(int64_t channels) {
-  return (channels + lanes<A> - 1) / lanes<A> * lanes<A>;
-}
+  static Ahead rows(int64_t row, int64_t width) {
+    return {std::max(kRun, 4 * kAhead / std::max<int64_t>(width * sizeof(T), 1)) * row};
+  }
+  __attribute__((always_inline)) void operator()(const T* at, int64_t bytes) const {
+    for (int64_t b = 0; b < bytes; b += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(at + elements) + b);
+  }
+};
 
 // As moments_of_block, for each channel.
 template <class T, class A>
 void moments_of_columns(const T* x, int64_t stride, int64_t rows, int64_t channels, A* work, double* mean,
                         double* m2) {
-  const int64_t slots = slots_for<A>(channels), lead = (rows + 7) / 8;
+  constexpr int64_t L = lanes<A>;
+  const int64_t slots = slots_for<A>(channels), lead = (rows + 7) / 8, valid = std::min(L, channels);
   A *pivot = work, *sum = pivot + slots, *square = sum + slots;
   std::fill(work, work + 3 * slots, A(0));
-  for (int64_t r = 0; r < lead; ++r)
-    over_channels<A>(channels, [&](int64_t c, int64_t slot, int64_t valid) {
-      store(pivot + slot, load(pivot + slot) + load_part<T, A>(x + r * stride + c, valid, A(0)));
-    });
+  const auto ahead = Ahead<T>::rows(stride, channels);
+  for (int64_t first = 0; first < lead; first += kRun) {
+    const int64_t run = std::min(kRun, lead - first);
+    const T* from = x + first * stride;
+    over_row<A>(
+        channels,
+        [&](int64_t c) {
+          Vec<A> a = load(pivot + c), b = load(pivot + c + L);
+          for (int64_t r = 0; r < run; ++r) {
+            ahead(from + r * stride + c, 2 * L * sizeof(T));
+            const auto v = load_two(from + r * stride + c);
+            a += v.first, b += v.second;
+          }
+          store(pivot + c, a), store(pivot + c + L, b);
+        },
+        [&](int64_t c, int64_t slot) {
+          Vec<A> a = load(pivot + slot);
+          for (int64_t r = 0; r < run; ++r) a += load_part<T, A>(from + r * stride + c, valid, A(0));
+          store(pivot + slot, a);
+        });
+  }
   for (int64_t slot = 0; slot < slots; ++slot) pivot[slot] /= static_cast<A>(lead);
   for (int64_t first = 0; first < rows; first += kRun) {
     const int64_t run = std::min(kRun, rows - first);
     const T* from = x + first * stride;
-    over_channels<A>(channels, [&](int64_t c, int64_t slot, int64_t valid) {
-      const Vec<A> from_pivot = load(pivot + slot);
-      Vec<A> s{}, q{};
-      const auto add = [&](int64_t r) {
-        __builtin_prefetch(from + (r + kRun) * stride + c);
-        const Vec<A> d = load_part<T, A>(from + r * stride + c, valid, A(0)) - from_pivot;
-        s += d;
-        q += d * d;
-      };
-      if (run == kRun) {
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < kRun; ++r) add(r);
-      } else {
-        for (int64_t r = 0; r < run; ++r) add(r);
-      }
+    const auto join = [&](int64_t slot, Vec<A> s, Vec<A> q) {
       store(sum + slot, load(sum + slot) + s);
       store(square + slot, load(square + slot) + q);
-    });
+    };
+    over_row<A>(
+        channels,
+        [&](int64_t c) {
+          const Vec<A> at = load(pivot + c), at_b = load(pivot + c + L);
+          Vec<A> s{}, q{}, s_b{}, q_b{};
+          for (int64_t r = 0; r < run; ++r) {
+            ahead(from + r * stride + c, 2 * L * sizeof(T));
+            const auto v = load_two(from + r * stride + c);
+            const Vec<A> d = v.first - at, d_b = v.second - at_b;
+            s += d, s_b += d_b;
+            q += d * d, q_b += d_b * d_b;
+          }
+          join(c, s, q), join(c + L, s_b, q_b);
+        },
+        [&](int64_t c, int64_t slot) {
+          const Vec<A> at = load(pivot + slot);
+          Vec<A> s{}, q{};
+          for (int64_t r = 0; r < run; ++r) {
+            const Vec<A> d = load_part<T, A>(from + r * stride + c, valid, A(0)) - at;
+            s += d;
+            q += d * d;
+          }
+          join(slot, s, q);
+        });
   }
   const double count = static_cast<double>(rows), share = 1 / count;
-  bool finite = true;
-  over_channels<A>(channels, [&](int64_t c, int64_t slot, int64_t valid) {
-    for (int64_t i = 0; i < valid; ++i) {
-      const double s = sum[slot + i], q = square[slot + i];
-      mean[c + i] = pivot[slot + i] + s * share;
-      m2[c + i] = std::max(q - s * s * share, 0.0);
-      finite &= q <= std::numeric_limits<A>::max();
+  each_slot<T, A>(channels, [&](int64_t c, int64_t slot) {
+    const double s = sum[slot], q = square[slot];
+    mean[c] = pivot[slot] + s * share;
+    m2[c] = std::max(q - s * s * share, 0.0);
+    if (q <= std::numeric_limits<A>::max()) return;
+    double total = 0, deviations = 0;  // squares overflowed
+    for (int64_t r = 0; r < rows; ++r) total += static_cast<double>(x[r * stride + c]);
+    for (int64_t r = 0; r < rows; ++r) {
+      const double d = static_cast<double>(x[r * stride + c]) - total * share;
+      deviations += d * d;
     }
-  });
-  if (finite) return;
-  over_channels<A>(channels, [&](int64_t c, int64_t slot, int64_t valid) {
-    for (int64_t i = 0; i < valid; ++i) {
-      if (square[slot + i] <= std::numeric_limits<A>::max()) continue;
-      double total = 0, deviations = 0;
-      const T* column = x + c + i;
-      for (int64_t r = 0; r < rows; ++r) total += static_cast<double>(column[r * stride]);
-      for (int64_t r = 0; r < rows; ++r) {
-        const double d = static_cast<double>(column[r * stride]) - total * share;
-        deviations += d * d;
-      }
-      mean[c + i] = total * share;
-      m2[c + i] = deviations;
-    }
+    mean[c] = total * share;
+    m2[c] = deviations;
   });
 }
 
 template <class T, class A>
 void moments_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end) {
-  std::vector<A> work(call.last ? 3 * slots_for<A>(call.channels) : 0);
+  std::vector<A> work(call.last ? 3 * slots_for<A>(call.width()) : 0);
   for (int64_t part = begin; part < end; ++part) {
     double* slot = call.moments_slot(unit, part);
     if (call.last) {
+      const Slab slab = slab_of(call, unit);
       const int64_t first = part * call.rows_per_part,
                     rows = std::min(call.rows_per_part, call.positions - first);
-      moments_of_columns<T, A>(call.input.template at<T>(unit, first), call.input.row, rows, call.channels,
-                               work.data(), slot, slot + call.channels);
+      moments_of_columns<T, A>(call.input.template at<T>(slab.n, first) + slab.channel, call.input.row, rows,
+                               slab.width, work.data(), slot, slot + call.width());
       continue;
     }
     const Piece p = piece_of(call, unit, part);
@@ -623,7 +719,8 @@ void finish_moments(const GroupNorm<A>& call, int64_t unit) {
     store_statistics(call, unit, all);
     return;
   }
-  for (int64_t g = 0; g < call.groups; ++g) {
+  const Slab slab = slab_of(call, unit);
+  for (int64_t g = 0; g < slab.groups; ++g) {
     Moments<double> all{0, 0, 0};
     for (int64_t part = 0; part < parts; ++part) {
       const double* slot = call.moments_slot(unit, part);
@@ -636,32 +733,15 @@ void finish_moments(const GroupNorm<A>& call, int64_t unit) {
       const double mean = sum / static_cast<double>(n);
       for (int64_t c = first; c < first + n; ++c) {
         const double d = slot[c] - mean;
-        m2 += slot[call.channels + c] + count * d * d;
+        m2 += slot[call.width() + c] + count * d * d;
       }
       all = merge(all, {count * static_cast<double>(n), mean, m2});
     }
-    store_statistics(call, unit * call.groups + g, all);
+    store_statistics(call, slab.n * call.groups + slab.group + g, all);
   }
 }
 
-// ---- y
-// --------------------------------------------------------------------------------------------------------
-// What a channel's elements are scaled by and the like: one value, or one per element of a row. Tables end in
-// room for a whole vector.
-template <class A>
-struct One {
-  Vec<A> value;
-  __attribute__((always_inline)) Vec<A> at(int64_t) const { return value; }
-};
-// f(i, valid) for n adjacent elements, a vector at a time; the last vector reaches back into the one before.
-template <class A, class F>
-FASTREG_INLINE void over_run(int64_t n, F f) {
-  constexpr int64_t L = lanes<A>;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) f(i, L);
-  if (i < n) f(std::max<int64_t>(n - L, 0), std::min(L, n));
-}
-
+// ---- y ---------------------------------------------------------------------------------------------------
 template <class T, class V>
 FASTREG_INLINE void store_part(T* to, V v, int64_t valid) {
   if (valid == static_cast<int64_t>(sizeof(v) / sizeof(v[0])))
@@ -670,23 +750,27 @@ FASTREG_INLINE void store_part(T* to, V v, int64_t valid) {
     store_first(to, v, valid);
 }
 
-// Past the caches, where that is asked for and the address allows it. Vectors of 16-bit elements are half as
-// long, and half a cache line gains nothing.
+// Past the caches, where that is asked for and the address allows it.
 template <class T, class V>
-FASTREG_INLINE void write_part(T* to, V v, int64_t valid, bool stream) {
+FASTREG_INLINE void write_two(T* to, Two<V> v, bool stream) {
 #if FASTREG_VECTOR_BYTES >= 32
-  if constexpr (sizeof(T) == sizeof(v[0])) {
-    if (stream && valid == sizeof(v) / sizeof(v[0]) && reinterpret_cast<uintptr_t>(to) % sizeof(v) == 0) {
+  constexpr bool whole = sizeof(T) == sizeof(v.first[0]);
+  if constexpr (whole || std::is_same_v<T, BFloat16>) {
+    if (stream && reinterpret_cast<uintptr_t>(to) % FASTREG_VECTOR_BYTES == 0) {
+      V parts[2] = {v.first, v.second};
+      if constexpr (!whole) store_two<false>(reinterpret_cast<T*>(parts), v);
+      for (int k = 0; k < (whole ? 2 : 1); ++k) {
 #if FASTREG_VECTOR_BYTES == 64
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits<__m512i>(v));
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to) + k, bits<__m512i>(parts[k]));
 #else
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits<__m256i>(v));
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + k, bits<__m256i>(parts[k]));
 #endif
+      }
       return;
     }
   }
 #endif
-  store_part(to, v, valid);
+  store_two<false>(to, v);
 }
 
 // Orders what bypassed the caches before what other threads are told.
@@ -696,26 +780,76 @@ FASTREG_INLINE void finish_writing(bool stream) {
 #endif
 }
 
-template <int act, class T, class A, class C>
-FASTREG_INLINE void apply_vector(const T* x, const T* residual, T* y, int64_t i, int64_t valid, bool stream,
-                                 C mean, C scale, C bias) {
-  Vec<A> z = (load_part<T, A>(x + i, valid, A(0)) - mean.at(i)) * scale.at(i) + bias.at(i);
-  if (residual) z += load_part<T, A>(residual + i, valid, A(0));
-  write_part(y + i, activate<act, Math<T> >(z), valid, stream);
-}
+// Rows of a tensor from one of its elements on.
+template <class T>
+struct Run {
+  T* data;
+  int64_t row;
 
-// Columns of per-channel values of a sample, each with room for a whole vector at the end.
-template <class A, int n>
-struct Tables {
-  int64_t length;
-  std::vector<A> values;
-  explicit Tables(int64_t channels) : length(channels + lanes<A>), values(n * length) {}
-  A* operator[](int i) { return values.data() + i * length; }
+  __attribute__((always_inline)) T* at(int64_t k, int64_t i) const { return data + k * row + i; }
 };
 
 template <class T>
-T* at_or_null(const Rows& rows, int64_t n, int64_t r, int64_t offset = 0) {
-  return rows.data ? rows.at<T>(n, r) + offset : nullptr;
+Run<T> run_at(const Rows& rows, int64_t n, int64_t r, int64_t offset) {
+  return {rows.data ? rows.at<T>(n, r) + offset : nullptr, rows.row};
+}
+
+// Columns of per-channel values of a unit, in slots.
+template <class T, class A, int n>
+struct Tables {
+  int64_t slots;
+  std::vector<A> values;
+
+  // f(channel, its n values)
+  template <class F>
+  Tables(int64_t width, F f) : slots(slots_for<A>(width)), values(n * slots) {
+    each_slot<T, A>(width, [&](int64_t c, int64_t slot) {
+      A of[n];
+      f(c, of);
+      for (int i = 0; i < n; ++i) values[i * slots + slot] = of[i];
+    });
+  }
+  __attribute__((always_inline)) Vec<A> get(int i, int64_t slot) const {
+    return load(values.data() + i * slots + slot);
+  }
+};
+
+template <class A>
+struct Affine {
+  Vec<A> mean, scale, bias;
+  __attribute__((always_inline)) Vec<A> operator()(Vec<A> x) const { return (x - mean) * scale + bias; }
+};
+
+// `rows` rows of n elements; at(slot) gives the Affine.
+template <int act, class T, class A, class At>
+FASTREG_INLINE void apply_rows(Run<const T> x, Run<const T> residual, Run<T> y, int64_t rows, int64_t n,
+                               bool stream, Ahead<T> ahead, At at) {
+  constexpr int64_t L = lanes<A>;
+  using M = Math<T>;
+  over_row<A>(
+      n,
+      [&](int64_t i) {
+        const auto &first = at(i), &second = at(i + L);
+        for (int64_t k = 0; k < rows; ++k) {
+          if (act != kNone && ahead.elements) ahead(x.at(k, i), 2 * L * sizeof(T));
+          auto v = load_two(x.at(k, i));
+          v = {first(v.first), second(v.second)};
+          if (residual.data) {
+            const auto r = load_two(residual.at(k, i));
+            v = {v.first + r.first, v.second + r.second};
+          }
+          write_two(y.at(k, i), Two<Vec<A> >{activate<act, M>(v.first), activate<act, M>(v.second)}, stream);
+        }
+      },
+      [&](int64_t i, int64_t slot) {
+        const auto& of = at(slot);
+        const int64_t valid = std::min(L, n);
+        for (int64_t k = 0; k < rows; ++k) {
+          Vec<A> z = of(load_part<T, A>(x.at(k, i), valid, A(0)));
+          if (residual.data) z += load_part<T, A>(residual.at(k, i), valid, A(0));
+          store_part(y.at(k, i), activate<act, M>(z), valid);
+        }
+      });
 }
 
 template <int act, class T, class A>
@@ -724,151 +858,237 @@ void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t 
     return static_cast<A>(double(call.rstd[group]) * call.weight[c]);
   };
   if (call.last) {
-    Tables<A, 3> table(call.channels);
-    for (int64_t c = 0; c < call.channels; ++c) {
-      const int64_t group = unit * call.groups + c / call.per_group();
-      table[0][c] = call.mean[group], table[1][c] = scale_of(group, c), table[2][c] = call.bias[c];
-    }
+    const Slab slab = slab_of(call, unit);
+    const Tables<T, A, 3> table(slab.width, [&](int64_t i, A(&of)[3]) {
+      const int64_t c = slab.channel + i, group = slab.n * call.groups + c / call.per_group();
+      of[0] = call.mean[group], of[1] = scale_of(group, c), of[2] = call.bias[c];
+    });
+    Ahead<T> ahead;
+    if (slab.width * call.positions * static_cast<int64_t>(sizeof(T)) > kCache)
+      ahead = Ahead<T>::rows(call.input.row, slab.width);
     for (int64_t part = end; part-- > begin;) {  // what was read last is still in the cache
       const int64_t first = part * call.rows_per_part;
       const int64_t rows = std::min(call.rows_per_part, call.positions - first);
-      for (int64_t r = first; r < first + rows; r += kRun) {
-        const T *x = call.input.template at<T>(unit, r), *residual = at_or_null<T>(call.residual, unit, r);
-        T* y = call.output.template at<T>(unit, r);
-        over_run<A>(call.channels, [&](int64_t c, int64_t valid) {
-          const One<A> mean{load(table[0] + c)}, scale{load(table[1] + c)}, bias{load(table[2] + c)};
-          for (int64_t k = 0; k < std::min(kRun, first + rows - r); ++k)
-            apply_vector<act, T, A>(x + k * call.input.row,
-                                    residual ? residual + k * call.residual.row : nullptr,
-                                    y + k * call.output.row, c, valid, call.stream, mean, scale, bias);
-        });
-      }
+      for (int64_t r = first; r < first + rows; r += kRun)
+        apply_rows<act, T, A>(run_at<const T>(call.input, slab.n, r, slab.channel),
+                              run_at<const T>(call.residual, slab.n, r, slab.channel),
+                              run_at<T>(call.output, slab.n, r, slab.channel),
+                              std::min(kRun, first + rows - r), slab.width, call.stream, ahead,
+                              [&](int64_t slot) {
+                                return Affine<A>{table.get(0, slot), table.get(1, slot), table.get(2, slot)};
+                              });
     }
     return;
   }
   for (int64_t part = end; part-- > begin;) {
     const Piece p = piece_of(call, unit, part);
     for (int64_t c = p.first; c < p.first + p.rows; ++c) {
-      const T* x = call.input.template at<T>(p.n, c) + p.begin;
-      const T* residual = at_or_null<T>(call.residual, p.n, c, p.begin);
-      T* y = call.output.template at<T>(p.n, c) + p.begin;
-      const One<A> mean{splat(call.mean[unit])}, scale{splat(scale_of(unit, c))}, bias{splat(call.bias[c])};
-      over_run<A>(p.end - p.begin, [&](int64_t i, int64_t valid) {
-        apply_vector<act, T, A>(x, residual, y, i, valid, call.stream, mean, scale, bias);
-      });
+      const Affine<A> of{splat(call.mean[unit]), splat(scale_of(unit, c)), splat(call.bias[c])};
+      apply_rows<act, T, A>(run_at<const T>(call.input, p.n, c, p.begin),
+                            run_at<const T>(call.residual, p.n, c, p.begin),
+                            run_at<T>(call.output, p.n, c, p.begin), 1, p.end - p.begin, call.stream, {},
+                            [&](int64_t) -> const Affine<A>& { return of; });
     }
   }
 }
 
-// ---- dz, Σ dz and Σ dz·x̂ per channel
-// -------------------------------------------------------------------------
+// ---- dz, Σ dz and Σ dz·x̂ per channel ----------------------------------------------------------------------
+// x̂ and dz of some elements.
+template <class A>
+struct Derived {
+  Vec<A> normal, dz;
+};
+
 template <class A>
 struct Sums {
   Vec<A> dz{}, dz_x{};
+  __attribute__((always_inline)) void add(const Derived<A>& of) { dz += of.dz, dz_x += of.dz * of.normal; }
   __attribute__((always_inline)) void operator+=(const Sums& other) { dz += other.dz, dz_x += other.dz_x; }
 };
 
-// Adds the vector at i; a lane beyond `valid` has dy = 0 and adds nothing.
-template <int act, class T, class A, class D, class C>
-FASTREG_INLINE void add_vector(Sums<A>& sums, const T* x, const T* dy, const T* residual, D* dz, int64_t i,
-                               int64_t valid, C mean, C rstd, C weight, C bias) {
-  const Vec<A> normal = (load_part<T, A>(x + i, valid, A(0)) - mean.at(i)) * rstd.at(i);
-  Vec<A> g = load_part<T, A>(dy + i, valid, A(0));
-  if constexpr (act != kNone) {
-    Vec<A> z = normal * weight.at(i) + bias.at(i);
-    if (residual) z += load_part<T, A>(residual + i, valid, A(0));
-    g = activation_gradient<act, Math<T> >(g, z);
-    if (dz) store_part(dz + i, g, valid);
-  }
-  sums.dz += g;
-  sums.dz_x += g * normal;
-}
+template <class A>
+struct Channel {
+  Vec<A> mean, rstd, weight, bias;
 
-template <int act, class T, class A, class D>
-void sums_of_run(const T* x, const T* dy, const T* residual, D* dz, int64_t n, One<A> mean, One<A> rstd,
-                 One<A> weight, One<A> bias, double* out) {
+  template <int act, class T>
+  __attribute__((always_inline)) Derived<A> derive(Vec<A> x, Vec<A> dy, Vec<A> residual) const {
+    const Vec<A> normal = (x - mean) * rstd;
+    if constexpr (act != kNone)
+      dy = activation_gradient<act, Math<T> >(dy, normal * weight + bias + residual);
+    return {normal, dy};
+  }
+};
+
+// Where dz goes: to the scratch, in slots, or to a tensor as it lies there, or nowhere.
+template <class D, bool kept>
+struct Target {
+  Run<D> to;
+
+  template <class V>
+  __attribute__((always_inline)) void put(int64_t k, int64_t i, Two<V> v) const {
+    if constexpr (kept)
+      store(to.at(k, i), v.first), store(to.at(k, i) + sizeof(V) / sizeof(D), v.second);
+    else if (to.data)
+      store_two<false>(to.at(k, i), v);
+  }
+  template <class V>
+  __attribute__((always_inline)) void put(int64_t k, int64_t i, int64_t slot, V v, int64_t valid) const {
+    if constexpr (kept)
+      store(to.at(k, slot), v);
+    else if (to.data)
+      store_part(to.at(k, i), v, valid);
+  }
+};
+
+// The rows that sums are taken of.
+template <class T, class A, class To>
+struct Sources {
+  Run<const T> x, dy, residual;
+  To to;
+
+  template <int act>
+  __attribute__((always_inline)) void add_two(int64_t k, int64_t i, const Channel<A>& a, const Channel<A>& b,
+                                              Sums<A>& sums_a, Sums<A>& sums_b) const {
+    const auto v = load_two(x.at(k, i)), g = load_two(dy.at(k, i));
+    Two<Vec<A> > r{};
+    if (act != kNone && residual.data) {
+      const auto loaded = load_two(residual.at(k, i));
+      r = {loaded.first, loaded.second};
+    }
+    const auto first = a.template derive<act, T>(v.first, g.first, r.first);
+    const auto second = b.template derive<act, T>(v.second, g.second, r.second);
+    if constexpr (act != kNone) to.put(k, i, Two<Vec<A> >{first.dz, second.dz});
+    sums_a.add(first), sums_b.add(second);
+  }
+  // Of `valid` elements, where dy, and so dz, is 0 beyond them.
+  template <int act>
+  __attribute__((always_inline)) Derived<A> derive_one(int64_t k, int64_t i, int64_t slot, int64_t valid,
+                                                       const Channel<A>& of) const {
+    Vec<A> r{};
+    if (act != kNone && residual.data) r = load_part<T, A>(residual.at(k, i), valid, A(0));
+    const auto derived = of.template derive<act, T>(load_part<T, A>(x.at(k, i), valid, A(0)),
+                                                    load_part<T, A>(dy.at(k, i), valid, A(0)), r);
+    if constexpr (act != kNone) to.put(k, i, slot, derived.dz, valid);
+    return derived;
+  }
+};
+
+template <int act, class T, class A, class To>
+void sums_of_run(const Sources<T, A, To>& from, int64_t n, const Channel<A>& channel, double* out) {
   constexpr int64_t L = lanes<A>;
   out[0] = out[1] = 0;
   for (int64_t first = 0; first < n; first += kBlock) {
     const int64_t end = std::min(first + kBlock, n);
     Sums<A> sums[2];
     int64_t i = first;
-    for (; i + 2 * L <= end; i += 2 * L)
-      for (int k = 0; k < 2; ++k)
-        add_vector<act, T, A>(sums[k], x, dy, residual, dz, i + k * L, L, mean, rstd, weight, bias);
-    for (; i < end; i += L)
-      add_vector<act, T, A>(sums[1], x, dy, residual, dz, i, std::min(L, end - i), mean, rstd, weight, bias);
+    for (; i + 2 * L <= end; i += 2 * L) {
+      // With an activation there is too much to do for the hardware to look far ahead.
+      for (int64_t b = 0; act != kNone && b < 2 * L * int64_t{sizeof(T)}; b += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(from.x.at(0, i)) + b + kAhead);
+        __builtin_prefetch(reinterpret_cast<const char*>(from.dy.at(0, i)) + b + kAhead);
+      }
+      from.template add_two<act>(0, i, channel, channel, sums[0], sums[1]);
+    }
+    for (; i < end; i += L) {
+      const int64_t start = i + L <= n ? i : std::max<int64_t>(n - L, 0);
+      auto derived = from.template derive_one<act>(0, start, i, std::min(L, n), channel);
+      if (start < i) derived.dz = is_first<A>(i - start) ? Vec<A>{} : derived.dz;  // these are summed already
+      sums[1].add(derived);
+    }
     sums[0] += sums[1];
     out[0] += horizontal_sum(sums[0].dz);
     out[1] += horizontal_sum(sums[0].dz_x);
   }
 }
 
-template <int act, class T, class A>
-void sums_of_columns(const GroupNorm<A>& call, int64_t n, int64_t first, int64_t rows, Tables<A, 4>& table,
-                     A* work, double* out, double* out_x) {
-  const int64_t slots = slots_for<A>(call.channels);
-  A *sum = work, *sum_x = work + slots;
-  std::fill(work, work + 2 * slots, A(0));
-  for (int64_t r = first; r < first + rows; r += kRun) {
-    const int64_t run = std::min(kRun, first + rows - r);
-    const T *x = call.input.template at<T>(n, r), *dy = call.grad_output.template at<T>(n, r);
-    const T* residual = at_or_null<T>(call.residual, n, r);
-    T* dz = at_or_null<T>(call.dz, n, r);
-    over_channels<A>(call.channels, [&](int64_t c, int64_t slot, int64_t valid) {
-      const One<A> mean{load(table[0] + c)}, rstd{load(table[1] + c)}, weight{load(table[2] + c)},
-          bias{load(table[3] + c)};
-      Sums<A> sums;
-      for (int64_t k = 0; k < run; ++k) {
-        __builtin_prefetch(x + (k + kRun) * call.input.row + c);
-        __builtin_prefetch(dy + (k + kRun) * call.grad_output.row + c);
-        add_vector<act, T, A>(sums, x + k * call.input.row, dy + k * call.grad_output.row,
-                              residual ? residual + k * call.residual.row : nullptr,
-                              dz ? dz + k * call.dz.row : nullptr, c, valid, mean, rstd, weight, bias);
-      }
-      store(sum + slot, load(sum + slot) + sums.dz);
-      store(sum_x + slot, load(sum_x + slot) + sums.dz_x);
-    });
-  }
-  over_channels<A>(call.channels, [&](int64_t c, int64_t slot, int64_t valid) {
-    for (int64_t i = 0; i < valid; ++i) out[c + i] = sum[slot + i], out_x[c + i] = sum_x[slot + i];
-  });
+// `rows` rows; at(slot) gives the Channel. Sums join `sum` and `sum_x`, in slots.
+template <int act, class T, class A, class To, class At>
+FASTREG_INLINE void sums_of_rows(const Sources<T, A, To>& from, int64_t rows, int64_t width, At at, A* sum,
+                                 A* sum_x) {
+  constexpr int64_t L = lanes<A>;
+  const auto ahead_x = Ahead<T>::rows(from.x.row, 2 * width),
+             ahead_dy = Ahead<T>::rows(from.dy.row, 2 * width);
+  const auto join = [&](int64_t slot, const Sums<A>& sums) {
+    store(sum + slot, load(sum + slot) + sums.dz);
+    store(sum_x + slot, load(sum_x + slot) + sums.dz_x);
+  };
+  over_row<A>(
+      width,
+      [&](int64_t c) {
+        const auto &a = at(c), &b = at(c + L);
+        Sums<A> sums_a, sums_b;
+        for (int64_t k = 0; k < rows; ++k) {
+          ahead_x(from.x.at(k, c), 2 * L * sizeof(T));
+          ahead_dy(from.dy.at(k, c), 2 * L * sizeof(T));
+          from.template add_two<act>(k, c, a, b, sums_a, sums_b);
+        }
+        join(c, sums_a), join(c + L, sums_b);
+      },
+      [&](int64_t c, int64_t slot) {
+        const auto& of = at(slot);
+        Sums<A> sums;
+        for (int64_t k = 0; k < rows; ++k) {
+          ahead_x(from.x.at(k, c), 1);
+          ahead_dy(from.dy.at(k, c), 1);
+          sums.add(from.template derive_one<act>(k, c, slot, std::min(L, width), of));
+        }
+        join(slot, sums);
+      });
 }
 
-template <int act, class T, class A>
+template <int act, class T, class A, bool kept>
 void sums_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, A* scratch) {
+  using D = std::conditional_t<kept, A, T>;
+  using From = Sources<T, A, Target<D, kept> >;
+  const int64_t scratch_row = padded(call.last ? call.width() : call.positions);
+  const auto target = [&](int64_t n, int64_t r, int64_t offset, int64_t scratch_at) -> Target<D, kept> {
+    if constexpr (kept)
+      return {{scratch + scratch_at, scratch_row}};
+    else
+      return {run_at<T>(call.dz, n, r, offset)};
+  };
   if (call.last) {
-    Tables<A, 4> table(call.channels);
-    std::vector<A> work(2 * slots_for<A>(call.channels));
-    for (int64_t c = 0; c < call.channels; ++c) {
-      const int64_t group = unit * call.groups + c / call.per_group();
-      table[0][c] = call.mean[group], table[1][c] = call.rstd[group];
-      table[2][c] = call.weight[c], table[3][c] = call.bias[c];
-    }
+    const Slab slab = slab_of(call, unit);
+    const Tables<T, A, 4> table(slab.width, [&](int64_t i, A(&of)[4]) {
+      const int64_t c = slab.channel + i, group = slab.n * call.groups + c / call.per_group();
+      of[0] = call.mean[group], of[1] = call.rstd[group], of[2] = call.weight[c], of[3] = call.bias[c];
+    });
+    std::vector<A> work(2 * table.slots);
+    A *sum = work.data(), *sum_x = sum + table.slots;
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = part * call.rows_per_part,
                     rows = std::min(call.rows_per_part, call.positions - first);
-      double* slot = call.sums_slot(unit, part);
-      sums_of_columns<act, T, A>(call, unit, first, rows, table, work.data(), slot, slot + call.channels);
+      std::fill(work.begin(), work.end(), A(0));
+      for (int64_t r = first; r < first + rows; r += kRun)
+        sums_of_rows<act>(
+            From{run_at<const T>(call.input, slab.n, r, slab.channel),
+                 run_at<const T>(call.grad_output, slab.n, r, slab.channel),
+                 run_at<const T>(call.residual, slab.n, r, slab.channel),
+                 target(slab.n, r, slab.channel, r * scratch_row)},
+            std::min(kRun, first + rows - r), slab.width,
+            [&](int64_t slot) {
+              return Channel<A>{table.get(0, slot), table.get(1, slot), table.get(2, slot),
+                                table.get(3, slot)};
+            },
+            sum, sum_x);
+      double *out = call.sums_slot(unit, part), *out_x = out + call.width();
+      each_slot<T, A>(slab.width,
+                      [&](int64_t c, int64_t slot) { out[c] = sum[slot], out_x[c] = sum_x[slot]; });
     }
     return;
   }
   for (int64_t part = begin; part < end; ++part) {
     const Piece p = piece_of(call, unit, part);
     const int64_t first = p.g * call.per_group();
-    for (int64_t c = p.first; c < p.first + p.rows; ++c) {
-      const auto run = [&](auto* dz) {
-        sums_of_run<act, T, A>(
-            call.input.template at<T>(p.n, c) + p.begin, call.grad_output.template at<T>(p.n, c) + p.begin,
-            at_or_null<T>(call.residual, p.n, c, p.begin), dz, p.end - p.begin,
-            One<A>{splat(call.mean[unit])}, One<A>{splat(call.rstd[unit])}, One<A>{splat(call.weight[c])},
-            One<A>{splat(call.bias[c])}, call.sums_slot(p.n, c, p.piece));
-      };
-      if (act != kNone && scratch)
-        run(scratch + (c - first) * call.positions + p.begin);
-      else
-        run(at_or_null<T>(call.dz, p.n, c, p.begin));
-    }
+    for (int64_t c = p.first; c < p.first + p.rows; ++c)
+      sums_of_run<act>(From{run_at<const T>(call.input, p.n, c, p.begin),
+                            run_at<const T>(call.grad_output, p.n, c, p.begin),
+                            run_at<const T>(call.residual, p.n, c, p.begin),
+                            target(p.n, c, p.begin, (c - first) * scratch_row + p.begin)},
+                       p.end - p.begin,
+                       Channel<A>{splat(call.mean[unit]), splat(call.rstd[unit]), splat(call.weight[c]),
+                                  splat(call.bias[c])},
+                       call.sums_slot(p.n, c, p.piece));
   }
 }
 
@@ -888,14 +1108,15 @@ void finish_group(const GroupNorm<A>& call, int64_t n, int64_t g) {
 template <class A>
 void finish_sums(const GroupNorm<A>& call, int64_t unit) {
   if (call.last) {
-    double *dz = call.sum_dz(unit), *dz_x = call.sum_dz_x(unit);
-    std::fill(dz, dz + call.channels, 0.0);
-    std::fill(dz_x, dz_x + call.channels, 0.0);
+    const Slab slab = slab_of(call, unit);
+    double *dz = call.sum_dz(slab.n) + slab.channel, *dz_x = call.sum_dz_x(slab.n) + slab.channel;
+    std::fill(dz, dz + slab.width, 0.0);
+    std::fill(dz_x, dz_x + slab.width, 0.0);
     for (int64_t part = 0; part < call.parts(); ++part) {
-      const double* slot = call.sums_slot(unit, part);
-      for (int64_t c = 0; c < call.channels; ++c) dz[c] += slot[c], dz_x[c] += slot[call.channels + c];
+      const double *slot = call.sums_slot(unit, part), *slot_x = slot + call.width();
+      for (int64_t c = 0; c < slab.width; ++c) dz[c] += slot[c], dz_x[c] += slot_x[c];
     }
-    for (int64_t g = 0; g < call.groups; ++g) finish_group(call, unit, g);
+    for (int64_t g = slab.group; g < slab.group + slab.groups; ++g) finish_group(call, slab.n, g);
     return;
   }
   const int64_t n = unit / call.groups, g = unit % call.groups;
@@ -910,98 +1131,98 @@ void finish_sums(const GroupNorm<A>& call, int64_t unit) {
   finish_group(call, n, g);
 }
 
-// ---- dx
-// ---------------------------------------------------------------------------------------------------------
+// ---- dx --------------------------------------------------------------------------------------------------
 template <class A>
 struct BackTerms {
   Vec<A> mean, rstd, scale, m1, m2;
-  template <class T, class D>
-  __attribute__((always_inline)) Vec<A> dx(const T* x, const D* dz, int64_t valid) const {
-    const Vec<A> normal = (load_part<T, A>(x, valid, A(0)) - mean) * rstd;
-    return (load_part<D, A>(dz, valid, A(0)) * scale - m1) - normal * m2;
+  __attribute__((always_inline)) Vec<A> operator()(Vec<A> x, Vec<A> dz) const {
+    return (dz * scale - m1) - (x - mean) * rstd * m2;
   }
 };
 
-template <class T, class A>
+// `rows` rows of n elements; at(slot) gives the BackTerms. dz may be dx itself: the vector that reaches back
+// is computed before the one it reaches into is written.
+template <class T, bool kept, class A, class D, class At>
+FASTREG_INLINE void gradient_rows(Run<const T> x, Run<D> dz, Run<T> dx, int64_t rows, int64_t n, bool stream,
+                                  At at) {
+  constexpr int64_t L = lanes<A>;
+  const int64_t whole = n - n % L, tail = std::max<int64_t>(n - L, 0), valid = std::min(L, n);
+  const auto dz_of = [&](int64_t k, int64_t i, int64_t slot, int64_t valid) {
+    if constexpr (kept)
+      return load(dz.at(k, slot));
+    else
+      return load_part<T, A>(dz.at(k, i), valid, A(0));
+  };
+  Vec<A> last[kRun];
+  if (whole < n) {
+    const auto& of = at(whole);
+    for (int64_t k = 0; k < rows; ++k)
+      last[k] = of(load_part<T, A>(x.at(k, tail), valid, A(0)), dz_of(k, tail, whole, valid));
+  }
+  over_row<A>(
+      whole,
+      [&](int64_t i) {
+        const auto &first = at(i), &second = at(i + L);
+        for (int64_t k = 0; k < rows; ++k) {
+          const auto v = load_two(x.at(k, i)), g = load_two(dz.at(k, i));
+          write_two(dx.at(k, i), Two<Vec<A> >{first(v.first, g.first), second(v.second, g.second)}, stream);
+        }
+      },
+      [&](int64_t i, int64_t slot) {
+        const auto& of = at(slot);
+        for (int64_t k = 0; k < rows; ++k) store(dx.at(k, i), of(load(x.at(k, i)), dz_of(k, i, slot, L)));
+      });
+  if (whole < n)
+    for (int64_t k = 0; k < rows; ++k) store_part(dx.at(k, tail), last[k], valid);
+}
+
+template <class T, class A, bool kept>
 void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end,
                           const A* scratch) {
-  constexpr int64_t L = lanes<A>;
-  const int64_t channels = call.channels;
+  using D = std::conditional_t<kept, const A, const T>;
   // What lies in dx as dz is in the caches already.
-  const bool stream = call.stream && (scratch || call.dz.data != call.grad_input.data);
+  const bool stream = call.stream && (kept || call.dz.data != call.grad_input.data);
   const A *m1 = call.terms.get(), *m2 = m1 + call.samples * call.groups;
   // With one element in a group x̂ is 0, and dx too, exactly.
   const auto rstd_of = [&](int64_t group) { return call.group_size() == 1 ? A(0) : call.rstd[group]; };
+  const int64_t scratch_row = padded(call.last ? call.width() : call.positions);
+  const auto source = [&](int64_t n, int64_t r, int64_t offset, int64_t scratch_at) -> Run<D> {
+    if constexpr (kept)
+      return {scratch + scratch_at, scratch_row};
+    else
+      return run_at<D>(call.dz, n, r, offset);
+  };
   if (call.last) {
-    Tables<A, 5> table(call.channels);
-    for (int64_t c = 0; c < call.channels; ++c) {
-      const int64_t group = unit * call.groups + c / call.per_group();
-      table[0][c] = call.mean[group], table[1][c] = rstd_of(group),
-      table[2][c] = rstd_of(group) * call.weight[c];
-      table[3][c] = m1[group], table[4][c] = m2[group];
-    }
+    const Slab slab = slab_of(call, unit);
+    const Tables<T, A, 5> table(slab.width, [&](int64_t i, A(&of)[5]) {
+      const int64_t c = slab.channel + i, group = slab.n * call.groups + c / call.per_group();
+      of[0] = call.mean[group], of[1] = rstd_of(group), of[2] = rstd_of(group) * call.weight[c];
+      of[3] = m1[group], of[4] = m2[group];
+    });
     for (int64_t part = end; part-- > begin;) {
       const int64_t first = part * call.rows_per_part;
       const int64_t rows = std::min(call.rows_per_part, call.positions - first);
-      for (int64_t r = first; r < first + rows; r += kRun) {
-        const int64_t run = std::min(kRun, first + rows - r);
-        const T *x = call.input.template at<T>(unit, r), *dz = call.dz.template at<T>(unit, r);
-        T* dx = call.grad_input.template at<T>(unit, r);
-        Vec<A> last[kRun] = {};
-        // dz may be dx itself: the vector that reaches back is computed before the one it reaches into is
-        // written.
-        for (int pass = channels % L && channels > L ? 0 : 1; pass < 2; ++pass) {
-          const auto at = [&](int64_t c) {
-            return BackTerms<A>{load(table[0] + c), load(table[1] + c), load(table[2] + c),
-                                load(table[3] + c), load(table[4] + c)};
-          };
-          if (pass == 0) {
-            const BackTerms<A> terms = at(channels - L);
-            for (int64_t k = 0; k < run; ++k)
-              last[k] =
-                  terms.dx(x + k * call.input.row + channels - L, dz + k * call.dz.row + channels - L, L);
-            continue;
-          }
-          for (int64_t c = 0; c + L <= channels; c += L) {
-            const BackTerms<A> terms = at(c);
-            for (int64_t k = 0; k < run; ++k)
-              write_part(dx + k * call.grad_input.row + c,
-                         terms.dx(x + k * call.input.row + c, dz + k * call.dz.row + c, L), L, stream);
-          }
-          if (channels < L) {
-            const BackTerms<A> terms = at(0);
-            for (int64_t k = 0; k < run; ++k)
-              store_first(dx + k * call.grad_input.row,
-                          terms.dx(x + k * call.input.row, dz + k * call.dz.row, channels), channels);
-          } else if (channels % L) {
-            for (int64_t k = 0; k < run; ++k) store(dx + k * call.grad_input.row + channels - L, last[k]);
-          }
-        }
-      }
+      for (int64_t r = first; r < first + rows; r += kRun)
+        gradient_rows<T, kept, A>(run_at<const T>(call.input, slab.n, r, slab.channel),
+                                  source(slab.n, r, slab.channel, r * scratch_row),
+                                  run_at<T>(call.grad_input, slab.n, r, slab.channel),
+                                  std::min(kRun, first + rows - r), slab.width, stream, [&](int64_t slot) {
+                                    return BackTerms<A>{table.get(0, slot), table.get(1, slot),
+                                                        table.get(2, slot), table.get(3, slot),
+                                                        table.get(4, slot)};
+                                  });
     }
     return;
   }
   for (int64_t part = end; part-- > begin;) {
     const Piece p = piece_of(call, unit, part);
     for (int64_t c = p.first; c < p.first + p.rows; ++c) {
-      const T* x = call.input.template at<T>(p.n, c) + p.begin;
-      T* dx = call.grad_input.template at<T>(p.n, c) + p.begin;
       const BackTerms<A> terms{splat(call.mean[unit]), splat(rstd_of(unit)),
                                splat(rstd_of(unit) * call.weight[c]), splat(m1[unit]), splat(m2[unit])};
-      const int64_t n = p.end - p.begin;
-      const auto run = [&](const auto* dz) {
-        if (n < L) {
-          store_first(dx, terms.dx(x, dz, n), n);
-          return;
-        }
-        const Vec<A> last = terms.dx(x + n - L, dz + n - L, L);
-        for (int64_t i = 0; i + L < n; i += L) write_part(dx + i, terms.dx(x + i, dz + i, L), L, stream);
-        store(dx + n - L, last);
-      };
-      if (scratch)
-        run(scratch + (c - p.g * call.per_group()) * call.positions + p.begin);
-      else
-        run(call.dz.template at<T>(p.n, c) + p.begin);
+      gradient_rows<T, kept, A>(run_at<const T>(call.input, p.n, c, p.begin),
+                                source(p.n, c, p.begin, (c - p.g * call.per_group()) * scratch_row + p.begin),
+                                run_at<T>(call.grad_input, p.n, c, p.begin), 1, p.end - p.begin, stream,
+                                [&](int64_t) -> const BackTerms<A>& { return terms; });
     }
   }
 }
@@ -1053,13 +1274,23 @@ void apply(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end) {
 template <class A>
 void sums(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, A* scratch) {
   by_dtype(call, [&](auto t) {
-    by_activation(call, [&]<int act>() { sums_typed<act, decltype(t), A>(call, unit, begin, end, scratch); });
+    by_activation(call, [&]<int act>() {
+      if (act != kNone && scratch)
+        sums_typed<act, decltype(t), A, true>(call, unit, begin, end, scratch);
+      else
+        sums_typed<act, decltype(t), A, false>(call, unit, begin, end, scratch);
+    });
   });
 }
 
 template <class A>
 void apply_backward(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, const A* scratch) {
-  by_dtype(call, [&](auto t) { apply_backward_typed<decltype(t), A>(call, unit, begin, end, scratch); });
+  by_dtype(call, [&](auto t) {
+    if (scratch)
+      apply_backward_typed<decltype(t), A, true>(call, unit, begin, end, scratch);
+    else
+      apply_backward_typed<decltype(t), A, false>(call, unit, begin, end, scratch);
+  });
   finish_writing(call.stream);
 }
 
