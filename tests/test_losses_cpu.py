@@ -321,6 +321,25 @@ def test_a_gradient_in_place_of_the_input(name, kind, dtype):
         torch.testing.assert_close(x, leaf.grad, rtol=torch.finfo(dtype).eps, atol=2.0**-24)
 
 
+@pytest.mark.parametrize("kind", ["index", "pair", "probabilities"])
+@pytest.mark.parametrize("name", ["focal", "focal with smoothing"])
+def test_the_gradient_of_a_long_row_is_the_same_in_place_and_on_every_number_of_threads(name, kind):
+    """What all of its parts need, the targets' logits and the sum over the row, is there before the first is written."""
+    x = torch.randn(2, 90001)
+    x[:, 5], x[:, 90000] = 13.0, 12.0
+    y, other = torch.tensor([5, 90000]), torch.tensor([90000, 5])
+    target = {"index": y, "pair": (y, other, 0.4), "probabilities": torch.rand(2, 90001).softmax(1)}[kind]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for in_forward in (False, "in_place"):
+            leaf = x.clone().requires_grad_()
+            loss = cross_entropy(leaf * 1, target, grad_in_forward=in_forward, **KINDS[name])
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS[:-1])
 def test_scaling_a_gradient(dtype, layout):

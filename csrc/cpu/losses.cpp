@@ -109,6 +109,9 @@ struct CrossEntropy {
   int64_t rows_per_task, parts, tasks;  // a task is some rows, or one of the parts of a row
   std::vector<double> sums;             // of each task: the losses, and the weights of the targets
   std::vector<Weighted<A>> partials;    // of each block, where rows are cut
+  std::vector<double> block_sums;       // and of each block what the loss or its slope adds up, where it does
+  bool sums_are_slopes;
+  std::vector<A> target_z;  // of both targets of each row that is cut, where its logits may be overwritten
 
   A grad_scale;
   char* grad = nullptr;  // in the forward: make the gradient too
@@ -345,13 +348,29 @@ double denominator_of(const Options& options, double counts, bool zero_if_empty)
   return options.reduction != reduction_mean || (zero_if_empty && counts == 0) ? 1 : counts;
 }
 
-// Long rows are cut for the gradient of each class to have a thread; not where it needs the whole row first.
+bool few(int64_t tasks) { return tasks < 2 * static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+// Where the classes of a row have a sum in the loss, or in its slope, to which every one of them adds: by
+// block.
+template <class A>
+void run_block_sums(CrossEntropy<A>& call, bool slopes) {
+  call.block_sums.resize(call.rows() * call.blocks());
+  call.sums_are_slopes = slopes;
+  run(call.rows() * call.blocks(), call.rows() * call.classes,
+      [&](int64_t begin, int64_t end) { FASTREG_PICK(sum_blocks<A>)(call, begin, end); });
+}
+
+// Long rows are cut for the gradient of each class to have a thread; if that needs the whole row first, only
+// where there are few.
 template <class A>
 void run_backward(CrossEntropy<A>& call) {
-  if (!call.columns && call.classes > kTask && call.factors_are != Factors::of_row) {
+  const bool own = call.factors_are == Factors::of_row;
+  if (!call.columns && call.classes > kTask && (!own || few(call.tasks))) {
     call.rows_per_task = 1;
     call.parts = (call.classes + kTask - 1) / kTask;
     call.tasks = call.rows() * call.parts;
+    if (own) run_block_sums(call, true);
+    if (!own && call.grad == call.input) FASTREG_PICK(read_targets<A>)(call);
   }
   run(call.tasks, call.rows() * call.classes,
       [&](int64_t begin, int64_t end) { FASTREG_PICK(backward<A>)(call, begin, end); });
@@ -398,11 +417,11 @@ std::tuple<Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor> forward(const Optio
   choose_kernel(call);
   call.sums.resize(2 * call.tasks);
   const int64_t elements = call.rows() * call.classes, blocks = call.blocks();
-  if (!call.columns && blocks > 1 && elements >= 2 * kParallel &&
-      call.tasks < 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
+  if (!call.columns && blocks > 1 && elements >= 2 * kParallel && few(call.tasks)) {
     call.partials.resize(call.rows() * blocks);
     run(call.rows() * blocks, elements,
         [&](int64_t begin, int64_t end) { FASTREG_PICK(reduce_blocks<A>)(call, begin, end); });
+    if (call.factors_are == Factors::of_row && call.gamma != 0) run_block_sums(call, false);
     FASTREG_PICK(forward<A>)(call, 0, call.tasks);
   } else {
     run(call.tasks, elements,
@@ -662,13 +681,16 @@ struct IndexGradient {
 };
 
 template <class T, class A>
-FASTREG_INLINE IndexGradient<A> index_gradient(const CrossEntropy<A>& call, const T* x,
+FASTREG_INLINE IndexGradient<A> index_gradient(const CrossEntropy<A>& call, const T* x, int64_t r,
                                                const RowTargets<A>& targets, const Softmax<A>& softmax,
                                                A grad) {
   const RowTerms<A> terms[2] = {call.terms(targets, 0), call.terms(targets, targets.y[1] < 0 ? 0 : 1)};
-  A z[2] = {z_of(call, x, targets, 0), 0}, others[2] = {0, 0};
+  auto z_of_target = [&](int k) {
+    return call.target_z.empty() ? z_of(call, x, targets, k) : call.target_z[2 * r + k];
+  };
+  A z[2] = {z_of_target(0), 0}, others[2] = {0, 0};
   if (targets.y[1] >= 0) {
-    z[1] = z_of(call, x, targets, 1);
+    z[1] = z_of_target(1);
     for (int k = 0; k < 2; ++k) others[k] = target_slope(terms[1 - k].target, call.gamma, softmax, z[1 - k]);
   }
   auto of = [&](int k) {
@@ -751,6 +773,17 @@ void forward(CrossEntropy<A>& call, int64_t begin, int64_t end) {
 template <class A>
 void reduce_blocks(CrossEntropy<A>& call, int64_t begin, int64_t end) {
   FASTREG_BY_DTYPE(reduce_blocks_of)
+}
+
+template <class A>
+void sum_blocks(CrossEntropy<A>& call, int64_t begin, int64_t end) {
+  FASTREG_BY_DTYPE(sum_blocks_of)
+}
+
+template <class A>
+void read_targets(CrossEntropy<A>& call) {
+  const int64_t begin = 0, end = call.rows();
+  FASTREG_BY_DTYPE(read_targets_of)
 }
 
 template <class A>

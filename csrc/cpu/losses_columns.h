@@ -179,7 +179,7 @@ struct Columns {
       if constexpr (are == Factors::of_row) {
         spread[i] = incoming * call.scale;  // what the sums of the factors are multiplied by, see below
       } else {
-        const IndexGradient<A> row = index_gradient(call, x + i, targets[i], softmax, incoming);
+        const IndexGradient<A> row = index_gradient(call, x + i, 0, targets[i], softmax, incoming);
         slope[i] = row.slope, spread[i] = row.spread;
         at_target[0][i] = row.at[0], at_target[1][i] = row.at[1];
       }

@@ -240,7 +240,7 @@ void gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A slope, const A
 template <Factors are, class T, class A>
 struct Row {
   CrossEntropy<A>& call;
-  int64_t o = 0, i = 0;
+  int64_t r = 0, o = 0, i = 0;
   RowTargets<A> targets{};
   const T* x = nullptr;
   int64_t gathered =
@@ -251,8 +251,8 @@ struct Row {
   explicit Row(CrossEntropy<A>& call) : call(call) {}
 
   // Whether the row counts.
-  bool enter(int64_t r) {
-    o = r / call.inner, i = r - o * call.inner, gathered = -1;
+  bool enter(int64_t row) {
+    r = row, o = r / call.inner, i = r - o * call.inner, gathered = -1;
     x = reinterpret_cast<const T*>(call.input) + o * call.input_outer + i * call.input_inner;
     targets = call.targets_of(o, i);
     return targets.kept;
@@ -352,7 +352,7 @@ struct Row {
     }
   }
 
-  Found<A> read(int64_t r) {
+  Found<A> read(bool want_argmax) {
     Weighted<A> whole{{-INFINITY, 0, 0}, 0};
     A best = -INFINITY;
     int64_t argmax = 0;
@@ -360,33 +360,39 @@ struct Row {
       const Weighted<A> next = call.partials.empty() ? reduce_part(b) : call.partials[r * call.blocks() + b];
       whole.part = b == 0 ? next.part : merge(whole.part, whole.weight, next.part, next.weight);
       whole.weight += next.weight;
-      if (call.argmax) look_for_argmax(b, next.part, best, argmax);
+      if (want_argmax) look_for_argmax(b, next.part, best, argmax);
     }
     return {{whole.part.high, log(whole.part.sum)}, whole.part.linear, whole.weight, argmax};
   }
 
-  // The sum over the row of factor * f(log p), block by block.
-  template <class F>
-  A sum_of(const Softmax<A>& softmax, const F& f) {
+  // The sum over the row of factor * focal term or, for `slopes`, its slope; block by block.
+  A sum_of(const Softmax<A>& softmax, bool slopes) {
     double total = 0;
-    for (int64_t b = 0; b < call.blocks(); ++b) {
-      const int64_t n = size(b);
-      total += with_block(b * kBlock, n, [&](const auto& z) {
+    for (int64_t b = 0; b < call.blocks(); ++b)
+      total +=
+          call.block_sums.empty() ? sum_of_block(softmax, slopes, b) : call.block_sums[r * call.blocks() + b];
+    return static_cast<A>(total);
+  }
+
+  double sum_of_block(const Softmax<A>& softmax, bool slopes, int64_t block) {
+    const int64_t n = size(block);
+    auto sum = [&](const auto& f) {
+      return with_block(block * kBlock, n, [&](const auto& z) {
         return static_cast<double>(sum_over<A>(n, [&](int64_t j) {
           const Vec<A> at = j + lanes<A> <= n ? z.at(j) : z.first(j, n - j, A(0));
           return share(load_at(factors, j, n), f((at - softmax.high) - softmax.log_sum));
         }));
       });
-    }
-    return static_cast<A>(total);
+    };
+    if (!slopes) return sum([&](Vec<A> log_p) { return focal_term<VectorMath<A>>(log_p, call.gamma); });
+    if (call.gamma == 0) return sum([](Vec<A>) { return splat(A(1)); });
+    return sum([&](Vec<A> log_p) { return focal_slope<VectorMath<A>>(log_p, call.gamma); });
   }
 
   A loss(const Found<A>& found) {
     if constexpr (are != Factors::of_row) return index_loss(call, x, targets, found);
-    const A terms = call.gamma == 0 ? found.weight * found.softmax.log_sum - found.linear
-                                    : sum_of(found.softmax, [&](Vec<A> log_p) {
-                                        return focal_term<VectorMath<A>>(log_p, call.gamma);
-                                      });
+    const A terms =
+        call.gamma == 0 ? found.weight * found.softmax.log_sum - found.linear : sum_of(found.softmax, false);
     return terms + z_loss_of(call.z_loss, found.softmax);
   }
 
@@ -394,8 +400,8 @@ struct Row {
   void differentiate(const Softmax<A>& softmax, T* grad, int64_t begin, int64_t end, const Found<A>* found) {
     const A incoming = call.grad_of(o, i);
     if constexpr (are == Factors::of_row)
-      return differentiate_own(softmax, incoming * call.scale, grad, found);
-    const IndexGradient<A> row = index_gradient(call, x, targets, softmax, incoming);
+      return differentiate_own(softmax, incoming * call.scale, grad, begin, end, found);
+    const IndexGradient<A> row = index_gradient(call, x, r, targets, softmax, incoming);
     constexpr bool spread = are == Factors::of_class;
     for (int64_t c = begin; c < end;) {
       const bool whole = call.grad_class == 1 && call.input_class == 1 && !has_margin(begin, end - begin);
@@ -413,16 +419,14 @@ struct Row {
 
   // With d the derivative of a class's own term by its log p, and D the sum of these, it is p * (D - d) - (1
   // - p) * d.
-  void differentiate_own(const Softmax<A>& softmax, A incoming, T* grad, const Found<A>* found) {
+  void differentiate_own(const Softmax<A>& softmax, A incoming, T* grad, int64_t first, int64_t last,
+                         const Found<A>* found) {
     auto slope = [&](Vec<A> log_p)
                      __attribute__((always_inline)) { return focal_slope<VectorMath<A>>(log_p, call.gamma); };
-    auto one = [](Vec<A>) { return splat(A(1)); };
-    A sum = call.gamma != 0    ? sum_of(softmax, slope)
-            : found != nullptr ? found->weight
-                               : sum_of(softmax, one);
+    A sum = call.gamma == 0 && found != nullptr ? found->weight : sum_of(softmax, true);
     if (call.z_loss != 0) sum += 2 * call.z_loss * (softmax.high + softmax.log_sum);
-    for (int64_t b = 0; b < call.blocks(); ++b) {
-      const int64_t begin = b * kBlock, n = size(b);
+    for (int64_t begin = first; begin < last; begin += kBlock) {
+      const int64_t n = std::min(kBlock, last - begin);
       with_block(begin, n, [&](const auto& z) {
         write(grad, begin, n, [&](T* out) {
           if (call.gamma == 0) return gradient<true>(z, n, softmax, sum * incoming, factors, incoming, out);
@@ -462,7 +466,7 @@ void forward_rows(CrossEntropy<A>& call, int64_t task_begin, int64_t task_end) {
         if (differentiate) fill_zero(call, gradient_of<T>(call, row.o, row.i), 0, call.classes);
         continue;
       }
-      const Found<A> found = row.read(r);
+      const Found<A> found = row.read(call.argmax != nullptr);
       finish_row(call, row.o, row.i, row.targets, found, row.loss(found), sums);
       if (differentiate)
         row.differentiate(found.softmax, gradient_of<T>(call, row.o, row.i), 0, call.classes, &found);
@@ -479,6 +483,30 @@ void reduce_blocks_of(CrossEntropy<A>& call, int64_t begin, int64_t end) {
     const int64_t r = at / call.blocks();
     if (row.enter(r)) call.partials[at] = row.reduce_part(at - r * call.blocks());
   }
+}
+
+template <Factors are, class T, class A>
+void sum_blocks_of(CrossEntropy<A>& call, int64_t begin, int64_t end) {
+  if constexpr (are == Factors::of_row) {
+    Row<are, T, A> row(call);
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t r = at / call.blocks();
+      if (!row.enter(r)) continue;
+      const int64_t place = call.row(row.o, row.i);
+      const Softmax<A> softmax =
+          call.sums_are_slopes ? Softmax<A>{call.high[place], call.log_sum[place]} : row.read(false).softmax;
+      call.block_sums[at] = row.sum_of_block(softmax, call.sums_are_slopes, at - r * call.blocks());
+    }
+  }
+}
+
+template <Factors are, class T, class A>
+void read_targets_of(CrossEntropy<A>& call, int64_t begin, int64_t end) {
+  Row<are, T, A> row(call);
+  call.target_z.resize(2 * end);
+  for (int64_t r = begin; r < end; ++r)
+    for (int k = 0; row.enter(r) && k < 2; ++k)
+      if (row.targets.y[k] >= 0) call.target_z[2 * r + k] = z_of(call, row.x, row.targets, k);
 }
 
 template <Factors are, class T, class A>
