@@ -9,6 +9,7 @@ import torch
 from tests.proving import cudahost
 
 MULTIPROCESSORS = 4  # of the imagined GPU: few, so that small tests have grids that loop, and rows that are split
+SHARED_BYTES = 24 << 10  # of a block: little, so that not only short rows wait there and long ones do not
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
@@ -87,7 +88,7 @@ def _call(
         other_bytes=0 if other_target is None else other_target.element_size(),
         **_strides("other_", other_target, False), share=share, **_strides("share_", share, False), **dict(vectors),
         ignore_index=ignore_index, reduction=reduction, smoothing=label_smoothing, gamma=gamma,
-        alpha_scale=alpha_scale, scale=scale, z_loss=z_loss, multiprocessors=MULTIPROCESSORS,
+        alpha_scale=alpha_scale, scale=scale, z_loss=z_loss, multiprocessors=MULTIPROCESSORS, shared_bytes=SHARED_BYTES,
     )  # fmt: skip
 
 

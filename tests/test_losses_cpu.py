@@ -324,7 +324,7 @@ def test_a_gradient_in_place_of_the_input(name, kind, dtype):
 @pytest.mark.parametrize("kind", ["index", "pair", "probabilities"])
 @pytest.mark.parametrize("name", ["focal", "focal with smoothing"])
 def test_the_gradient_of_a_long_row_is_the_same_in_place_and_on_every_number_of_threads(name, kind):
-    """What all of its parts need, the targets' logits and the sum over the row, is there before the first is written."""
+    """What all of its parts need, the targets' logits and sums over the row, is there before the first is written."""
     x = torch.randn(2, 90001)
     x[:, 5], x[:, 90000] = 13.0, 12.0
     y, other = torch.tensor([5, 90000]), torch.tensor([90000, 5])

@@ -106,6 +106,14 @@ __device__ A sum_block(A value, A (&warps)[32]) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Dynamic shared memory above 48 KB has to be asked for.
+template <class Kernel>
+cudaError_t allow(Kernel* kernel, int64_t bytes) {
+  if (bytes <= 48 << 10) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 // Calls run.operator()<T>() for a dtype code: 0 fp32, 1 fp16, 2 bf16, 3 fp64.
 template <class Run>
 cudaError_t with_type(int dtype, Run run) {

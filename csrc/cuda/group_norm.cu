@@ -1103,14 +1103,6 @@ bool divides(bool last, int64_t channels, int64_t positions) {
   return (last ? channels : positions) % Vector<T>::size == 0;
 }
 
-// Dynamic shared memory above 48 KB has to be asked for.
-template <class Kernel>
-cudaError_t allow(Kernel* kernel, int64_t bytes) {
-  if (bytes <= 48 << 10) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
 template <class T>
 int64_t forward_workspace(const Plan& plan) {
   const Cut& cut = plan.cut;

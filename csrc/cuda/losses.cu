@@ -3,8 +3,10 @@
 //
 // Bytes: forward, the logits once; backward, the logits once and the gradient written once. Rows in which
 // every class has a share of its own (probabilities, smoothing with gamma) are walked twice, and the gradient
-// in the forward walks a row once more: by the same threads at once, so from L1 or L2, unless the row is
-// split. Beside them only vectors with one element per row or per class. Ignored rows are not read.
+// in the forward walks a row once more. A row of contiguous classes waits for that in shared memory, if half
+// of a block's holds it (on sm_90 113 KB: 57,000 classes of bf16); the logits of others, and all
+// probabilities, are read again by the same threads at once, so from L1 or L2, unless the row is split.
+// Beside them only vectors with one element per row or per class. Ignored rows are not read.
 //
 // Launches: forward, one if one block can do everything, else the rows and then the sum of the blocks'
 // losses. Rows split over blocks add a merge, and where every class has a share two launches more for those;
@@ -238,25 +240,75 @@ __device__ void take(Partial<A>& part, Best<A>& best, bool want_best, const T (&
   part.sum = sum;
 }
 
+// Where a walk finds a row of contiguous classes: in global memory; there, and each lane leaves what it has
+// read in shared memory; or in shared memory, where each lane takes what it has left.
+enum class From { memory, memory_to_hold, held };
+
+// A row in global memory and, if it is held, its place in shared memory, as far past a multiple of 16 bytes.
+template <class T, From FROM>
+struct Source {
+  const T* x;
+  T* held;
+
+  template <int COUNT>
+  __device__ void read(T (&out)[COUNT][Vector<T>::size], int64_t c, int64_t pitch) const {
+    if constexpr (FROM == From::held) {
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i)
+        *reinterpret_cast<Vector<T>*>(out[i]) = *reinterpret_cast<const Vector<T>*>(held + c + i * pitch);
+    } else {
+      load<COUNT>(out, x + c, pitch);
+    }
+    if constexpr (FROM == From::memory_to_hold)
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i)
+        *reinterpret_cast<Vector<T>*>(held + c + i * pitch) = *reinterpret_cast<const Vector<T>*>(out[i]);
+  }
+
+  __device__ T read(int64_t c) const {
+    const T value = FROM == From::held ? held[c] : x[c];
+    if constexpr (FROM == From::memory_to_hold) held[c] = value;
+    return value;
+  }
+};
+
+template <class T>
+__host__ __device__ int64_t held_bytes(int64_t classes) {
+  return (classes * int64_t(sizeof(T)) + 15) / 16 * 16 + 16;
+}
+
+template <class T>
+__device__ T* place_of(unsigned char* memory, const T* x, int group, int64_t classes) {
+  return reinterpret_cast<T*>(memory + group * held_bytes<T>(classes) + reinterpret_cast<uintptr_t>(x) % 16);
+}
+
+// Before a group's next row takes the place of one that other lanes may have read.
+__device__ inline void wait_for_group(int lanes) {
+  if (lanes > 32)
+    __syncthreads();
+  else
+    __syncwarp();
+}
+
 // A lane's share of the classes [begin, end) of a row of contiguous classes.
-template <class T, Mode MODE, class A = Arithmetic<T>>
+template <class T, Mode MODE, From FROM, class A = Arithmetic<T>>
 __device__ Partial<A> walk(const Problem<A>& p, const Row<T, MODE>& row, Best<A>& best, bool want_best,
-                           const T* x, int64_t begin, int64_t end, int lane, int lanes) {
+                           const Source<T, FROM>& x, int64_t begin, int64_t end, int lane, int lanes) {
   Partial<A> part = nothing<A>();
   deal(
-      x, begin, end, lane, lanes,
+      x.x, begin, end, lane, lanes,
       [&](int64_t c) {
-        const T one[1][1] = {{x[c]}};
+        const T one[1][1] = {{x.read(c)}};
         take(part, best, want_best, one, c, 0, p, row);
       },
       [&](int64_t c, int64_t pitch) {
         alignas(16) T some[in_flight][Vector<T>::size];
-        load<in_flight>(some, x + c, pitch);
+        x.read(some, c, pitch);
         take(part, best, want_best, some, c, pitch, p, row);
       },
       [&](int64_t c) {
         alignas(16) T some[1][Vector<T>::size];
-        load<1>(some, x + c, 0);
+        x.read(some, c, 0);
         take(part, best, want_best, some, c, 0, p, row);
       });
   return part;
@@ -324,15 +376,15 @@ __device__ void add_class(Sums<A>& sums, const Problem<A>& p, const Row<T, dense
   sums.slope += product(share, focal_slope(log_p, p.gamma));
 }
 
-template <class T, class A = Arithmetic<T>>
+template <class T, From FROM, class A = Arithmetic<T>>
 __device__ Sums<A> sum_classes(const Problem<A>& p, const Row<T, dense>& row, const Softmax<A>& softmax,
-                               const T* x, int64_t begin, int64_t end, int lane, int lanes) {
+                               const Source<T, FROM>& x, int64_t begin, int64_t end, int lane, int lanes) {
   constexpr int size = Vector<T>::size;
   Sums<A> sums;
   auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t c, int64_t pitch) {
     alignas(16) T values[COUNT][size];
     A q[COUNT][size];
-    load<COUNT>(values, x + c, pitch);
+    x.read(values, c, pitch);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) load_probabilities(q[i], p, row, c + i * pitch);
 #pragma unroll
@@ -342,11 +394,11 @@ __device__ Sums<A> sum_classes(const Problem<A>& p, const Row<T, dense>& row, co
         add_class(sums, p, row, softmax, static_cast<A>(values[i][k]), c + i * pitch + k, q[i][k]);
   };
   deal<dense_in_flight>(
-      x, begin, end, lane, lanes,
+      x.x, begin, end, lane, lanes,
       [&](int64_t c) {
         A q[1];
         load_probabilities(q, p, row, c);
-        add_class(sums, p, row, softmax, static_cast<A>(x[c]), c, q[0]);
+        add_class(sums, p, row, softmax, static_cast<A>(x.read(c)), c, q[0]);
       },
       [&](int64_t c, int64_t pitch) { some(std::integral_constant<int, dense_in_flight>(), c, pitch); },
       [&](int64_t c) { some(std::integral_constant<int, 1>(), c, 0); });
@@ -492,24 +544,25 @@ struct Slope {
 };
 
 // A lane's share of the gradient of the classes [begin, end) of a row.
-template <class T, Mode MODE, class A = Arithmetic<T>>
+template <class T, Mode MODE, From FROM, class A = Arithmetic<T>>
 __device__ void write_gradient(const Problem<A>& p, const Row<T, MODE>& row, const Slope<T, MODE>& slope,
-                               const T* from, T* to, int64_t begin, int64_t end, int lane, int lanes) {
+                               const Source<T, FROM>& from, T* to, int64_t begin, int64_t end, int lane,
+                               int lanes) {
   constexpr int size = Vector<T>::size, most = MODE == dense ? dense_in_flight : in_flight;
   auto scalar = [&](int64_t c) {
     A q[1] = {};
     if constexpr (MODE == dense)
       if (row.kept) load_probabilities(q, p, row, c);
-    to[c] = static_cast<T>(row.kept ? slope(p, row, static_cast<A>(from[c]), c, q[0]) : A(0));
+    to[c] = static_cast<T>(row.kept ? slope(p, row, static_cast<A>(from.read(c)), c, q[0]) : A(0));
   };
-  if ((reinterpret_cast<uintptr_t>(from) - reinterpret_cast<uintptr_t>(to)) % 16 !=
+  if ((reinterpret_cast<uintptr_t>(from.x) - reinterpret_cast<uintptr_t>(to)) % 16 !=
       0) {  // never both aligned
     for (int64_t c = begin + lane; c < end; c += lanes) scalar(c);
     return;
   }
   auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t c, int64_t pitch) {
     alignas(16) T values[COUNT][size] = {};
-    if (row.kept) load<COUNT>(values, from + c, pitch);
+    if (row.kept) from.read(values, c, pitch);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       A q[size] = {};
@@ -524,7 +577,7 @@ __device__ void write_gradient(const Problem<A>& p, const Row<T, MODE>& row, con
     }
   };
   deal<most>(
-      from, begin, end, lane, lanes, scalar,
+      from.x, begin, end, lane, lanes, scalar,
       [&](int64_t c, int64_t pitch) { some(std::integral_constant<int, most>(), c, pitch); },
       [&](int64_t c) { some(std::integral_constant<int, 1>(), c, 0); });
 }
@@ -657,10 +710,12 @@ __device__ A incoming_gradient(const Problem<A>& p, const Results<A>& out) {
   return 1 / divisor_of(p, weights);
 }
 
-template <class T, Mode MODE, class A = Arithmetic<T>>
+// HOLD: rows, none of them split, wait in dynamic shared memory to be walked again.
+template <class T, Mode MODE, bool HOLD, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
     forward_rows(Problem<A> p, Logits<const T> x, Logits<T> grad, Results<A> out, int lanes, int64_t split) {
   alignas(16) __shared__ unsigned char shared[32 * slot];
+  DYN_SMEM(unsigned char, memory);
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
   const int64_t begin = blockIdx.y * split, end = begin + split < p.classes ? begin + split : p.classes;
   const bool want_argmax = MODE != plain && out.argmax && out.stage != Stage::sums;
@@ -671,11 +726,15 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
     const bool mine = lane == 0 && r < p.rows;
     const Row<T, MODE> row(p, x, r);
     const T* from = p.row(x, r);
+    T* held = HOLD ? place_of(memory, from, group, p.classes) : nullptr;
+    if (HOLD) wait_for_group(lanes);
+    const Source<T, HOLD ? From::memory_to_hold : From::memory> once = {from, held};
+    const Source<T, HOLD ? From::held : From::memory> again = {from, held};
     Softmax<A> softmax = {0, 0};
     Partial<A> part = nothing<A>();
     Best<A> best;
     if (MODE != dense || out.stage != Stage::sums) {
-      if (row.kept) part = walk(p, row, best, want_argmax, from, begin, end, lane, lanes);
+      if (row.kept) part = walk(p, row, best, want_argmax, once, begin, end, lane, lanes);
       part = merge_group(part, lanes, shared);
       if (want_argmax) best = merge_group(best, lanes, shared);
       if (out.stage == Stage::parts) {
@@ -689,7 +748,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
     }
     Sums<A> sums;
     if constexpr (MODE == dense) {
-      if (row.kept) sums = sum_classes(p, row, softmax, from, begin, end, lane, lanes);
+      if (row.kept) sums = sum_classes(p, row, softmax, again, begin, end, lane, lanes);
       sums = merge_group(sums, lanes, shared);
       if (out.stage == Stage::sums) {
         if (mine) leave_row_sums(p, out, r, sums);
@@ -702,7 +761,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
         __syncwarp();  // x may be written now: every lane has read its target's logit
         if (r >= p.rows) continue;
         const Slope<T, MODE> slope(p, row, softmax, sums.slope, incoming);
-        write_gradient(p, row, slope, from, p.row(grad, r), begin, end, lane, lanes);
+        write_gradient(p, row, slope, again, p.row(grad, r), begin, end, lane, lanes);
       }
   }
   if (out.stage == Stage::whole) leave_sums<T>(p, out, losses, weights);
@@ -853,11 +912,14 @@ __device__ A incoming_gradient(const Problem<A>& p, const Incoming<A>& in, int64
          *in.denominator;
 }
 
-// Rows of contiguous classes: `lanes` threads per row, or `chunks` blocks per row.
-template <class T, Mode MODE, class A = Arithmetic<T>>
+// Rows of contiguous classes: `lanes` threads per row, or `chunks` blocks per row. HOLD: as in the forward;
+// then a row has one block.
+template <class T, Mode MODE, bool HOLD, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
     backward_rows(Problem<A> p, Logits<const T> x, Logits<T> grad, Incoming<A> in, int lanes, int64_t chunk,
                   int64_t chunks) {
+  alignas(16) __shared__ unsigned char shared[32 * slot];
+  DYN_SMEM(unsigned char, memory);
   const int lane = threadIdx.x % lanes;
   const int64_t r =
       lanes > 32 ? blockIdx.x / chunks : (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
@@ -866,20 +928,24 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
   const int64_t end = begin + chunk < p.classes ? begin + chunk : p.classes;
   const Row<T, MODE> row(p, x, r);
   const T* from = p.row(x, r);
+  T* held = HOLD ? place_of(memory, from, threadIdx.x / lanes, p.classes) : nullptr;
   Softmax<A> softmax = {0, 0};
   if (r < p.rows) softmax = {in.lse[r], in.lse[p.rows + r]};
   Sums<A> sums;
   if constexpr (MODE == dense) {
-    if (in.slopes) {
-      if (r < p.rows) sums.slope = in.slopes[r];
-    } else {
-      if (row.kept) sums = sum_classes(p, row, softmax, from, begin, end, lane, lanes);
-      sums = merge_lanes(sums, lanes);
+    if (HOLD) {
+      const Source<T, From::memory_to_hold> once = {from, held};
+      if (row.kept) sums = sum_classes(p, row, softmax, once, begin, end, lane, lanes);
+      sums = merge_group(sums, lanes, shared);
+      __syncwarp();
+    } else if (r < p.rows) {
+      sums.slope = in.slopes[r];
     }
     if (r >= p.rows) return;
   }
   const Slope<T, MODE> slope(p, row, softmax, sums.slope, incoming_gradient<T>(p, in, r));
-  write_gradient(p, row, slope, from, p.row(grad, r), begin, end, lane, lanes);
+  const Source<T, HOLD ? From::held : From::memory> again = {from, held};
+  write_gradient(p, row, slope, again, p.row(grad, r), begin, end, lane, lanes);
 }
 
 // Rows of strided classes: 32 rows per block; blockIdx.y is the chunk of the classes.
@@ -988,7 +1054,7 @@ struct Prepared {
   Results<A> out;
   Incoming<A> in;
   A *factors, *total, *counts;
-  int64_t used;
+  int64_t used, shared_bytes;
 
   explicit Prepared(const CrossEntropyCall& call) {
     const int64_t rows = call.n * call.d;
@@ -999,6 +1065,7 @@ struct Prepared {
     const bool alone = !call.losses && !call.argmax && !(forward && call.grad_input);
     mode = every_class ? dense : bare && alone ? plain : general;
     shape = plan(rows, call.classes, call.stride_c, sizeof(T), int(call.multiprocessors));
+    shared_bytes = call.shared_bytes;
     Workspace space(call.workspace);
     factors = space.take<A>((smooth || every_class) && vectors, call.classes);
     total = space.take<A>(factors, 1);
@@ -1062,6 +1129,12 @@ struct Prepared {
 
   // Whether rows of the gradient are walked like those of the logits.
   bool alike() const { return (grad.stride_c == 1 || p.classes == 1) == shape.contiguous; }
+
+  // The shared memory that a block's rows can wait in, with room for a second block; else 0.
+  int64_t room() const {
+    const int64_t bytes = shape.threads / shape.lanes * held_bytes<T>(p.classes);
+    return shape.contiguous && shape.splits == 1 && bytes <= (shared_bytes - 4096) / 2 ? bytes : 0;
+  }
 };
 
 template <class T, class A>
@@ -1072,9 +1145,18 @@ void prepare_factors(const Prepared<T, A>& c, cudaStream_t stream) {
 // One launch over all rows, whatever their layout.
 template <class T, Mode MODE, class A>
 void launch_rows(const Prepared<T, A>& c, const Results<A>& out, const Logits<T>& grad, cudaStream_t stream) {
-  auto* rows = forward_rows<T, MODE>;
+  auto* rows = forward_rows<T, MODE, false>;
   auto* strided = forward_strided<T, MODE>;
   const dim3 grid(unsigned(c.shape.blocks), unsigned(c.shape.splits));
+  const bool again = out.stage == Stage::whole && (MODE == dense || grad.data);
+  if constexpr (MODE != plain)
+    if (const int64_t room = again ? c.room() : 0) {
+      rows = forward_rows<T, MODE, true>;
+      if (allow(rows, room) == cudaSuccess)
+        LAUNCH(rows, grid, dim3(c.shape.threads), size_t(room), stream, c.p, c.x, grad, out, c.shape.lanes,
+               c.shape.split);
+      return;
+    }
   if (c.shape.contiguous)
     LAUNCH(rows, grid, dim3(c.shape.threads), 0, stream, c.p, c.x, grad, out, c.shape.lanes, c.shape.split);
   else
@@ -1091,8 +1173,17 @@ int64_t launch_merge(const Prepared<T, A>& c, const Results<A>& out, cudaStream_
 
 template <class T, Mode MODE, class A>
 void launch_gradient(const Prepared<T, A>& c, Incoming<A> in, cudaStream_t stream) {
-  auto* rows = backward_rows<T, MODE>;
+  auto* rows = backward_rows<T, MODE, false>;
   auto* strided = backward_strided<T, MODE>;
+  if constexpr (MODE == dense)
+    if (!in.slopes) {
+      const int64_t room = c.room(), blocks = ceil_div(c.p.rows, c.shape.threads / c.shape.lanes);
+      rows = backward_rows<T, MODE, true>;
+      if (allow(rows, room) == cudaSuccess)
+        LAUNCH(rows, dim3(unsigned(blocks)), dim3(c.shape.threads), size_t(room), stream, c.p, c.x, c.grad,
+               in, c.shape.lanes, c.p.classes, int64_t{1});
+      return;
+    }
   if (c.shape.contiguous && c.alike()) {
     const int64_t vectors = c.shape.splits > 1 ? 1 : in_flight;  // few rows, if they are split
     const int64_t chunk =
@@ -1113,7 +1204,7 @@ void launch_gradient(const Prepared<T, A>& c, Incoming<A> in, cudaStream_t strea
 template <class T, Mode MODE, class A>
 cudaError_t backward(Prepared<T, A>& c, cudaStream_t stream) {
   if constexpr (MODE == dense)
-    if (!c.in.slopes && (!c.shape.contiguous || !c.alike() || c.shape.lanes > 32)) {
+    if (!c.in.slopes && (!c.alike() || !c.room())) {
       Results<A> out = c.out;
       out.stage = Stage::sums;
       out.loss = nullptr;

@@ -33,6 +33,7 @@ struct CrossEntropyCall {
   double smoothing, gamma, alpha_scale, scale, z_loss;
   void* workspace;
   int64_t multiprocessors;
+  int64_t shared_bytes;  // that a block can have
 };
 
 // `bytes`: of device memory that `workspace` must have for this call. All else must be filled in, and

@@ -90,6 +90,7 @@ struct Call {
     to.smoothing = smoothing, to.gamma = gamma, to.alpha_scale = alpha_scale, to.scale = scale,
     to.z_loss = z_loss;
     to.multiprocessors = on.multiprocessors();
+    to.shared_bytes = on.shared_bytes_of_block();
   }
 
   void set_gradient(const Tensor& grad) {
