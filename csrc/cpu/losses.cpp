@@ -98,7 +98,8 @@ struct CrossEntropy {
   std::vector<A> block_factors;                     // the sum of the factors in each block of classes
   int64_t ignore_index;
   A smoothing, gamma, alpha_scale, scale, z_loss, total_factors;
-  bool plain;    // z is the input
+  bool plain;  // z is the input
+  bool zero_factors = false;
   bool columns;  // which kernel
   Elements loss, grad_loss;
   A *high, *log_sum;          // the softmax of each row
@@ -280,7 +281,10 @@ void prepare(CrossEntropy<A>& call, const Options& options, const Tensor& lse) {
     for (int64_t b = 0; b < call.blocks(); ++b) {
       double sum = 0;
       const int64_t begin = b * kBlock, end = std::min(begin + kBlock, call.classes);
-      for (int64_t c = begin; c < end; ++c) sum += call.factors.at(c);
+      for (int64_t c = begin; c < end; ++c) {
+        sum += call.factors.at(c);
+        call.zero_factors |= call.factors.at(c) == 0;
+      }
       call.block_factors[b] = static_cast<A>(sum);
       total += sum;
     }

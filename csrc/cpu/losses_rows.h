@@ -39,6 +39,7 @@ int64_t first_of(const T* x, int64_t n, A value) {
 // From memory. two() may hand out the elements in another order, and put_two() takes them so.
 template <class T, class A>
 struct Direct {
+  static constexpr bool two_arrays = false;
   const T* x;
 
   FASTREG_INLINE_MEMBER Vec<A> at(int64_t j) const { return load(x + j); }
@@ -46,6 +47,7 @@ struct Direct {
     return load_first(x + j, n, fill);
   }
   FASTREG_INLINE_MEMBER Two<Vec<A>> two(int64_t j) const { return load_two(x + j); }
+  FASTREG_INLINE_MEMBER void prefetch(int64_t j) const { __builtin_prefetch(x + j); }
 
   template <bool finite, class Out>
   FASTREG_INLINE void put_two(Out* to, Two<Vec<A>> v) {
@@ -63,27 +65,51 @@ struct Direct {
   }
 };
 
-// From memory, scaled and adjusted.
-template <class T, class A>
+// From memory, scaled and, with an adjustment, moved.
+template <class T, class A, bool moved>
 struct Adjusted {
+  static constexpr bool two_arrays = moved;
   const T* x;
-  const A* adjustment;  // or nullptr
+  const A* adjustment;
   A scale;
 
   FASTREG_INLINE_MEMBER Vec<A> at(int64_t j) const {
     const Vec<A> scaled = load(x + j) * scale;
-    return adjustment ? scaled + load(adjustment + j) : scaled;
+    if constexpr (moved) return scaled + load(adjustment + j);
+    return scaled;
   }
   FASTREG_INLINE_MEMBER Vec<A> first(int64_t j, int64_t n, A fill) const {
-    const Vec<A> scaled = load_first(x + j, n, A(0)) * scale;
-    const Vec<A> z = adjustment ? scaled + load_first(adjustment + j, n, A(0)) : scaled;
+    Vec<A> z = load_first(x + j, n, A(0)) * scale;
+    if constexpr (moved) z += load_first(adjustment + j, n, A(0));
     return is_first<A>(n) ? z : splat(fill);
   }
   FASTREG_INLINE_MEMBER Two<Vec<A>> two(int64_t j) const { return {at(j), at(j + lanes<A>)}; }
+  FASTREG_INLINE_MEMBER void prefetch(int64_t j) const { __builtin_prefetch(x + j); }
 
   template <bool finite, class Out>
   FASTREG_INLINE void put_two(Out* to, Two<Vec<A>> v) {
     Direct<A, A>::template put_two<finite>(to, v);
+  }
+};
+
+// ---- what multiplies the terms of a block
+template <class A>
+struct Ones {
+  FASTREG_INLINE_MEMBER Vec<A> times(int64_t, Vec<A> term) const { return term; }
+  FASTREG_INLINE_MEMBER Vec<A> times_first(int64_t, int64_t n, Vec<A> term) const {
+    return is_first<A>(n) ? term : Vec<A>{};
+  }
+};
+
+// `zeros`: there may be some among them, and they mean 0 also of an infinite term.
+template <class A, bool zeros>
+struct FactorsOf {
+  const A* factors;
+  FASTREG_INLINE_MEMBER Vec<A> times(int64_t j, Vec<A> term) const {
+    return zeros ? share(load(factors + j), term) : load(factors + j) * term;
+  }
+  FASTREG_INLINE_MEMBER Vec<A> times_first(int64_t j, int64_t n, Vec<A> term) const {
+    return share(load_first(factors + j, n, A(0)), term);
   }
 };
 
@@ -107,6 +133,10 @@ Partial<A> reduce(const Z& z, int64_t n) {
     const int64_t end = std::min(j + kDepth * lanes<A>, whole);
     Two<Vec<A>> top = z.two(j);
     for (int64_t k = j + step; k < end; k += step) {
+      if constexpr (Z::two_arrays) {  // which the processor follows less well
+        z.prefetch(k + 8 * kDepth * lanes<A>);
+        z.prefetch(k + (8 * kDepth + 1) * lanes<A>);
+      }
       const auto here = z.two(k);
       top = {larger(here.first, top.first), larger(here.second, top.second)};
     }
@@ -128,29 +158,47 @@ Partial<A> reduce(const Z& z, int64_t n) {
   return {high, horizontal_sum(sum + other), 0};
 }
 
-// The same, and the sum of factors * (z - high), for which the largest of the block is taken first.
-template <class A, class Z>
-Partial<A> reduce_linear(const Z& z, int64_t n, const A* factors) {
-  const int64_t whole = n / lanes<A> * lanes<A>;
-  Vec<A> top = splat(A(-INFINITY));
-  for (int64_t j = 0; j < whole; j += lanes<A>) top = larger(z.at(j), top);
-  if (whole < n) top = larger(z.first(whole, n - whole, A(-INFINITY)), top);
-  const A high = horizontal_max(top), base = high == -INFINITY ? A(0) : high;  // -inf - -inf would be NaN
-  LongSum<A> sum, weighted;
-  for (int64_t j = 0; j < n;) {
-    Vec<A> chunk{}, linear{};
-    for (const int64_t end = std::min(j + kDepth * lanes<A>, n); j < end; j += lanes<A>) {
-      const bool full = j + lanes<A> <= n;
-      const Vec<A> d = (full ? z.at(j) : z.first(j, n - j, A(-INFINITY))) - base;
-      chunk = plus_exp(chunk, d);
-      if (factors != nullptr)
-        linear += share(load_at(factors, j, n), d);
-      else
-        linear += full || is_first<A>(n - j) ? d : Vec<A>{};
-    }
-    sum.add(chunk);
-    weighted.add(linear);
+// The same, and the sum of factor * (z - high), for which the largest of the block is taken first.
+template <class A, class Z, class F>
+Partial<A> reduce_linear(const Z& z, int64_t n, const F& factors) {
+  constexpr int64_t step = 2 * lanes<A>;
+  const int64_t pairs = n / step * step;
+  Vec<A> top = splat(A(-INFINITY)), other = top;
+  for (int64_t j = 0; j < pairs; j += step) {
+    const auto here = z.two(j);
+    top = larger(here.first, top);
+    other = larger(here.second, other);
   }
+  auto rest = [&](int64_t j) __attribute__((always_inline)) {
+    return j + lanes<A> <= n ? z.at(j) : z.first(j, n - j, A(-INFINITY));
+  };
+  for (int64_t j = pairs; j < n; j += lanes<A>) top = larger(rest(j), top);
+  const A high = horizontal_max(larger(top, other));
+  const A base = high == -INFINITY ? A(0) : high;  // -inf - -inf would be NaN
+  LongSum<A> sum, weighted;
+  Vec<A> chunk{}, linear{};
+  for (int64_t j = 0; j < pairs;) {
+    Vec<A> other_chunk{}, other_linear{};
+    for (const int64_t end = std::min(j + kDepth * lanes<A>, pairs); j < end; j += step) {
+      z.prefetch(j + n);  // the next block's maximum is taken without a pause for memory
+      z.prefetch(j + n + lanes<A>);
+      const Vec<A> first = z.at(j) - base, second = z.at(j + lanes<A>) - base;
+      chunk = plus_exp(chunk, first);
+      other_chunk = plus_exp(other_chunk, second);
+      linear += factors.times(j, first);
+      other_linear += factors.times(j + lanes<A>, second);
+    }
+    sum.add(chunk + other_chunk);
+    weighted.add(linear + other_linear);
+    chunk = linear = Vec<A>{};
+  }
+  for (int64_t j = pairs; j < n; j += lanes<A>) {
+    const Vec<A> d = rest(j) - base;
+    chunk = plus_exp(chunk, d);
+    linear += j + lanes<A> <= n ? factors.times(j, d) : factors.times_first(j, n - j, d);
+  }
+  sum.add(chunk);
+  weighted.add(linear);
   return {high, horizontal_sum(sum.total), horizontal_sum(weighted.total)};
 }
 
@@ -268,8 +316,8 @@ struct Row {
     } else {
       factors = call.factors ? call.factors.data + begin : nullptr;
       if (!call.plain && call.input_class == 1 && !has_margin(begin, n))
-        return f(
-            Adjusted<T, A>{x + begin, call.adjustment ? call.adjustment.data + begin : nullptr, call.scale});
+        return call.adjustment ? f(Adjusted<T, A, true>{x + begin, call.adjustment.data + begin, call.scale})
+                               : f(Adjusted<T, A, false>{x + begin, nullptr, call.scale});
       if (!call.plain || call.input_class != 1) gather(begin, n);
     }
     if (call.plain && call.input_class == 1) return f(Direct<T, A>{x + begin});
@@ -285,9 +333,13 @@ struct Row {
     const T* from = x + begin * call.input_class;
     int64_t j = 0;
     if (call.input_class == 1) {
-      const Adjusted<T, A> adjusted{from, call.adjustment ? call.adjustment.data + begin : nullptr,
-                                    call.scale};
-      for (; j + lanes<A> <= n; j += lanes<A>) store(z + j, adjusted.at(j));
+      auto adjust = [&](const auto& adjusted) {
+        for (; j + lanes<A> <= n; j += lanes<A>) store(z + j, adjusted.at(j));
+      };
+      if (call.adjustment)
+        adjust(Adjusted<T, A, true>{from, call.adjustment.data + begin, call.scale});
+      else
+        adjust(Adjusted<T, A, false>{from, nullptr, call.scale});
     }
     for (; j < n; ++j) z[j] = call.z(static_cast<A>(from[j * call.input_class]), begin + j);
     if (!call.margin) return;
@@ -330,9 +382,13 @@ struct Row {
     const int64_t begin = block * kBlock, n = size(block);
     return with_block(begin, n, [&](const auto& z) -> Weighted<A> {
       if constexpr (are == Factors::none) return {reduce<A>(z, n), 0};
-      if constexpr (are == Factors::of_class)
-        return {reduce_linear(z, n, factors), call.block_factors[block]};
-      return {reduce_linear(z, n, factors),
+      if constexpr (are == Factors::of_class) {
+        const A weight = call.block_factors[block];
+        if (factors == nullptr) return {reduce_linear<A>(z, n, Ones<A>{}), weight};
+        if (call.zero_factors) return {reduce_linear<A>(z, n, FactorsOf<A, true>{factors}), weight};
+        return {reduce_linear<A>(z, n, FactorsOf<A, false>{factors}), weight};
+      }
+      return {reduce_linear<A>(z, n, FactorsOf<A, true>{factors}),
               sum_over<A>(n, [&](int64_t j) { return load_at(factors, j, n); })};
     });
   }
