@@ -9,7 +9,7 @@ import torch
 from tests.proving import cudahost
 
 MULTIPROCESSORS = 4  # of the imagined GPU: few, so that small tests have grids that loop, and rows that are split
-SHARED_BYTES = 24 << 10  # of a block: little, so that not only short rows wait there and long ones do not
+SHARED_BYTES = 40 << 10  # of a block: little, so that not only short rows wait there and long ones do not
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
