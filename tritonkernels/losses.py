@@ -98,6 +98,7 @@ def _class_factor(weight, alpha, alpha_scale, index, mask, TYPE: tl.constexpr):
 @triton.jit
 def _units(inner, classes, x_outer, x_inner, x_class, FAST: tl.constexpr, UNIT: tl.constexpr):
     """Sizes and strides come in units of the vector, so that the compiler sees what they are divisible by."""
+    x_outer, x_inner, x_class = x_outer.to(tl.int64), x_inner.to(tl.int64), x_class.to(tl.int64)
     if FAST == "class":
         return inner, classes * UNIT, x_outer * UNIT, x_inner * UNIT, x_class
     return inner * UNIT, classes, x_outer * UNIT, x_inner, x_class * UNIT
