@@ -248,6 +248,43 @@ def fgm(device: str) -> Iterator[Call]:
     yield ours, stock
 
 
+def drop_path(device: str) -> Iterator[Call]:
+    """All branches dropped, and all kept: what else the generator draws is not known beforehand."""
+    for shape in ((5, 7), (4, 33, 64, 64)):
+        x, residual = torch.randn(2, *shape, device=device)
+        for p in (1.0, 1e-12):
+            for other in (None, residual):
+
+                def ours(x=x, p=p, other=other):
+                    return loss_and_gradient(lambda x: fastreg.drop_path(x, p, residual=other).square().sum(), x)
+
+                def stock(x=x, p=p, other=other):
+                    return loss_and_gradient(
+                        lambda x: (x * float(p < 1) + (0 if other is None else other)).square().sum(), x
+                    )
+
+                yield ours, stock
+
+
+def soft_threshold(device: str) -> Iterator[Call]:
+    """A threshold for all, per channel, and per sample and channel; short and long runs."""
+    for shape in ((3, 5, 7), (4, 33, 64, 64)):
+        x = torch.randn(shape, device=device)
+        for sizes in ((), shape[1:2], shape[:2]):
+            tau = torch.rand(sizes, device=device)
+
+            def both(shrink, x=x, tau=tau):
+                leaves = [tensor.detach().requires_grad_() for tensor in (x, tau)]
+                out = shrink(*leaves)
+                return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+
+            def formula(x, tau):
+                tau = tau.reshape([*tau.shape, *[1] * (x.dim() - 2)]) if tau.dim() else tau
+                return x.sign() * (x.abs() - tau).relu()
+
+            yield partial(both, fastreg.soft_threshold), partial(both, formula)
+
+
 @dataclass(frozen=True)
 class Op:
     """`calls(device)` yields a few small calls, which together go through all of the op's kernels: each a pair of
@@ -302,6 +339,15 @@ OPS = {
     ),
     "lp_penalty": Op(lp_penalty, {"100M l2": (2, [(4096, 1024)] * 24), "1000x64 l2": (2, [(64,)] * 1000)}),
     "fgm": Op(fgm, {"30522x768 dense": (30522, 768, 1.0), "2000x128 dense": (2000, 128, 1.0)}, registry="FGM"),
+    "drop_path": Op(
+        drop_path,
+        {
+            "256x197x768 + residual": ((256, 197, 768), True),
+            "64x256x14x14 + residual": ((64, 256, 14, 14), True),
+            "8x32x7x7": ((8, 32, 7, 7), False),
+        },
+    ),
+    "soft_threshold": Op(soft_threshold, {"256x64x56x56": (256, 64, 56, 56), "64x512x7x7": (64, 512, 7, 7)}),
 }
 SANITIZERS = ("memcheck", "racecheck")
 GPU_BACKENDS = ("cuda", "triton")
