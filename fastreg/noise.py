@@ -58,8 +58,10 @@ def drop_path(
     backend = _backends.choose("drop_path", x.device.type, lambda _: _backends.unusual(x, residual))
     if backend == "reference" or not x.numel():
         return drop_path_reference(x, mask, p, residual)
-    if not _plan.is_dense(x) or (mode == "row" and x.shape[0] > 1 and x.stride(0) != x[0].numel()):
-        x = x.contiguous()
+    if not x.is_contiguous():
+        row = x.numel() // x.shape[0]
+        if not _plan.is_dense(x) or (mode == "row" and x.shape[0] > 1 and x.stride(0) != row):
+            x = x.contiguous()
     residual = None if residual is None else _with_strides(x.stride(), residual)
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
         return _DropPath.apply(x, residual, mask, p, backend)

@@ -55,18 +55,21 @@ void each_run(int64_t elements, int64_t run, bool cut, const Body& body) {
   });
 }
 
-const char* at(const Tensor& tensor, int64_t index) {
-  return static_cast<const char*>(tensor.const_data_ptr()) + index * tensor.element_size();
-}
-
-double value(const Tensor& tensor, int64_t index) { return elements_of(tensor, 0, 1).get<double>(index); }
+// Where a tensor lies, asked once: each question to a tensor is a call.
+struct Memory {
+  char* data;
+  int64_t size;
+  explicit Memory(const Tensor& tensor)
+      : data(static_cast<char*>(tensor.data_ptr())), size(tensor.element_size()) {}
+  char* operator()(int64_t index) const { return data + index * size; }
+};
 
 // tau of a run: one of a table of samples and channels.
 struct Thresholds {
-  const Tensor& tau;
+  Elements tau;
   int64_t channels, sample_step, channel_step;
   double operator()(int64_t run) const {
-    return value(tau, run / channels * sample_step + run % channels * channel_step);
+    return tau.get<double>(run / channels * sample_step + run % channels * channel_step);
   }
 };
 }  // namespace
@@ -75,11 +78,13 @@ Tensor drop_path(const Tensor& x, const Tensor& mask, double p, std::optional<Te
   const Passes passes = FASTREG_PICK(noise_passes)();
   const int64_t elements = x.numel(), rows = mask.numel();
   Tensor out = new_like(x);
-  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const Memory from(x), to(out), beside(residual ? *residual : x);
+  const Elements keeps = elements_of(mask, 0, 1);
+  const ScalarType dtype = x.scalar_type();
   const double kept = 1 / std::max(1 - p, 0x1p-126);
   each_run(elements, elements / rows, true, [&](int64_t row, int64_t first, int64_t n) {
-    passes.scale(x.scalar_type(), at(x, first), residual ? at(*residual, first) : nullptr,
-                 to + first * x.element_size(), n, value(mask, row) != 0 ? kept : 0);
+    passes.scale(dtype, from(first), residual ? beside(first) : nullptr, to(first), n,
+                 keeps.get<double>(row) != 0 ? kept : 0);
   });
   return out;
 }
@@ -87,11 +92,12 @@ Tensor drop_path(const Tensor& x, const Tensor& mask, double p, std::optional<Te
 Tensor soft_threshold(const Tensor& x, const Tensor& tau, int64_t run, int64_t channels, int64_t sample_step,
                       int64_t channel_step) {
   const Passes passes = FASTREG_PICK(noise_passes)();
-  const Thresholds taus{tau, channels, sample_step, channel_step};
+  const Thresholds taus{elements_of(tau, 0, 1), channels, sample_step, channel_step};
   Tensor out = new_like(x);
-  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const Memory from(x), to(out);
+  const ScalarType dtype = x.scalar_type();
   each_run(x.numel(), run, true, [&](int64_t r, int64_t first, int64_t n) {
-    passes.shrink(x.scalar_type(), at(x, first), to + first * x.element_size(), n, taus(r));
+    passes.shrink(dtype, from(first), to(first), n, taus(r));
   });
   return out;
 }
@@ -100,15 +106,15 @@ std::tuple<Tensor, Tensor> soft_threshold_backward(const Tensor& grad, const Ten
                                                    int64_t run, int64_t channels, int64_t sample_step,
                                                    int64_t channel_step) {
   const Passes passes = FASTREG_PICK(noise_passes)();
-  const Thresholds taus{tau, channels, sample_step, channel_step};
+  const Thresholds taus{elements_of(tau, 0, 1), channels, sample_step, channel_step};
   const int64_t runs = (x.numel() + run - 1) / run;
   Tensor grad_x = new_like(x), sums = new_tensor({runs}, tau.scalar_type());
-  char* to = static_cast<char*>(grad_x.mutable_data_ptr());
+  const Memory of_grad(grad), from(x), to(grad_x);
+  const ScalarType dtype = x.scalar_type();
   const Elements out = elements_of(sums, 0, 1);
   each_run(x.numel(), run, false, [&](int64_t r, int64_t first, int64_t n) {
     const double t = taus(r);
-    const double sum = passes.shrink_backward(x.scalar_type(), at(grad, first), at(x, first),
-                                              to + first * x.element_size(), n, t);
+    const double sum = passes.shrink_backward(dtype, of_grad(first), from(first), to(first), n, t);
     out.put(r, t < 0 ? 0 : sum);
   });
   return {grad_x, sums};
@@ -135,16 +141,7 @@ FASTREG_INLINE void map(T* out, int64_t n, const Body& body, const In*... in) {
   constexpr int64_t width = lanes<Arithmetic<T> >;
   int64_t i = 0;
   for (; i + width <= n; i += width) store(out + i, body(load(in + i)...));
-  if (i == n) return;
-  T block[width];
-  const auto padded = [&](const T* from) {
-    __builtin_memset(block, 0, sizeof(block));
-    __builtin_memcpy(block, from, (n - i) * sizeof(T));
-    return load(block);
-  };
-  const auto last = body(padded(in + i)...);
-  store(block, last);
-  __builtin_memcpy(out + i, block, (n - i) * sizeof(T));
+  if (i < n) store_first(out + i, body(load_first(in + i, n - i, Arithmetic<T>(0))...), n - i);
 }
 
 template <class T>
@@ -186,8 +183,8 @@ double shrink_backward_typed(const T* grad, const T* x, T* out, int64_t n, doubl
   V sum = {};
   double total = 0;
   int64_t count = 0;
-  const auto flush = [&] {  // lanes sum few terms in their own dtype
-    for (int64_t i = 0; i < lanes<A>; ++i) total += static_cast<double>(sum[i]);
+  const auto flush = [&] {  // few terms are summed in their own dtype
+    total += static_cast<double>(horizontal_sum(sum));
     sum = zero;
   };
   map(
