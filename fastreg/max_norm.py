@@ -56,7 +56,8 @@ def max_norm_(
 
     Args:
         tensors: one tensor or several, of any strides, dtypes fp16, bf16, fp32, fp64; none may be expanded. A DTensor
-            is projected where it lies: sharded by rows without communication, otherwise by a reduction of the norms.
+            is projected where it lies: sharded by rows by the kernels, without communication, otherwise in plain
+            PyTorch, with a reduction of the norms.
             Rows are the slices along `dim`; in a tensor of one dimension or none, each element is a row. A tensor
             listed twice is projected once, under its first cap.
         max_norm: the cap, at least 0: a number, a 0-d tensor, a tensor with one cap per row, or a list with one of
@@ -493,6 +494,11 @@ def _run(
     """Changes the rows of all tensors as `kind` says, and counts them. The caps are checked already."""
     if not tensors:
         return _no_rows(tensors)
+    if hasattr(tensors[0], "to_local") and (shards := _shards(tensors, caps, dim)) is not None:
+        local, caps, of_all = shards
+        count = _run(op, kind, local, caps, p, dim, tau, decay)
+        torch.autograd.graph.increment_version(tensors)
+        return of_all(count)
     backend = _backends.choose(op, tensors[0].device.type, _refuse, tensors, dim)
     if backend == "reference":
         _check_written(tensors, dim)
@@ -519,6 +525,35 @@ def _run(
     )
     torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
     return count
+
+
+def _shards(
+    tensors: list[Tensor], caps: list[Cap], dim: int
+) -> tuple[list[Tensor], list[Cap], Callable[[Tensor], Tensor]] | None:
+    """What this process holds of DTensors whose rows are whole wherever they are, with its caps, and the way from the
+    count here to that of all processes. None if the tensors are others: rows in pieces, or on several meshes."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    mesh, placements = tensors[0].device_mesh, tensors[0].placements
+    if torch.compiler.is_compiling() or not all(type(placement) in (Shard, Replicate) for placement in placements):
+        return None
+    for tensor in tensors:
+        if not isinstance(tensor, DTensor) or tensor.device_mesh != mesh or tensor.placements != placements:
+            return None
+        rows = _rows_dim(tensor, dim)
+        if any(placement.is_shard() and placement.dim % max(tensor.dim(), 1) != rows for placement in placements):
+            return None
+    here: list[Cap] = []
+    for cap in caps:
+        if isinstance(cap, DTensor):
+            by_row = tuple(Shard(0) if placement.is_shard() else placement for placement in placements)
+            cap = cap.redistribute(mesh, by_row).to_local() if cap.dim() else cap.full_tensor()
+        elif isinstance(cap, Tensor) and cap.dim():
+            return None
+        here.append(cap)
+    counted = [Partial() if placement.is_shard() else placement for placement in placements]
+    local = [tensor.detach().to_local() for tensor in tensors]
+    return local, here, lambda count: DTensor.from_local(count, mesh, counted, run_check=False)
 
 
 def _refuse(backend: str, tensors: list[Tensor], dim: int) -> str | None:
