@@ -53,25 +53,23 @@ T* data_of(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// body(chunk) for every chunk, in parallel where there is enough to do.
+// body(first, last) for all chunks, in parallel where there is enough to do.
 template <class Body>
-void for_each_chunk(const Tensor& table, const Tensor& chunks, int64_t chunk, const Body& body) {
+void for_chunks(const Tensor& table, const Tensor& chunks, const Body& body) {
   const int64_t count = chunks.size(0), columns = table.size(1);
   const int64_t* rows = data_of<int64_t>(table);
   int64_t total = 1;
   for (int64_t row = 0; row < table.size(0); ++row) total += rows[row * columns];
   const int64_t grain = std::max<int64_t>(1, count * 32768 / total);
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i);
-  });
+  torch::stable::parallel_for(0, count, grain, body);
 }
 
 void average(const Tensor& table, const Tensor& chunks, int64_t chunk, const double* weights,
              const int64_t* seed, int64_t n) {
   const averaging::Launch launch{
       data_of<int64_t>(table), table.size(1), data_of<int64_t>(chunks), chunk, weights, seed, n};
-  const auto run = AVERAGING_PICK(average_chunk);
-  for_each_chunk(table, chunks, chunk, [&](int64_t i) { run(launch, i); });
+  const auto run = AVERAGING_PICK(average_chunks);
+  for_chunks(table, chunks, [&](int64_t first, int64_t last) { run(launch, first, last); });
 }
 }  // namespace
 
@@ -100,19 +98,21 @@ void average_lerp(const Tensor& table, const Tensor& chunks, int64_t chunk, int6
 
 void average_swap(const Tensor& table, const Tensor& chunks, int64_t chunk) {
   const int64_t *rows = data_of<int64_t>(table), *places = data_of<int64_t>(chunks), columns = table.size(1);
-  for_each_chunk(table, chunks, chunk, [&](int64_t i) {
-    const int64_t* row = rows + places[2 * i] * columns;
-    int64_t at = places[2 * i + 1];
-    const int64_t end = std::min(row[averaging::kElements], at + chunk);
-    char *one = reinterpret_cast<char*>(row[averaging::kParam]),
-         *other = reinterpret_cast<char*>(row[averaging::kAverages]);
-    while (at < end) {
-      char aside[2048];
-      const size_t bytes = std::min<int64_t>(sizeof(aside), end - at);
-      std::memcpy(aside, one + at, bytes);
-      std::memcpy(one + at, other + at, bytes);
-      std::memcpy(other + at, aside, bytes);
-      at += bytes;
+  for_chunks(table, chunks, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t* row = rows + places[2 * i] * columns;
+      int64_t at = places[2 * i + 1];
+      const int64_t end = std::min(row[averaging::kElements], at + chunk);
+      char *one = reinterpret_cast<char*>(row[averaging::kParam]),
+           *other = reinterpret_cast<char*>(row[averaging::kAverages]);
+      while (at < end) {
+        char aside[2048];
+        const size_t bytes = std::min<int64_t>(sizeof(aside), end - at);
+        std::memcpy(aside, one + at, bytes);
+        std::memcpy(one + at, other + at, bytes);
+        std::memcpy(other + at, aside, bytes);
+        at += bytes;
+      }
     }
   });
 }
@@ -130,27 +130,15 @@ STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
 namespace fastreg::FASTREG_ISA {
 namespace av = fastreg::averaging;
 
-// Elements of a block: as fp32 or fp64 it stays in the first-level cache while every average passes by.
+// Elements of a block: its parameters stay in the first-level cache while every average passes by.
 constexpr int64_t kBlock = 1024;
 
-FASTREG_INLINE double as_double(float x) { return x; }
-FASTREG_INLINE double as_double(double x) { return x; }
-FASTREG_INLINE double as_double(Half x) { return static_cast<float>(x); }
-FASTREG_INLINE double as_double(BFloat16 x) { return static_cast<float>(x); }
-
-// The parameters in the computing dtype A: as they are, or widened into the buffer.
-template <class A, class P>
-FASTREG_INLINE const A* widened(const P* param, int64_t n, A* buffer) {
-  if constexpr (std::is_same_v<A, P>) {
-    return param;
-  } else if constexpr (std::is_same_v<A, float>) {
-    int64_t i = 0;
-    for (; i + lanes<A> <= n; i += lanes<A>) store(buffer + i, load(param + i));
-    if (i < n) store_first(buffer + i, load_first(param + i, n - i, A(0)), n - i);
-  } else {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = as_double(param[i]);
-  }
-  return buffer;
+template <class A, class T>
+FASTREG_INLINE A wide(T x) {
+  if constexpr (sizeof(T) == 2)
+    return static_cast<float>(x);
+  else
+    return x;
 }
 
 // The weight's form of the interpolation: from the average below 1/2, from the parameter above.
@@ -160,22 +148,43 @@ FASTREG_INLINE V lerp(V average, V param, A weight) {
   return from_param ? param + difference * (weight - 1) : average + difference * weight;
 }
 
-template <bool from_param, class A, class S>
-FASTREG_INLINE void lerp_block(S* average, const A* param, int64_t n, A weight) {
-  if constexpr (std::is_same_v<A, float> || std::is_same_v<S, double>) {
+// Two vectors of T and of the T beside it, which is bf16 too if `bfloat16`: then the even and the odd
+// elements. A NaN that comes of bf16 alone has zeros below its upper half, so that it is rounded like a
+// number.
+template <bool bfloat16, class T>
+FASTREG_INLINE auto load_pair(const T* from) {
+  if constexpr (bfloat16)
+    return load_two(from);
+  else
+    return Two<decltype(load(from))>{load(from), load(from + sizeof(load(from)) / sizeof(load(from)[0]))};
+}
+
+template <bool from_param, class A, class S, class P>
+FASTREG_INLINE void lerp_block(S* average, const P* param, int64_t n, A weight) {
+  if constexpr (std::is_same_v<A, float> || (std::is_same_v<P, double> && std::is_same_v<S, double>)) {
+    constexpr bool bfloat16 = std::is_same_v<P, BFloat16> && std::is_same_v<S, BFloat16>;
+    constexpr int64_t step = 2 * lanes<A>;
     int64_t i = 0;
-    for (; i + 4 * lanes<A> <= n; i += 4 * lanes<A>) {
-      Vec<A> v[4];
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) {
-        const int64_t at = i + u * lanes<A>;
-        v[u] = lerp<from_param>(load(average + at), load(param + at), weight);
+    for (; i + 2 * step <= n; i += 2 * step) {
+      Two<Vec<A> > v[2];
+#pragma GCC unroll 2
+      for (int u = 0; u < 2; ++u) {
+        const auto s = load_pair<bfloat16>(average + i + u * step),
+                   p = load_pair<bfloat16>(param + i + u * step);
+        v[u] = {lerp<from_param>(s.first, p.first, weight), lerp<from_param>(s.second, p.second, weight)};
       }
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) store(average + i + u * lanes<A>, v[u]);
+#pragma GCC unroll 2
+      for (int u = 0; u < 2; ++u) {
+        if constexpr (bfloat16) {
+          store_two<true>(average + i + u * step, v[u]);
+        } else {
+          store(average + i + u * step, v[u].first);
+          store(average + i + u * step + lanes<A>, v[u].second);
+        }
+      }
     }
     for (; i + lanes<A> <= n; i += lanes<A>)
-      store(average + i, lerp<from_param>(load(average + i), load(param + i), weight));
+      store<bfloat16>(average + i, lerp<from_param>(load(average + i), load(param + i), weight));
     if (i < n) {
       const int64_t left = n - i;
       const Vec<A> s = load_first(average + i, left, A(0)), p = load_first(param + i, left, A(0));
@@ -183,32 +192,32 @@ FASTREG_INLINE void lerp_block(S* average, const A* param, int64_t n, A weight) 
     }
   } else {
     for (int64_t i = 0; i < n; ++i)
-      average[i] = static_cast<S>(lerp<from_param>(as_double(average[i]), param[i], weight));
+      average[i] = static_cast<S>(lerp<from_param>(wide<A>(average[i]), wide<A>(param[i]), weight));
   }
 }
 
 // The parameter in the average's dtype.
-template <class A, class S>
-FASTREG_INLINE void copy_block(S* average, const A* param, int64_t n) {
-  if constexpr (std::is_same_v<A, S>) {
+template <class S, class P>
+FASTREG_INLINE void copy_block(S* average, const P* param, int64_t n) {
+  if constexpr (std::is_same_v<P, S>) {
     std::memcpy(average, param, n * sizeof(S));
-  } else if constexpr (std::is_same_v<A, float>) {
-    int64_t i = 0;
-    for (; i + lanes<A> <= n; i += lanes<A>) store(average + i, load(param + i));
-    if (i < n) store_first(average + i, load_first(param + i, n - i, A(0)), n - i);
+  } else if constexpr (std::is_same_v<S, double> || std::is_same_v<P, double>) {
+    using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
+    for (int64_t i = 0; i < n; ++i) average[i] = static_cast<S>(static_cast<A>(param[i]));
   } else {
-    for (int64_t i = 0; i < n; ++i) average[i] = static_cast<S>(static_cast<float>(param[i]));
+    int64_t i = 0;
+    for (; i + lanes<float> <= n; i += lanes<float>) store(average + i, load(param + i));
+    if (i < n) store_first(average + i, load_first(param + i, n - i, 0.0f), n - i);
   }
 }
 
 // lerp_block with stochastic rounding; `index` is that of the first element.
-template <class A, class S>
-FASTREG_INLINE void stochastic_block(S* average, const A* param, int64_t n, A weight, uint32_t key,
+template <class A, class S, class P>
+FASTREG_INLINE void stochastic_block(S* average, const P* param, int64_t n, A weight, uint32_t key,
                                      uint32_t index) {
   float value[kBlock];
-  widened<float>(average, n, value);
   for (int64_t i = 0; i < n; ++i) {
-    const A s = value[i], p = param[i];
+    const A s = wide<A>(average[i]), p = wide<A>(param[i]);
     const float x =
         static_cast<float>(weight < A(0.5) ? lerp<false>(s, p, weight) : lerp<true>(s, p, weight));
     const uint32_t random = av::random_bits(key, index + static_cast<uint32_t>(i));
@@ -221,22 +230,17 @@ FASTREG_INLINE void stochastic_block(S* average, const A* param, int64_t n, A we
 template <class P, class S>
 void average_run(const av::Launch& launch, const int64_t* row, int64_t begin, int64_t end) {
   using A = std::conditional_t<std::is_same_v<P, double> || std::is_same_v<S, double>, double, float>;
-  const P* param = reinterpret_cast<const P*>(row[av::kParam]);
   const bool copied = row[av::kCodes] & av::kCopied;
-  alignas(64) A buffer[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = std::min(kBlock, end - at);
-    const A* p = widened<A>(param + at, n, buffer);
+    const P* p = reinterpret_cast<const P*>(row[av::kParam]) + at;
     for (int64_t j = 0; j < launch.columns - av::kAverages; ++j) {
       S* s = reinterpret_cast<S*>(row[av::kAverages + j]) + at;
       const double weight = copied ? 1 : launch.weights[j];
       const A w = static_cast<A>(weight);
       if (weight == 0) continue;
       if (weight == 1) {
-        if constexpr (std::is_same_v<P, S>)
-          std::memcpy(s, param + at, n * sizeof(S));
-        else
-          copy_block(s, p, n);
+        copy_block(s, p, n);
         continue;
       }
       if constexpr (sizeof(S) == 2) {
@@ -269,10 +273,7 @@ void average_param(const av::Launch& launch, const int64_t* row, int64_t begin, 
   }
 }
 
-void average_chunk(const av::Launch& launch, int64_t i) {
-  const int64_t* row = launch.table + launch.chunks[2 * i] * launch.columns;
-  const int64_t begin = launch.chunks[2 * i + 1];
-  const int64_t end = std::min(row[av::kElements], begin + launch.chunk);
+void average_chunk(const av::Launch& launch, const int64_t* row, int64_t begin, int64_t end) {
   switch (av::param_code(row[av::kCodes])) {
     case av::kFloat:
       return average_param<float>(launch, row, begin, end);
@@ -286,6 +287,14 @@ void average_chunk(const av::Launch& launch, int64_t i) {
   for (int64_t j = 0; j < launch.columns - av::kAverages; ++j)  // raw: always copied
     std::memcpy(reinterpret_cast<char*>(row[av::kAverages + j]) + begin,
                 reinterpret_cast<const char*>(row[av::kParam]) + begin, end - begin);
+}
+
+void average_chunks(const av::Launch& launch, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t* row = launch.table + launch.chunks[2 * i] * launch.columns;
+    const int64_t begin = launch.chunks[2 * i + 1];
+    average_chunk(launch, row, begin, std::min(row[av::kElements], begin + launch.chunk));
+  }
 }
 }  // namespace fastreg::FASTREG_ISA
 #endif
