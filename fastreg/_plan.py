@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from operator import is_
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,28 +29,36 @@ from ._native import missing
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
-# The table of C functions by which the native reader sees a tensor; older builds and other makers go without.
-_exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-_native = None if _exchange is None or missing["cpu"] else importlib.import_module("fastreg._C_cpu")
+def _reader() -> ModuleType | None:
+    """The native reader of tensors, if torch's are made as it knows them."""
+    if missing["cpu"] is not None:
+        return None
+    native = importlib.import_module("fastreg._C_cpu")
+    tensor = torch.empty(0)
+    parameter = nn.Parameter(tensor)
+    return native if native.recognise(tensor, tensor._cdata, parameter, parameter._cdata) else None
+
+
+_native = _reader()
 
 
 def describe(tensors: list[Tensor]) -> np.ndarray:
     """(len(tensors), 2) int64: address, and a hash of dtype, device, shape and strides."""
-    if _native is None:
-        rows = [(t.data_ptr(), hash((t.dtype, t.device, t.shape, t.stride()))) for t in tensors]
-        return np.array(rows, np.int64).reshape(-1, 2)
-    described = np.empty((len(tensors), 2), np.int64)
-    _native.describe(_exchange, tensors, described.ctypes.data)
-    return described
+    if _native is not None:
+        described = np.empty((len(tensors), 2), np.int64)
+        if _native.describe(tensors, described.ctypes.data):
+            return described
+    rows = [(t.data_ptr(), hash((t.dtype, t.device, t.shape, t.stride(), t.is_conj()))) for t in tensors]
+    return np.array(rows, np.int64).reshape(-1, 2)
 
 
 def unchanged(tensors: list[Tensor], rows: np.ndarray) -> bool:
     """Whether `describe(tensors)` still gives `rows`."""
     if len(tensors) != len(rows):
         return False
-    if _native is None:
-        return np.array_equal(describe(tensors), rows)
-    return _native.unchanged(_exchange, tensors, rows.ctypes.data)
+    if _native is not None and _native.unchanged(tensors, rows.ctypes.data):
+        return True
+    return np.array_equal(describe(tensors), rows)
 
 
 class Watch:
@@ -149,7 +158,8 @@ def plan_for(op: Hashable, tensors: Sequence[Tensor], build: Callable[[], T]) ->
     """What `build` made for an earlier call on tensors in the same places, or else makes now: a plan, with what else
     the op keeps beside it, or a sentence why there can be none. No tensor is kept alive. `op` names what the table
     means, and whatever else `build` depends on."""
-    tensors = list(tensors)
+    if not isinstance(tensors, list):
+        tensors = list(tensors)
     try:
         key = (op, len(tensors), tensors[0].data_ptr(), tensors[-1].data_ptr()) if tensors else (op,)
         kept = _plans.get(key)

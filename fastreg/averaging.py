@@ -193,6 +193,8 @@ def _checked(averages: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[list
 
 
 def _list(tensors: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, list):
+        return tensors
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
@@ -460,14 +462,10 @@ def _check_averageable(params: Mapping[str, Tensor]) -> None:
         _check_pair(f"parameter {name!r}", local := _local(param), "itself", local)
 
 
-def _owned_twice(tensors: list[Tensor]) -> Any:
-    """While C++ owns a tensor too, torch need not pass it from Python to C++ and back to look at it, which is half the
-    time of `fresh` and of the versions. Only for what is ours: a model that such a list keeps alive, through a hook of
-    one of its parameters, the garbage collector cannot free. And not for tensors that `.to()` may swap, which it does
-    not with those that C++ owns."""
-    if torch.__future__.get_swap_module_params_on_conversion():
-        return []
-    return getattr(torch._C, "ScriptList", list)([t for t in tensors if not hasattr(t, "to_local")])
+def _owned_twice(tensors: Sequence[Tensor]) -> Any:
+    """While C++ owns a tensor too, torch need not hand it from Python to C++ and back to increment its version, which
+    is two thirds of the time that this takes."""
+    return getattr(torch._C, "ScriptList", list)(list(tensors))
 
 
 class _Link:
@@ -520,7 +518,7 @@ class _Link:
         self._sharded = [t for t in everything if hasattr(t, "to_local")]
         self._rows = _plan.describe(self._watched())
         self._written = written or [target for column in self.averages for target in column]
-        self._held = [] if owner is None else _owned_twice([*self._written, *known.values()])
+        self._held = _owned_twice(self._written)
         self._parts: list[_Part] | None = None
         self._rules: Sequence[Rule] = ()
         self.staging: _Staging | None = None

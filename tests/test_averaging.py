@@ -13,7 +13,19 @@ from torch import nn
 from torch.optim import swa_utils
 
 import fastreg
-from fastreg import EMA, SWA, AveragedModel, PowerEMA, TanhEMA, WeightAverager, _backends, average_, averaging
+from fastreg import (
+    EMA,
+    SWA,
+    AveragedModel,
+    PowerEMA,
+    TanhEMA,
+    WeightAverager,
+    _backends,
+    _native,
+    _plan,
+    average_,
+    averaging,
+)
 from tests.machine import backends
 
 
@@ -629,6 +641,53 @@ def test_replaced_and_moved_parameters_are_noticed(kind, device):
         average.to(torch.float32)
         update()
         assert (held() == 4.0).all() and held().dtype == torch.float32
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+CHANGES = {
+    "moved": lambda t: t.clone(),
+    "smaller": lambda t: t[:2],
+    "reshaped": lambda t: t.reshape(6, 4),
+    "transposed": lambda t: t.t(),
+    "of another dtype": lambda t: t.view(torch.float64 if t.is_complex() else torch.int32),
+    "conjugated": lambda t: t.conj() if t.is_complex() else t[1:],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(4, 6),
+        lambda: nn.Parameter(torch.randn(4, 6), requires_grad=False),
+        lambda: torch.randn(4, 6, dtype=torch.complex64),
+        lambda: torch.randn(4, 6).as_subclass(Subclass),
+    ],
+    ids=["tensor", "parameter", "complex", "subclass"],
+)
+def test_a_plan_notices_every_change_of_a_tensor(make, change):
+    tensors = [torch.zeros(3), make(), nn.Parameter(torch.zeros(0))]
+    rows = _plan.describe(tensors)
+    assert not _plan.unchanged(tensors[:2], rows)
+    tensors[1].mul_(2)
+    assert _plan.unchanged(tensors, rows)
+    before = tensors[1].data
+    tensors[1].data = change(before)
+    assert not _plan.unchanged(tensors, rows)
+    tensors[1].data = before
+    assert _plan.unchanged(tensors, rows)
+    assert not _plan.unchanged([tensors[0], before.clone(), tensors[2]], rows)
+
+
+def test_the_native_reader_knows_this_torchs_tensors():
+    if _native.missing["cpu"] is not None:
+        pytest.skip("the C++ extension is not there")
+    assert _plan._native is not None
+    lookalike = torch.zeros(1)
+    assert not _plan._native.recognise(lookalike, lookalike._cdata + 1, nn.Parameter(lookalike), lookalike._cdata)
 
 
 def test_an_average_can_be_moved_by_swapping_its_tensors():
