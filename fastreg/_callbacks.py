@@ -1,7 +1,7 @@
 """What the callbacks of fastreg.lightning and fastreg.transformers share."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -21,7 +21,7 @@ class Averaging:
         self.averager: WeightAverager | None = None
         self._rules, self._options, self._evaluate = rules, options, name
         self._waiting: Mapping[str, Any] | None = None
-        self._inside = ExitStack()
+        self.inside = ExitStack()
 
     def begin(self, model: nn.Module) -> None:
         if self.averager is None or self.averager._model is not model:
@@ -38,7 +38,16 @@ class Averaging:
         if self._waiting is not None:
             self.begin(model)
         if self._evaluate is not False and self.averager is not None and self.averager.n_averaged > 0:
-            self._inside.enter_context(self.averager.swapped(self._evaluate))
+            self.inside.enter_context(self.averager.swapped(self._evaluate))
 
     def leave(self) -> None:
-        self._inside.close()
+        self.inside.close()
+
+    @contextmanager
+    def own_weights(self) -> Iterator[None]:
+        """The model holds its own weights inside the block, also between `enter` and `leave`."""
+        if self.averager is None or self.averager._swapped is None:
+            yield
+        else:
+            with self.averager._swapped_back():
+                yield

@@ -955,7 +955,8 @@ class WeightAverager:
             them; integer buffers are always copied.
         update_every, start_step, rounding_seed: as in `AveragedModel`.
 
-    The averages start as copies of the model. DTensor parameters (FSDP2) are averaged shard by shard.
+    The averages start as copies of the model, on its devices; for an average on the host of a model on a GPU there is
+    `AveragedModel(model, rule, device="cpu")`. DTensor parameters (FSDP2) are averaged shard by shard.
     """
 
     def __init__(
@@ -988,6 +989,7 @@ class WeightAverager:
         self._model, self.rounding_seed = model, rounding_seed
         self._link: _Link | None = None
         self._swapped: str | None = None
+        self._aside: dict[str, Tensor] = {}  # of the model's own values, what has not changed places while swapped
 
     def __repr__(self) -> str:
         return f"WeightAverager({_checks.counted(self._follows, 'tensor')}, {self.rules})"
@@ -1039,16 +1041,24 @@ class WeightAverager:
         that an fp32 average could lend while the model shows its rounded value do not tell which one it was."""
         self._refuse_inside("swapped")
         self._named(name)
-        aside = self._swap_in(name)
-        self._swapped = name
+        self._swap_in(name)
         try:
             yield self._model
         finally:
-            self._swap_out(name, aside)
-            self._swapped = None
+            self._swap_out()
+
+    @contextmanager
+    def _swapped_back(self) -> Iterator[None]:
+        """Inside `swapped`: the model holds its own values for a while."""
+        name = self._swapped
+        self._swap_out()
+        try:
+            yield
+        finally:
+            self._swap_in(name)
 
     @torch.no_grad()
-    def _swap_in(self, name: str) -> dict[str, Tensor]:
+    def _swap_in(self, name: str) -> None:
         link = self._current_link()
         pairs = list(zip(link.names, link.sources, self._column(link, name)))
         kept = [(key, source, average) for key, source, average in pairs if source.dtype != average.dtype]
@@ -1056,15 +1066,16 @@ class WeightAverager:
         _copy_all(list(aside.values()), [source for _, source, _ in kept])
         _copy_all([source for _, source, _ in kept], [average for *_, average in kept])
         _swap_all([(source, average) for key, source, average in pairs if key not in aside])
-        return aside
+        self._swapped, self._aside = name, aside
 
     @torch.no_grad()
-    def _swap_out(self, name: str, aside: Mapping[str, Tensor]) -> None:
-        link = self._current_link()
-        pairs = list(zip(link.names, link.sources, self._column(link, name)))
+    def _swap_out(self) -> None:
+        link, aside = self._current_link(), self._aside
+        pairs = list(zip(link.names, link.sources, self._column(link, self._swapped)))
         kept = [key for key in link.names if key in aside]
         _copy_all([source for key, source, _ in pairs if key in aside], [aside[key] for key in kept])
         _swap_all([(source, average) for key, source, average in pairs if key not in aside])
+        self._swapped, self._aside = None, {}
 
     def _column(self, link: _Link, name: str) -> list[Tensor]:
         return link.averages[list(self._averages).index(name)]

@@ -8,6 +8,8 @@ trainer = Trainer(callbacks=[WeightAveraging({"ema": EMA(0.999)})])
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError:
@@ -53,6 +55,15 @@ class WeightAveraging(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._averaging.enter(pl_module)
+        # Where every checkpoint gets the weights from, those of weights alone too, of which callbacks are not told.
+        strategy, state_dict = trainer.strategy, trainer.strategy.lightning_module_state_dict
+
+        def own_state_dict() -> dict[str, Any]:
+            with self._averaging.own_weights():
+                return {name: t.clone() if isinstance(t, Tensor) else t for name, t in state_dict().items()}
+
+        strategy.lightning_module_state_dict = own_state_dict
+        self._averaging.inside.callback(delattr, strategy, "lightning_module_state_dict")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._averaging.leave()
@@ -73,7 +84,3 @@ class WeightAveraging(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
             self._averaging.load(state_dict)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.averager is not None:
-            self.averager._refuse_inside("a checkpoint")

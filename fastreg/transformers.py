@@ -32,8 +32,9 @@ class WeightAveraging(TrainerCallback):
     them; the model's file holds the model's own weights.
 
     Args:
-        trainer: gets this callback, which also wraps the trainer's methods `train` and `evaluation_loop`: Trainer
-            tells callbacks neither which checkpoint it resumes from nor that an evaluation begins.
+        trainer: gets this callback, which also wraps the trainer's methods `train`, `evaluation_loop` and `save_model`:
+            Trainer tells callbacks neither which checkpoint it resumes from nor that an evaluation begins, and what is
+            saved during one are the model's own weights.
         rules: name → rule, as for `fastreg.WeightAverager`.
         evaluate: the average that the model holds during `trainer.evaluate` and `trainer.predict`: True for the first
             of the rules, False for none. Before the first update the model keeps its own weights.
@@ -51,6 +52,7 @@ class WeightAveraging(TrainerCallback):
         self._resume_from: str | bool | None = None
         trainer.train = self._told_of_checkpoint(trainer.train, trainer)
         trainer.evaluation_loop = self._with_averages(trainer.evaluation_loop, trainer)
+        trainer.save_model = self._with_own_weights(trainer.save_model)
         trainer.add_callback(self)
 
     @property
@@ -75,6 +77,14 @@ class WeightAveraging(TrainerCallback):
                 return loop(*args, **kwargs)
             finally:
                 self._averaging.leave()
+
+        return wrapped
+
+    def _with_own_weights(self, save: Callable) -> Callable:
+        @functools.wraps(save)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self._averaging.own_weights():
+                return save(*args, **kwargs)
 
         return wrapped
 

@@ -71,14 +71,15 @@ class TestLightning:
             def training_step(self, batch, _):
                 return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
-            def validation_step(self, batch, _):
+            def predict_step(self, batch, _):
                 self.seen.append([p.detach().clone() for p in self.parameters()])
                 in_validation(self)
 
-            test_step = validation_step
+            def validation_step(self, batch, _):
+                self.predict_step(batch, _)
+                self.log("val_loss", self.training_step(batch, _))
 
-            def predict_step(self, batch, _):
-                return self.validation_step(batch, _)
+            test_step = validation_step
 
             def configure_optimizers(self):
                 return RecordingSGD(self.parameters(), lr=0.5, momentum=0.9)
@@ -186,10 +187,40 @@ class TestLightning:
             trainer.fit(module, self.loader(), self.loader())
         assert all(torch.equal(p, w) for p, w in zip(module.parameters(), self.left(trainer)[-1]))
 
-    def test_a_checkpoint_of_swapped_weights_is_refused(self, pl, tmp_path):
-        module = self.module(pl, lambda module: module.trainer.save_checkpoint(tmp_path / "wrong.ckpt"))
-        with pytest.raises(RuntimeError, match="the model holds the average 'ema'"):
-            self.trainer(pl, tmp_path, self.callback(pl)).fit(module, self.loader(), self.loader())
+    @pytest.mark.parametrize("weights_only", [False, True])
+    def test_a_checkpoint_taken_in_validation_holds_the_modules_own_weights(self, pl, tmp_path, weights_only):
+        def save(module):
+            module.trainer.save_checkpoint(tmp_path / "inside.ckpt", weights_only)
+
+        module, callback = self.module(pl, save), self.callback(pl, dtype=torch.float64)
+        trainer = self.trainer(pl, tmp_path, callback)
+        trainer.fit(module, self.loader(), self.loader())
+        left, kept = self.left(trainer), torch.load(tmp_path / "inside.ckpt", weights_only=True)
+        assert all(
+            torch.equal(kept["state_dict"][name], w) for (name, _), w in zip(module.named_parameters(), left[-1])
+        )
+        if not weights_only:
+            averages = kept["callbacks"]["fastreg.WeightAveraging"]["averages"]
+            assert_close((t.float() for t in averages["ema"].values()), averages_after(left)["ema"])
+        assert_close(module.seen[-1], averages_after(left)["ema"])  # which the module held again, batches later
+        assert all(torch.equal(p, w) for p, w in zip(module.parameters(), left[-1]))
+
+    def test_the_best_checkpoint_has_the_average_that_scored_best(self, pl, tmp_path):
+        callback = self.callback(pl)
+        keep = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss")
+        module = self.module(pl)
+        trainer = self.trainer(pl, tmp_path, callback, callbacks=[keep], enable_checkpointing=True, max_epochs=4)
+        trainer.fit(module, self.loader(), self.loader())
+        best = torch.load(keep.best_model_path, weights_only=True)
+        left = self.left(trainer)[: best["global_step"]]
+        assert all(torch.equal(t, w) for t, w in zip(best["state_dict"].values(), left[-1], strict=True))
+        ema = best["callbacks"]["fastreg.WeightAveraging"]["averages"]["ema"]
+        assert_close(ema.values(), averages_after(left)["ema"])
+        (scores,) = trainer.validate(module, self.loader(), ckpt_path="best", verbose=False)
+        assert scores["val_loss"] == pytest.approx(keep.best_model_score.item())
+        module.load_state_dict(ema)
+        (scores,) = self.trainer(pl, tmp_path, pl.Callback()).validate(module, self.loader(), verbose=False)
+        assert scores["val_loss"] == pytest.approx(keep.best_model_score.item())
 
 
 # ---- Hugging Face ------------------------------------------------------------------------------------------
@@ -313,6 +344,18 @@ class TestTransformers:
         with pytest.raises(KeyError):
             trainer.train()
         assert all(torch.equal(p, w) for p, w in zip(model.parameters(), self.left(trainer)[-1]))
+
+    def test_a_model_saved_in_evaluation_is_the_models_own(self, tmp_path):
+        from safetensors.torch import load_file
+
+        model = Classifier(lambda _: trainer.save_model(str(tmp_path / "inside")))
+        trainer = self.trainer(tmp_path, model)
+        self.callback(trainer)
+        trainer.train()
+        kept, left = load_file(tmp_path / "inside" / "model.safetensors"), self.left(trainer)
+        assert all(torch.equal(kept[name], w) for (name, _), w in zip(model.named_parameters(), left[-1]))
+        trainer.evaluate()
+        assert_close(model.seen[-1], averages_after(left)["ema"])
 
 
 # ---- both --------------------------------------------------------------------------------------------------
