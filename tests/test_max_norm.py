@@ -303,6 +303,30 @@ def test_long_rows_at_the_cap_of_any_size(dtype, size, backend):
     assert fastreg.max_norm_(again, cap).item() == 0
 
 
+def test_rows_and_elements_more_than_2_to_the_31_apart():
+    """Memory that is never touched costs none: of these 4 GB a few pages are used."""
+    w = torch.empty(2**31 + 1000, dtype=torch.float16).as_strided((2, 100), (2**31 + 7, 1))
+    w.copy_(torch.randn(2, 100))
+    before = w.clone()
+    count = fastreg.max_norm_(w, 5.0)
+    assert_projected(before, w.clone(), 5.0)
+    assert count.item() == 2
+    across = w.t()  # the same rows along the other dimension, elements of one row far apart
+    across.copy_(before.t())
+    norms = norms64(across)  # 100 rows of 2 elements, which lie 2^31 apart
+    assert fastreg.max_norm_(across, 1.0).item() == int((norms > 1).sum())
+    assert_projected(before.t(), across.clone(), 1.0)
+
+
+def test_idempotent_in_every_dtype_and_order():
+    for dtype in DTYPES:
+        for p in (0.5, 1.0, 2.0, 3.0, math.inf):
+            w = torch.randn(20, 300, dtype=torch.float64).to(dtype)
+            assert fastreg.max_norm_(w, 1.0, p=p).item() == 20
+            once = w.clone()
+            assert fastreg.max_norm_(w, 1.0, p=p).item() == 0 and torch.equal(bits(w), bits(once))
+
+
 def test_one_dimension_caps_each_element():
     bias = torch.tensor([-3.0, 0.5, 2.0, math.nan])
     assert fastreg.max_norm_(bias, 1.0).item() == 2
