@@ -13,7 +13,7 @@ Norms are sums in fp64, of values scaled by the row's largest one, so that nothi
 sums of n terms, taken in different orders, differ by up to n/2 units of 2^-53: a row counts as over the cap if its
 norm exceeds it by more than that. A row that is scaled is rounded to the nearest, its norm is taken again from the
 rounded values, and if that is above the cap, the factor shrinks by twice the excess; rounding towards zero is the
-last resort, which cannot fail.
+last resort, which cannot fail. (In C++ a long row of fp32 aims lower by the 2^-24 that rounding can add to its norm.)
 
 The kernels: csrc/max_norm.h for what is decided per row, csrc/cpu/max_norm.cpp, csrc/cuda/max_norm.cu,
 tritonkernels/max_norm.py. One launch serves all rows of all tensors, reads each element once and writes rows over the
@@ -850,10 +850,15 @@ def row_norms_reference(tensor: Tensor, p: float = 2.0, dim: int = 0) -> Tensor:
 
 
 def _threshold(tensor: Tensor, thresh: float, p: float, dim: int) -> Tensor:
-    rows = _rows(tensor.detach(), dim)
-    if not rows.numel():
-        return torch.full((), math.inf, dtype=rows.dtype, device=rows.device)
-    norms = _norms(rows, p)
+    tensor = tensor.detach()
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+    if not tensor.numel():
+        return torch.full((), math.inf, dtype=wide, device=tensor.device)
+    backend = _backends.choose("row_norms", tensor.device.type, _refuse_rows, tensor, p)
+    if backend == "reference":
+        norms = _norms(_rows(tensor, dim), p)
+    else:
+        norms = _norms_forward[backend](_as_rows(tensor, dim)[0], float(p))
     finite = norms.isfinite()
     low, high = torch.where(finite, norms, math.inf).amin(), torch.where(finite, norms, 0).amax()
     return torch.where(finite.any(), torch.lerp(low, high, thresh), math.inf)

@@ -255,6 +255,19 @@ def test_fgm_with_huge_and_tiny_gradients(size):
     torch.testing.assert_close((model.emb.weight.detach() - before).norm(), torch.tensor(2.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_fgm_errs_no_more_than_twice_what_stock_pytorch_does(dtype):
+    for size, epsilon, scale in ((7, 0.1, 1.0), (64, 1.0, 1e-3), (5000, 5.0, 10.0)):
+        model = nn.ParameterDict({"emb": nn.Parameter(torch.randn(size).to(dtype))})
+        w, grad = model["emb"].detach().clone(), (scale * torch.randn(size)).to(dtype)
+        model["emb"].grad = grad
+        exact = w.double() + epsilon * grad.double() / grad.double().norm()
+        stock = (w + epsilon * grad / torch.norm(grad)).double()
+        fastreg.FGM(model, epsilon).attack()
+        error = (model["emb"].detach().double() - exact).abs() - torch.finfo(dtype).eps * exact.abs()
+        assert error.max() <= 2 * (stock - exact).abs().max()
+
+
 def test_fgm_errors():
     with pytest.raises(ValueError, match="include must match"):
         fastreg.FGM(net())
