@@ -113,25 +113,30 @@ def cross_entropy(device: str) -> Iterator[Call]:
 
 
 def group_norm(device: str) -> Iterator[Call]:
-    """Groups that fit on chip and groups that do not, in both layouts."""
-    for shape in ((2, 32, 8, 8), (3, 96, 7, 7), (2, 64, 96, 96)):
+    """Groups that fit on chip and groups that do not, in both layouts, with and without a residual."""
+    for shape, activation, added in (
+        ((2, 32, 8, 8), "silu", False),
+        ((3, 96, 7, 7), "gelu", True),
+        ((2, 64, 96, 96), "silu", True),
+    ):
         for memory_format in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
-            weight, bias, grad = (
-                torch.randn(shape[1], device=device),
-                torch.randn(shape[1], device=device),
-                torch.randn_like(x),
+            x, grad, residual = (
+                torch.randn(shape, device=device).contiguous(memory_format=memory_format) for _ in range(3)
             )
+            given = [x, *torch.randn(2, shape[1], device=device), *([residual] if added else [])]
 
-            def both(norm, x=x, weight=weight, bias=bias, grad=grad):
-                leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+            def both(norm, given=given, grad=grad):
+                leaves = [tensor.detach().requires_grad_() for tensor in given]
                 out = norm(*leaves)
                 return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
-            yield (
-                partial(both, lambda x, weight, bias: fastreg.group_norm(x, 32, weight, bias, activation="silu")),
-                partial(both, lambda x, weight, bias: functional.silu(functional.group_norm(x, 32, weight, bias))),
-            )
+            def ours(x, weight, bias, residual=None, activation=activation):
+                return fastreg.group_norm(x, 32, weight, bias, activation=activation, residual=residual)
+
+            def stock(x, weight, bias, residual=0.0, activation=activation):
+                return getattr(functional, activation)(functional.group_norm(x, 32, weight, bias) + residual)
+
+            yield partial(both, ours), partial(both, stock)
 
 
 def averaging(device: str) -> Iterator[Call]:

@@ -14,6 +14,7 @@ from torch import nn
 import fastreg
 from fastreg import group_norm, replace_modules
 from fastreg.testing import DTYPES, assert_accurate, layouts_of
+from tests.machine import device_of
 
 ACTIVATIONS = [None, "relu", "silu", "gelu", "gelu_tanh"]
 # Triton kernels take CPU tensors in the interpreter alone.
@@ -22,7 +23,8 @@ BACKENDS = [name for name, state in fastreg.backends()["group_norm"].items() if 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request):
-    with fastreg.use_backend(request.param):
+    """Every test runs on every backend, with new tensors on the device where that runs."""
+    with fastreg.use_backend(request.param), torch.device(device_of(request.param)):
         yield request.param
 
 
@@ -96,7 +98,7 @@ RESULTS = ("output", "grad_input", "grad_weight", "grad_bias", "grad_residual")
 def check(x, num_groups, weight=None, bias=None, eps=1e-5, activation=None, residual=None, grad_out=None):
     """Holds output and gradients to the accuracy rule; returns them."""
     if grad_out is None:
-        grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(x.dtype)
+        grad_out = tensor(*x.shape, dtype=x.dtype, seed=7)
     args = (grad_out, x, num_groups, weight, bias, eps, activation, residual)
     mine = run(ours, *args)
     judge(mine, *args)
@@ -140,7 +142,9 @@ def has_format(x, format):
 
 
 def tensor(*shape, dtype=torch.float32, seed=0, mean=0.0):
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + mean).to(dtype)
+    """The same values on every device."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+    return torch.empty(shape, dtype=dtype).copy_(values + mean)
 
 
 def affine(channels, dtype=torch.float32):
@@ -197,6 +201,53 @@ def test_results_too_large_for_the_caches(layout, activation, backend):
     assert x.nbytes >= 4 << 20
     check(x, 8, *affine(72), activation=activation)
     check(x.double(), 8, *affine(72), activation=activation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_than_two_to_the_31_elements(layout, backend):
+    """Many samples, one that repeats: 2 bytes a result, 4 GiB, and no more for the input."""
+    if backend == "reference" or (backend == "triton" and device_of(backend) == "cpu"):
+        pytest.skip("about the kernels' indices; the interpreter would take a day")
+    sample, grad = tensor(1, 8, 64, 128, dtype=torch.bfloat16), tensor(1, 8, 64, 128, dtype=torch.bfloat16, seed=4)
+    if layout == "channels_last":
+        sample, grad = sample.to(memory_format=torch.channels_last), grad.to(memory_format=torch.channels_last)
+    samples = 2**31 // sample.numel() + 3
+    weight, bias = affine(8)
+    y, dx, dweight, dbias, _ = run(ours, grad, sample, 2, weight, bias, 1e-5, "silu", None)
+    leaves = [t.detach().requires_grad_() for t in (sample.expand(samples, -1, -1, -1), weight, bias)]
+    many = group_norm(leaves[0], 2, *leaves[1:], activation="silu")
+    assert many.numel() > 2**31
+    for n in (0, 1, samples // 2, samples - 2, samples - 1):
+        torch.testing.assert_close(many[n], y[0], rtol=2**-7, atol=1e-5)  # a unit: kernels may cut the call otherwise
+    gradients = torch.autograd.grad(many, leaves, grad.expand_as(many))
+    del many
+    for n in (0, 1, samples // 2, samples - 2, samples - 1):
+        torch.testing.assert_close(gradients[0][n], dx[0], rtol=2**-7, atol=1e-4)
+    for all_samples, one in zip(gradients[1:], (dweight, dbias)):
+        torch.testing.assert_close(all_samples, one * samples, rtol=1e-5, atol=1e-5 * samples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_group_of_more_than_two_to_the_31_elements(last, backend):
+    """One group of 4 channels, the same values over and over along the positions."""
+    if backend == "reference" or (backend == "triton" and device_of(backend) == "cpu"):
+        pytest.skip("about the kernels' indices; the interpreter would take a day")
+    few = tensor(1, 4, 1, 2**15, dtype=torch.bfloat16)
+    positions = 2**29 + 2**15
+    times = positions // few.shape[3]
+    shape, weight, bias = (1, 4, times, few.shape[3]), *affine(4)
+    if last:
+        x = few.permute(0, 2, 3, 1).contiguous().expand(1, times, -1, -1).contiguous().permute(0, 3, 1, 2)
+    else:
+        x = few.expand(shape).contiguous()
+    assert x.numel() > 2**31
+    y = group_norm(x, 1, weight, bias, activation="silu")
+    del x
+    expected = group_norm(few, 1, weight, bias, activation="silu")
+    for at in (0, 1, times // 2, times - 1):
+        torch.testing.assert_close(y[:, :, at], expected[:, :, 0], rtol=2**-8, atol=1e-5)
 
 
 def test_many_samples(backend):
@@ -295,6 +346,18 @@ def test_mean_far_from_zero(mean, layout):
         exact = formula(x.double(), 4, *(v.double() for v in affine(8)), 1e-5, "silu", None)
         largest_weight = affine(8)[0].abs().max().item()
         assert (y - exact).abs().max() <= 1.2 * largest_weight * 2 * torch.finfo(torch.float32).eps * mean + 2e-6
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_mean_and_deviation_of_each_group(mean, layout):
+    """The result's own statistics, which a correlation with the right result would not see."""
+    x = (tensor(3, 12, 13, 11) * torch.arange(1.0, 4.0).reshape(3, 1, 1, 1) + mean).to(memory_format=layout)
+    groups = group_norm(x, 4, eps=0.0).double().reshape(3, 4, -1)
+    # The saved mean is rounded to fp32: eps/2·|mean|; then a rounding or two of each element, of size up to 4.
+    eps = torch.finfo(torch.float32).eps
+    assert groups.mean(2).abs().max() <= eps * (mean + 1)
+    assert (groups.std(2, correction=0) - 1).abs().max() <= 4 * eps
 
 
 @pytest.mark.parametrize("scale", [1e19, 1e30])
@@ -421,7 +484,9 @@ def test_inputs_are_not_modified():
     assert all(torch.equal(a, t) for a, t in zip(before, (x, w, b, r)))
 
 
-def test_autocast_keeps_the_dtype_on_the_cpu():
+def test_autocast_keeps_the_dtype_on_the_cpu(backend):
+    if device_of(backend) != "cpu":
+        pytest.skip("autocast on CUDA is another policy: test_group_norm_gpu.py")
     module = fastreg.nn.GroupNorm(2, 4, activation="silu")
     x = tensor(2, 4, 5, 5, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -517,7 +582,11 @@ def test_func_transforms():
         (ValueError, r"weight must have shape \(6,\), got \(5,\)", {"weight": torch.ones(5)}),
         (ValueError, r"bias must have shape \(6,\), got \(6, 1\)", {"bias": torch.ones(6, 1)}),
         (TypeError, "bias must have a dtype among .*, got torch.int64", {"bias": torch.ones(6, dtype=torch.long)}),
-        (ValueError, "weight must be on the device of input, cpu, got meta", {"weight": torch.ones(6, device="meta")}),
+        (
+            ValueError,
+            r"weight must be on the device of input, \w+(:\d)?, got meta",
+            {"weight": torch.ones(6, device="meta")},
+        ),
         (ValueError, "eps must be at least 0, got -1", {"eps": -1.0}),
         (ValueError, "eps must be at least 0, got nan", {"eps": math.nan}),
         (ValueError, "activation must be one of .* got 'swish'", {"activation": "swish"}),
@@ -595,6 +664,81 @@ class ConvNeXtBlock(nn.Module):
         return x + self.mlp(self.norm(self.dwconv(x)))
 
 
+class Bottleneck(nn.Module):
+    """Of torchvision's ResNet with norm_layer=GroupNorm."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 1, bias=False), nn.GroupNorm(4, width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(4, width)
+        self.conv3, self.bn3 = nn.Conv2d(width, channels, 1, bias=False), nn.GroupNorm(4, channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += x
+        return self.relu(out)
+
+
+class ConvNormActivation(nn.Sequential):
+    """torchvision's block of that name: a subclass of Sequential with its forward."""
+
+    def __init__(self, channels, out, activation):
+        super().__init__(
+            nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.GroupNorm(4, out), activation(inplace=True)
+        )
+
+
+class PoolFormerBlock(nn.Module):
+    """Of timm's MetaFormer: one group, layer scales, a token mixer that is a pooling."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(1, channels), nn.GroupNorm(1, channels)
+        self.pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+        self.mlp = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.GELU(), nn.Conv2d(2 * channels, channels, 1))
+        self.scale = nn.Parameter(torch.ones(2, channels, 1, 1))
+
+    def forward(self, x):
+        y = self.norm1(x)
+        x = x + self.scale[0] * (self.pool(y) - y)
+        return x + self.scale[1] * self.mlp(self.norm2(x))
+
+
+class ResnetBlock2D(nn.Module):
+    """Of diffusers: one SiLU module for both norms and the time embedding, called in forward."""
+
+    def __init__(self, channels, out, embedding):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, channels, eps=1e-6), nn.Conv2d(channels, out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embedding, out)
+        self.norm2, self.dropout = nn.GroupNorm(8, out, eps=1e-6), nn.Dropout(0.0)
+        self.conv2, self.conv_shortcut = nn.Conv2d(out, out, 3, padding=1), nn.Conv2d(channels, out, 1)
+        self.nonlinearity = nn.SiLU()
+
+    def forward(self, x, embedding):
+        h = self.conv1(self.nonlinearity(self.norm1(x)))
+        h = h + self.time_emb_proj(self.nonlinearity(embedding))[:, :, None, None]
+        h = self.conv2(self.dropout(self.nonlinearity(self.norm2(h))))
+        return (self.conv_shortcut(x) + h) / 1.5
+
+
+class Attention(nn.Module):
+    """Of diffusers' autoencoder: GroupNorm of (N, C, positions)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(8, channels, eps=1e-6)
+        self.to_qkv, self.to_out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+
+    def forward(self, x):
+        y = self.group_norm(x.flatten(2)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(*self.to_qkv(y).chunk(3, -1))
+        return x + self.to_out(y).transpose(1, 2).reshape(x.shape)
+
+
 class UNetBlock(nn.Module):
     """Of a diffusion model: GroupNorm + SiLU + convolution twice, a shift by the time embedding between."""
 
@@ -623,6 +767,14 @@ MODELS = {
         [(2, 3, 32, 32)], {None: 3},
     ),
     "unet": (lambda: UNetBlock(64, 96, 16), [(2, 64, 8, 8), (2, 16)], {"silu": 2}),
+    "bottleneck": (lambda: nn.Sequential(Bottleneck(16, 8), Bottleneck(16, 8)), [(2, 16, 7, 7)], {None: 6}),
+    "conv norm activation": (
+        lambda: nn.Sequential(ConvNormActivation(3, 8, nn.ReLU), ConvNormActivation(8, 12, nn.SiLU)),
+        [(2, 3, 9, 9)], {"relu": 1, "silu": 1},
+    ),
+    "poolformer": (lambda: nn.Sequential(PoolFormerBlock(12), PoolFormerBlock(12)), [(2, 12, 7, 7)], {None: 4}),
+    "diffusers": (lambda: ResnetBlock2D(16, 32, 12), [(2, 16, 8, 8), (2, 12)], {None: 2}),
+    "attention": (lambda: Attention(16), [(2, 16, 5, 5)], {None: 1}),
 }  # fmt: skip
 
 

@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
+import fastreg
+from fastreg import _backends
 from fastreg.testing import DTYPES
 from tests import group_norm_cudahost
-from tests.machine import needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
+from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
 from tests.proving import cubin, cudahost
 from tests.test_group_norm import ACTIVATIONS, affine, judge, tensor
 
@@ -97,6 +99,28 @@ def test_no_spills_and_wide_accesses(calls):
             assert facts.loads.get(128, 0) >= 1, facts
         if calls == "compile_aligned" and facts.kernel in ("_forward_whole", "_apply", "_apply_backward"):
             assert facts.stores.get(128, 0) >= 1, facts
+
+
+# ---- autocast on a GPU -----------------------------------------------------------------------------------
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_autocast_on_cuda_is_fp32(backend, dtype):
+    """PyTorch's policy for group_norm: a result of fp32, gradients in the dtypes of what was given."""
+    if (reason := _backends.missing("group_norm", backend)) is not None:
+        pytest.skip(reason)
+    x = torch.randn(2, 8, 5, 5, device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.randn(8, device="cuda", requires_grad=True)
+    with fastreg.use_backend(backend), torch.autocast("cuda", dtype=dtype):
+        y = fastreg.group_norm(x, 4, weight)
+        stock = torch.nn.functional.group_norm(x, 4, weight)
+    assert y.dtype == stock.dtype == torch.float32
+    torch.testing.assert_close(y, stock)
+    for ours, theirs in zip(*(torch.autograd.grad(out.sum(), (x, weight)) for out in (y * y, stock * stock))):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
 
 
 # ---- CUDA on the host ------------------------------------------------------------------------------------
