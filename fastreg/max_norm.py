@@ -174,6 +174,8 @@ def _as_rows(tensor: Tensor, dim: int) -> tuple[Tensor, Callable[[Tensor], Tenso
     """The tensor as a matrix of rows that lie one after the other, copied if need be, and the way back."""
     if tensor.dim() < 2:
         return tensor.reshape(-1, 1), lambda rows: rows.reshape(tensor.shape)
+    if tensor.dim() == 2 and dim in (0, -2):
+        return tensor.contiguous(), lambda rows: rows
     moved = tensor.movedim(dim, 0)
     return moved.flatten(1).contiguous(), lambda rows: rows.reshape(moved.shape).movedim(0, dim)
 
