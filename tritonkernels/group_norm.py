@@ -537,7 +537,8 @@ def _plan(samples: int, groups: int, per_group: int, positions: int, last: bool,
     ch, p = _power(k * per_group), _power(positions)
     programs = samples * -(-groups // k)
     if ch * p <= on_chip:
-        warps = 8 if ch * p > 4096 else 4 if ch * p >= 1024 else 1
+        held = ch * p * (ON_CHIP // on_chip)  # x, in the backward dy too: at most 32 numbers to a thread, 64 spill
+        warps = 16 if held > 8192 else 8 if held >= 4096 else 4 if held >= 1024 else 1
         return _Plan(k, ch, p, True, 1, 1, 1, programs, warps)
     ch = min(ch, 1024)
     channel_blocks = -(-k * per_group // ch)
