@@ -54,4 +54,5 @@ $(VENV)/built: $(VENV)/torch $(SOURCES)
 # The extra of that name from pyproject.toml; the package itself is not built a second time.
 $(VENV)/test $(VENV)/demo $(VENV)/dev: $(VENV)/built
 	$(PIP) $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(@F)"])')
+	@test $(@F) != test || $(PIP) --no-deps timm  # of which a test needs one file; its torchvision might want another torch
 	@touch $@
