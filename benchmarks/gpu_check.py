@@ -32,6 +32,8 @@ import fastreg
 from fastreg import _backends
 from fastreg.losses import cross_entropy_reference, sigmoid_focal_loss_reference
 
+from .bench_averaging import resnet50
+
 ROOT = Path(__file__).parents[1]
 BUDGET = 540.0  # seconds, for everything
 
@@ -335,6 +337,7 @@ OPS = {
             "100M, 4 averages": ([(4096, 1024)] * 24, 4),
             "100M": ([(4096, 1024)] * 24, 1),
             "1000x64": ([(64,)] * 1000, 1),
+            "resnet50": (resnet50(), 1),
         },
     ),
     "max_norm": Op(
