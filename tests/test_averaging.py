@@ -204,6 +204,18 @@ def test_tensor_weight_equals_float_weight(device):
     assert torch.equal(by_float, by_tensor)
 
 
+@pytest.mark.parametrize("bits", [0x7FFF, -1, 0x7F81, 0x7FC0], ids=hex)
+def test_nan_of_any_bits_stays_nan_in_bf16(bits, device):
+    nan = torch.full((99,), bits, dtype=torch.int16).view(torch.bfloat16).to(device)
+    one = torch.ones_like(nan)
+    for average, param in ((nan, one), (one, nan), (nan, nan)):
+        average_([out := average.clone()], [param], 0.25)
+        assert out.isnan().all()
+    weight = torch.tensor(bits, dtype=torch.int64).bitwise_or(0x7FFF << 48 | (1 << 48) - 1).view(torch.float64)
+    average_([out := one.clone()], [one + 1], weight.to(device))
+    assert out.isnan().all()
+
+
 def test_integer_and_bool_tensors_are_copied(device):
     averages = [torch.tensor([1, 2]), torch.tensor([True, False]), torch.tensor([1.0, 2.0])]
     average_(averages, [torch.tensor([7, 8]), torch.tensor([False, True]), torch.tensor([3.0, 4.0])], 0.5)

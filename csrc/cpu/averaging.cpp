@@ -92,7 +92,8 @@ void average_update(const Tensor& table, const Tensor& chunks, int64_t chunk, in
 void average_lerp(const Tensor& table, const Tensor& chunks, int64_t chunk, int64_t /*kinds*/, double weight,
                   std::optional<Tensor> weight_tensor) {
   if (weight_tensor.has_value()) weight = *data_of<double>(*weight_tensor);
-  if (weight == 0) return;  // raw rows too stay as they are
+  if (weight == 0) return;             // raw rows too stay as they are
+  if (weight != weight) weight = NAN;  // with zeros below, for load_pair
   average(table, chunks, chunk, &weight, nullptr, 0);
 }
 
