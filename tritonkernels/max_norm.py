@@ -201,6 +201,14 @@ def _offsets(j, box, BOXED: tl.constexpr):
 
 
 @triton.jit
+def _decayed(x, keep, TYPE: tl.constexpr):
+    if TYPE == tl.float64:
+        return x * keep
+    else:
+        return (x.to(tl.float32) * keep.to(tl.float32)).to(TYPE)
+
+
+@triton.jit
 def _tile(
     base, to, norms, r, last, length, stride, box, caps, cap_step, p, tau, keep,
     FORM: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
@@ -214,10 +222,7 @@ def _tile(
     places = rows[:, None] * stride + _offsets(j, box, BOXED)[None, :]
     x = tl.load(base + places, mask=mask, other=0.0)
     if DECAY:
-        if TYPE == tl.float64:
-            x = x * keep
-        else:
-            x = (x.to(tl.float32) * keep.to(tl.float32)).to(TYPE)
+        x = _decayed(x, keep, TYPE)
     wide = x.to(tl.float64)
     size = tl.abs(wide)
     if FORM == NORMS:
@@ -281,10 +286,7 @@ def _long_load(
     places = row + _offsets(j, box, BOXED)[None, :]
     x = tl.load(base + places, mask=mask, other=0.0)
     if DECAY:
-        if TYPE == tl.float64:
-            x = x * keep
-        else:
-            x = (x.to(tl.float32) * keep.to(tl.float32)).to(TYPE)
+        x = _decayed(x, keep, TYPE)
     return x, mask, places
 
 
