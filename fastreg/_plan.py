@@ -5,7 +5,7 @@ tensors that belong together: a parameter and its averages), and a table of chun
 which the kernels share out among blocks or threads. Both stand on the tensors' device.
 
 A plan holds addresses and no tensors, so it is only good as long as those tensors are where they were. `describe`
-gives two numbers per tensor, its address and a hash of its dtype, device, shape and strides; `unchanged` compares
+gives two numbers per tensor, its address and a hash of its dtype, shape and strides; `unchanged` compares
 them with the present, before every use. `.data =`, `.to()`, `load_state_dict(assign=True)` and the like all show
 there. `plan_for` keeps the plans of recent calls beside that description.
 """
@@ -43,7 +43,7 @@ _native = _reader()
 
 
 def describe(tensors: list[Tensor]) -> np.ndarray:
-    """(len(tensors), 2) int64: address, and a hash of dtype, device, shape and strides."""
+    """(len(tensors), 2) int64: address, which tells the device too, and a hash of dtype, shape and strides."""
     if _native is not None:
         described = np.empty((len(tensors), 2), np.int64)
         if _native.describe(tensors, described.ctypes.data):

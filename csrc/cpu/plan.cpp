@@ -1,7 +1,7 @@
-// How a plan knows that its tensors are where they were (fastreg/_plan.py): address, dtype, device, shape and
-// strides of a thousand tensors in some ten microseconds, with no Python call, reference count or dispatcher
-// on the way. A Python tensor begins with its C++ tensor, whose address is a handle for torch's stable C
-// functions; that it does, `recognise` verifies before anything relies on it.
+// How a plan knows that its tensors are where they were (fastreg/_plan.py): address, dtype, shape and
+// strides of a thousand tensors in some twenty microseconds, with no Python call, reference count or
+// dispatcher on the way. A Python tensor begins with its C++ tensor, whose address is a handle for torch's
+// stable C functions; that it does, `recognise` verifies before anything relies on it.
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
