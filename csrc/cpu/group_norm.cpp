@@ -43,6 +43,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPart = 32768;       // elements of a part, where a unit has as many
 constexpr int64_t kCache = 768 << 10;  // bytes that a core's own cache holds of a unit
+constexpr int64_t kLine =
+    32;  // channels of which a unit's rows have a multiple: whole vectors, and whole cache lines
 // Bytes of a tensor that the last cache may hold, from which narrow parts of rows come as fast as whole rows.
 constexpr int64_t kNear = 12 << 20;
 constexpr int64_t kAhead = 2048;      // bytes that a run is asked for before it is read
@@ -83,7 +85,7 @@ struct GroupNorm {
             int64_t cached)
       : samples(samples), channels(channels), groups(groups), positions(positions), last(last) {
     if (last) {
-      const int64_t line = 64 / std::gcd(int64_t{64}, std::max<int64_t>(per_group() * size, 1));
+      const int64_t line = kLine / std::gcd(kLine, std::max<int64_t>(per_group(), 1));
       const int64_t group_bytes = std::max<int64_t>(per_group() * positions * cached, 1);
       together = std::max(kCache / group_bytes / line, int64_t{1}) * line;
       if (together > groups || line * group_bytes > 2 * kCache ||
