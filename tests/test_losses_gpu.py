@@ -951,13 +951,14 @@ def test_cuda_bytes(name):
 
     every = name in ("smooth-focal", "probabilities")
     shapes = [((9, 1000), torch.float32), ((5, 33), torch.bfloat16), ((9, 4501), torch.bfloat16)]
+    shapes += [((9, 60, 33), torch.float32)]  # strided classes
     for shape, dtype in (*shapes, ((9, 10000), torch.bfloat16)):
         x, target = inputs(shape, dtype)
         target, options = target_for(name, x, target), BUDGET_OPTIONS[name](shape[1])
         options.pop("ignore_index", None)
         other = torch.ones(shape, dtype=torch.bool)
         for y in () if name == "probabilities" else target[:2] if isinstance(target, tuple) else (target,):
-            other.scatter_(1, y[:, None], False)
+            other.scatter_(1, y.unsqueeze(1), False)
         held = shape[1] < 10000
         grad = torch.empty_like(x)
         with traffic() as log:

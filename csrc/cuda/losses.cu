@@ -3,15 +3,15 @@
 //
 // Bytes: forward, the logits once; backward, the logits once and the gradient written once. Rows in which
 // every class has a share of its own (probabilities, smoothing with gamma) are walked twice, and the gradient
-// in the forward walks a row once more. A row of contiguous classes waits for that in shared memory, if half
-// of a block's holds it (on sm_90 113 KB: 57,000 classes of bf16); the logits of others, and all
-// probabilities, are read again by the same threads at once, so from L1 or L2, unless the row is split.
+// in the forward walks a row once more. Rows wait for that in shared memory, if half of a block's holds them
+// (on sm_90 some 110 KB: 57,000 contiguous classes of bf16, or 1,600 strided ones); the logits of others, and
+// all probabilities, are read again by the same threads at once, so from L1 or L2, unless the row is split.
 // Beside them only vectors with one element per row or per class. Ignored rows are not read.
 //
 // Launches: forward, one if one block can do everything, else the rows and then the sum of the blocks'
 // losses. Rows split over blocks add a merge, and where every class has a share two launches more for those;
 // smoothing with class weights adds one for their sum, the gradient of a mean in the forward one for what
-// it divides by. Backward, one, or three for long rows in which every class has a share.
+// it divides by. Backward, one, or three for rows that no block holds and in which every class has a share.
 //
 // Rows of contiguous classes are walked by 1 to 32 lanes, or by a block if they are long; few and long rows
 // by several blocks each. Rows of strided classes, such as (N, C, H*W), lie along a warp: one thread each,
@@ -314,21 +314,35 @@ __device__ Partial<A> walk(const Problem<A>& p, const Row<T, MODE>& row, Best<A>
   return part;
 }
 
-// The same where the classes are `stride` apart.
-template <class T, Mode MODE, class A = Arithmetic<T>>
+// A row of classes that are `stride` apart; in shared memory it lies beside the others of its warp.
+template <class T, From FROM>
+struct StridedSource {
+  const T* x;
+  int64_t stride;
+  T* held;
+
+  __device__ T read(int64_t c) const {
+    const T value = FROM == From::held ? held[c * 32] : x[c * stride];
+    if constexpr (FROM == From::memory_to_hold) held[c * 32] = value;
+    return value;
+  }
+};
+
+// The same of such a row.
+template <class T, Mode MODE, From FROM, class A = Arithmetic<T>>
 __device__ Partial<A> walk_strided(const Problem<A>& p, const Row<T, MODE>& row, Best<A>& best,
-                                   bool want_best, const T* x, int64_t stride, int64_t begin, int64_t end,
-                                   int lane, int lanes) {
+                                   bool want_best, const StridedSource<T, FROM>& x, int64_t begin,
+                                   int64_t end, int lane, int lanes) {
   Partial<A> part = nothing<A>();
   int64_t c = begin + lane;
   for (; c + (strided_in_flight - 1) * lanes < end; c += strided_in_flight * lanes) {
     T some[strided_in_flight][1];
 #pragma unroll
-    for (int i = 0; i < strided_in_flight; ++i) some[i][0] = x[(c + i * lanes) * stride];
+    for (int i = 0; i < strided_in_flight; ++i) some[i][0] = x.read(c + i * lanes);
     take(part, best, want_best, some, c, lanes, p, row);
   }
   for (; c < end; c += lanes) {
-    const T one[1][1] = {{x[c * stride]}};
+    const T one[1][1] = {{x.read(c)}};
     take(part, best, want_best, one, c, 0, p, row);
   }
   return part;
@@ -405,16 +419,16 @@ __device__ Sums<A> sum_classes(const Problem<A>& p, const Row<T, dense>& row, co
   return sums;
 }
 
-template <class T, class A = Arithmetic<T>>
+template <class T, From FROM, class A = Arithmetic<T>>
 __device__ Sums<A> sum_classes_strided(const Problem<A>& p, const Row<T, dense>& row,
-                                       const Softmax<A>& softmax, const T* x, int64_t stride, int64_t begin,
-                                       int64_t end, int lane, int lanes) {
+                                       const Softmax<A>& softmax, const StridedSource<T, FROM>& x,
+                                       int64_t begin, int64_t end, int lane, int lanes) {
   Sums<A> sums;
 #pragma unroll 2
   for (int64_t c = begin + lane; c < end; c += lanes) {
     A q[1];
     load_probabilities(q, p, row, c);
-    add_class(sums, p, row, softmax, static_cast<A>(x[c * stride]), c, q[0]);
+    add_class(sums, p, row, softmax, static_cast<A>(x.read(c)), c, q[0]);
   }
   return sums;
 }
@@ -582,16 +596,16 @@ __device__ void write_gradient(const Problem<A>& p, const Row<T, MODE>& row, con
       [&](int64_t c) { some(std::integral_constant<int, 1>(), c, 0); });
 }
 
-template <class T, Mode MODE, class A = Arithmetic<T>>
+template <class T, Mode MODE, From FROM, class A = Arithmetic<T>>
 __device__ void write_gradient_strided(const Problem<A>& p, const Row<T, MODE>& row,
-                                       const Slope<T, MODE>& slope, const T* from, int64_t stride, T* to,
+                                       const Slope<T, MODE>& slope, const StridedSource<T, FROM>& from, T* to,
                                        int64_t to_stride, int64_t begin, int64_t end, int lane, int lanes) {
   constexpr int most = MODE == dense ? dense_in_flight : strided_in_flight;
   for (int64_t c = begin + lane; c < end; c += most * lanes) {
     T values[most];
 #pragma unroll
     for (int i = 0; i < most; ++i)
-      values[i] = row.kept && c + i * lanes < end ? from[(c + i * lanes) * stride] : T(0.f);
+      values[i] = row.kept && c + i * lanes < end ? from.read(c + i * lanes) : T(0.f);
 #pragma unroll
     for (int i = 0; i < most; ++i) {
       const int64_t at = c + i * lanes;
@@ -768,10 +782,11 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
 }
 
 // Rows of strided classes: 32 neighbouring rows per block, their classes dealt out to its warps.
-template <class T, Mode MODE, class A = Arithmetic<T>>
+template <class T, Mode MODE, bool HOLD, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(32 * class_lanes, sizeof(T) == 8 || MODE == dense ? 1 : 2)
     forward_strided(Problem<A> p, Logits<const T> x, Logits<T> grad, Results<A> out, int64_t split) {
   alignas(16) __shared__ unsigned char shared[class_lanes * 32 * slot];
+  DYN_SMEM(unsigned char, memory);
   const int64_t begin = blockIdx.y * split, end = begin + split < p.classes ? begin + split : p.classes;
   const int lane = threadIdx.y;
   const bool want_argmax = MODE != plain && out.argmax && out.stage != Stage::sums;
@@ -781,13 +796,14 @@ __global__ void __launch_bounds__(32 * class_lanes, sizeof(T) == 8 || MODE == de
     const int64_t r = first + threadIdx.x;
     const bool mine = lane == 0 && r < p.rows;
     const Row<T, MODE> row(p, x, r);
-    const T* from = p.row(x, r);
+    T* held = HOLD ? reinterpret_cast<T*>(memory) + threadIdx.x : nullptr;
+    const StridedSource<T, HOLD ? From::memory_to_hold : From::memory> once = {p.row(x, r), x.stride_c, held};
+    const StridedSource<T, HOLD ? From::held : From::memory> again = {once.x, once.stride, held};
     Softmax<A> softmax = {0, 0};
     Partial<A> part = nothing<A>();
     Best<A> best;
     if (MODE != dense || out.stage != Stage::sums) {
-      if (row.kept)
-        part = walk_strided(p, row, best, want_argmax, from, x.stride_c, begin, end, lane, class_lanes);
+      if (row.kept) part = walk_strided(p, row, best, want_argmax, once, begin, end, lane, class_lanes);
       part = merge_columns(part, shared);
       if (want_argmax) best = merge_columns(best, shared);
       if (out.stage == Stage::parts) {
@@ -801,8 +817,7 @@ __global__ void __launch_bounds__(32 * class_lanes, sizeof(T) == 8 || MODE == de
     }
     Sums<A> sums;
     if constexpr (MODE == dense) {
-      if (row.kept)
-        sums = sum_classes_strided(p, row, softmax, from, x.stride_c, begin, end, lane, class_lanes);
+      if (row.kept) sums = sum_classes_strided(p, row, softmax, again, begin, end, lane, class_lanes);
       sums = merge_columns(sums, shared);
       if (out.stage == Stage::sums) {
         if (mine) leave_row_sums(p, out, r, sums);
@@ -813,8 +828,8 @@ __global__ void __launch_bounds__(32 * class_lanes, sizeof(T) == 8 || MODE == de
     if constexpr (MODE != plain)
       if (grad.data && r < p.rows) {
         const Slope<T, MODE> slope(p, row, softmax, sums.slope, incoming);
-        write_gradient_strided(p, row, slope, from, x.stride_c, p.row(grad, r), grad.stride_c, begin, end,
-                               lane, class_lanes);
+        write_gradient_strided(p, row, slope, again, p.row(grad, r), grad.stride_c, begin, end, lane,
+                               class_lanes);
       }
   }
   if (out.stage == Stage::whole) leave_sums<T>(p, out, losses, weights);
@@ -949,18 +964,31 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
 }
 
 // Rows of strided classes: 32 rows per block; blockIdx.y is the chunk of the classes.
-template <class T, Mode MODE, class A = Arithmetic<T>>
+template <class T, Mode MODE, bool HOLD, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(32 * class_lanes, sizeof(T) == 8 || MODE == dense ? 1 : 2)
     backward_strided(Problem<A> p, Logits<const T> x, Logits<T> grad, Incoming<A> in, int64_t chunk) {
+  alignas(16) __shared__ unsigned char shared[HOLD ? class_lanes * 32 * slot : 16];
+  DYN_SMEM(unsigned char, memory);
   const int64_t r = int64_t(blockIdx.x) * 32 + threadIdx.x;
-  if (r >= p.rows) return;
+  if (!HOLD && r >= p.rows) return;
   const Row<T, MODE> row(p, x, r);
-  const Softmax<A> softmax = {in.lse[r], in.lse[p.rows + r]};
-  const Slope<T, MODE> slope(p, row, softmax, MODE == dense ? in.slopes[r] : A(0),
-                             incoming_gradient<T>(p, in, r));
   const int64_t begin = blockIdx.y * chunk, end = begin + chunk < p.classes ? begin + chunk : p.classes;
-  write_gradient_strided(p, row, slope, p.row(x, r), x.stride_c, p.row(grad, r), grad.stride_c, begin, end,
-                         threadIdx.y, class_lanes);
+  Softmax<A> softmax = {0, 0};
+  if (r < p.rows) softmax = {in.lse[r], in.lse[p.rows + r]};
+  T* held = HOLD ? reinterpret_cast<T*>(memory) + threadIdx.x : nullptr;
+  const StridedSource<T, HOLD ? From::held : From::memory> again = {p.row(x, r), x.stride_c, held};
+  Sums<A> sums;
+  if constexpr (HOLD) {
+    const StridedSource<T, From::memory_to_hold> once = {again.x, again.stride, held};
+    if (row.kept) sums = sum_classes_strided(p, row, softmax, once, begin, end, threadIdx.y, class_lanes);
+    sums = merge_columns(sums, shared);
+    if (r >= p.rows) return;
+  } else if constexpr (MODE == dense) {
+    sums.slope = in.slopes[r];
+  }
+  const Slope<T, MODE> slope(p, row, softmax, sums.slope, incoming_gradient<T>(p, in, r));
+  write_gradient_strided(p, row, slope, again, p.row(grad, r), grad.stride_c, begin, end, threadIdx.y,
+                         class_lanes);
 }
 
 template <class T, class A = Arithmetic<T>>
@@ -1132,8 +1160,10 @@ struct Prepared {
 
   // The shared memory that a block's rows can wait in, with room for a second block; else 0.
   int64_t room() const {
-    const int64_t bytes = shape.threads / shape.lanes * held_bytes<T>(p.classes);
-    return shape.contiguous && shape.splits == 1 && bytes <= (shared_bytes - 4096) / 2 ? bytes : 0;
+    const int64_t bytes = shape.contiguous ? shape.threads / shape.lanes * held_bytes<T>(p.classes)
+                                           : 32 * p.classes * int64_t(sizeof(T));
+    const int64_t beside = shape.contiguous ? 2048 : 8192;  // at most, of other shared memory
+    return shape.splits == 1 && bytes <= shared_bytes / 2 - beside ? bytes : 0;
   }
 };
 
@@ -1146,21 +1176,22 @@ void prepare_factors(const Prepared<T, A>& c, cudaStream_t stream) {
 template <class T, Mode MODE, class A>
 void launch_rows(const Prepared<T, A>& c, const Results<A>& out, const Logits<T>& grad, cudaStream_t stream) {
   auto* rows = forward_rows<T, MODE, false>;
-  auto* strided = forward_strided<T, MODE>;
+  auto* strided = forward_strided<T, MODE, false>;
   const dim3 grid(unsigned(c.shape.blocks), unsigned(c.shape.splits));
   const bool again = out.stage == Stage::whole && (MODE == dense || grad.data);
+  const int64_t room = MODE != plain && again ? c.room() : 0;
   if constexpr (MODE != plain)
-    if (const int64_t room = again ? c.room() : 0) {
+    if (room) {
       rows = forward_rows<T, MODE, true>;
-      if (allow(rows, room) == cudaSuccess)
-        LAUNCH(rows, grid, dim3(c.shape.threads), size_t(room), stream, c.p, c.x, grad, out, c.shape.lanes,
-               c.shape.split);
-      return;
+      strided = forward_strided<T, MODE, true>;
+      if ((c.shape.contiguous ? allow(rows, room) : allow(strided, room)) != cudaSuccess) return;
     }
+  const auto bytes = size_t(room);
   if (c.shape.contiguous)
-    LAUNCH(rows, grid, dim3(c.shape.threads), 0, stream, c.p, c.x, grad, out, c.shape.lanes, c.shape.split);
+    LAUNCH(rows, grid, dim3(c.shape.threads), bytes, stream, c.p, c.x, grad, out, c.shape.lanes,
+           c.shape.split);
   else
-    LAUNCH(strided, grid, dim3(32, class_lanes), 0, stream, c.p, c.x, grad, out, c.shape.split);
+    LAUNCH(strided, grid, dim3(32, class_lanes), bytes, stream, c.p, c.x, grad, out, c.shape.split);
 }
 
 template <class T, Mode MODE, class A>
@@ -1174,14 +1205,19 @@ int64_t launch_merge(const Prepared<T, A>& c, const Results<A>& out, cudaStream_
 template <class T, Mode MODE, class A>
 void launch_gradient(const Prepared<T, A>& c, Incoming<A> in, cudaStream_t stream) {
   auto* rows = backward_rows<T, MODE, false>;
-  auto* strided = backward_strided<T, MODE>;
+  auto* strided = backward_strided<T, MODE, false>;
   if constexpr (MODE == dense)
     if (!in.slopes) {
-      const int64_t room = c.room(), blocks = ceil_div(c.p.rows, c.shape.threads / c.shape.lanes);
+      const int64_t room = c.room(), group = c.shape.contiguous ? c.shape.threads / c.shape.lanes : 32;
+      const dim3 grid(unsigned(ceil_div(c.p.rows, group)));
       rows = backward_rows<T, MODE, true>;
-      if (allow(rows, room) == cudaSuccess)
-        LAUNCH(rows, dim3(unsigned(blocks)), dim3(c.shape.threads), size_t(room), stream, c.p, c.x, c.grad,
-               in, c.shape.lanes, c.p.classes, int64_t{1});
+      strided = backward_strided<T, MODE, true>;
+      if ((c.shape.contiguous ? allow(rows, room) : allow(strided, room)) != cudaSuccess) return;
+      if (c.shape.contiguous)
+        LAUNCH(rows, grid, dim3(c.shape.threads), size_t(room), stream, c.p, c.x, c.grad, in, c.shape.lanes,
+               c.p.classes, int64_t{1});
+      else
+        LAUNCH(strided, grid, dim3(32, class_lanes), size_t(room), stream, c.p, c.x, c.grad, in, c.p.classes);
       return;
     }
   if (c.shape.contiguous && c.alike()) {
