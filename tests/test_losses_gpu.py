@@ -351,6 +351,16 @@ def test_the_forward_tells_losses_argmax_and_gradient(backend, shape, reduction)
 
 
 @ours
+@pytest.mark.parametrize("name", ["all", "smooth-focal", "probabilities"])
+def test_the_gradient_in_the_forward_may_lie_otherwise_than_the_logits(backend, name):
+    for shape, layout in (((40, 12), "strided"), ((40, 12), "transposed"), ((9, 12, 33), "transposed")):
+        x, target = inputs(shape, layout=layout)
+        target, options = target_for(name, x, target), BUDGET_OPTIONS[name](12)
+        grad = run_extra(backend, x, target, torch.empty(shape), **options).grad
+        torch.testing.assert_close(grad, expect(x, target, **options).grad, rtol=1e-5, atol=1e-7)
+
+
+@ours
 def test_extras_come_alone_too(backend):
     x, target = inputs((20, 300))
     want = run(backend, x, target)

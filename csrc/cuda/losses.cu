@@ -1273,7 +1273,7 @@ cudaError_t forward(Prepared<T, A>& c, cudaStream_t stream) {
   if (c.p.reduction != reduction_none && blocks > 1)
     LAUNCH(sum_blocks<T>, dim3(1), dim3(1024), 0, stream, c.p, out, blocks);
   if (wanted && !in_rows) {
-    c.in.slopes = out.slopes;
+    if (split) c.in.slopes = out.slopes;  // which the merge has left there
     c.p.target_logits = out.target_logits;
     return backward<T, MODE>(c, stream);
   }
