@@ -282,6 +282,13 @@ def test_cuda_offsets_beyond_two_to_the_32_elements():
     assert (average[-3:].tolist(), halves.tolist()) == ([1.0] * 3, [3.5] * 3)
 
 
+def cuda_calls():
+    """What the sanitizers watch."""
+    for seed in (None, 5):
+        test_cuda_kernel_equals_the_reference_for_every_pair_of_dtypes(seed)
+    test_cuda_swap_and_lerp()
+
+
 @needs_nvcc
 @pytest.mark.slow
 def test_cuda_kernels_do_not_spill():

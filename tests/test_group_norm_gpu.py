@@ -11,7 +11,7 @@ from fastreg import _backends
 from fastreg.testing import DTYPES
 from tests import group_norm_cudahost
 from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
-from tests.proving import cubin, cudahost
+from tests.proving import cubin
 from tests.test_group_norm import ACTIVATIONS, affine, judge, tensor
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -300,13 +300,6 @@ def cuda_calls():
             x = laid_out(tensor(*shape, dtype=torch.bfloat16), layout)
             run_cuda(x, groups, *affine(shape[1]), "silu", x, x)
     run_cuda(tensor(2, 12, 40) * 1e30, 3, *affine(12), "gelu", None, tensor(2, 12, 40))
-
-
-@needs_cudahost
-@pytest.mark.slow
-@pytest.mark.parametrize(("sanitizer", "seed"), [("address", 0), ("thread", 0), ("thread", 1)])
-def test_cuda_under_sanitizers(sanitizer, seed):
-    assert cudahost.run_sanitized(sanitizer, "tests.test_group_norm_gpu:cuda_calls", seed=seed) == ""
 
 
 @needs_nvcc

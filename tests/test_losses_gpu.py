@@ -14,7 +14,7 @@ from fastreg.losses import cross_entropy_reference, sigmoid_focal_loss_reference
 from fastreg.testing import assert_accurate, with_layout
 from tests import losses_cudahost
 from tests.machine import device_of, move, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas
-from tests.proving import cubin, cudahost
+from tests.proving import cubin
 from tests.test_losses import far_apart
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -977,10 +977,3 @@ def test_cuda_bytes(name):
         with traffic() as log:
             run("host", x, target, **options)
         assert (log.reads(x)[other] == 2 * (1 if held else 1 + every)).all() and (log.writes(x) == 0).all()
-
-
-@needs_cudahost
-@pytest.mark.slow
-@pytest.mark.parametrize(("sanitizer", "seed"), [("address", 0), ("thread", 0), ("thread", 1), ("thread", 2)])
-def test_cuda_under_sanitizers(sanitizer, seed):
-    assert cudahost.run_sanitized(sanitizer, "tests.test_losses_gpu:cuda_calls", seed=seed) == ""

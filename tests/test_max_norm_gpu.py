@@ -202,13 +202,6 @@ def cuda_calls():
     project([torch.randn(5, 7, 6, 2).transpose(1, 3)], torch.rand(6), dim=2, tau=1.5)
 
 
-@needs_cudahost
-@pytest.mark.slow
-@pytest.mark.parametrize(("sanitizer", "seed"), [("address", 0), ("thread", 0), ("thread", 1)])
-def test_cuda_under_sanitizers(sanitizer, seed):
-    assert cudahost.run_sanitized(sanitizer, "tests.test_max_norm_gpu:cuda_calls", seed=seed) == ""
-
-
 @needs_nvcc
 @pytest.mark.slow
 def test_cuda_kernels_do_not_spill():

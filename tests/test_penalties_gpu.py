@@ -146,13 +146,6 @@ def cuda_calls():
     patch.undo()
 
 
-@needs_cudahost
-@pytest.mark.slow
-@pytest.mark.parametrize(("sanitizer", "seed"), [("address", 0), ("thread", 0), ("thread", 1)])
-def test_cuda_under_sanitizers(sanitizer, seed):
-    assert cudahost.run_sanitized(sanitizer, "tests.test_penalties_gpu:cuda_calls", seed=seed) == ""
-
-
 @needs_nvcc
 @pytest.mark.slow
 def test_cuda_kernels_do_not_spill():
