@@ -171,7 +171,8 @@ def group_norm_reference(
     wide = input.dtype == torch.float64 or input.device.type == "cpu"
     compute = torch.float64 if wide else torch.float32
     # Only views and pointwise operations on the whole tensor: they keep its memory format.
-    x = input.to(compute).unflatten(1, (num_groups, input.shape[1] // num_groups))
+    samples, channels, *positions = input.shape
+    x = input.to(compute).reshape(samples, num_groups, channels // num_groups, *positions)
     within = list(range(2, x.dim()))
     count = math.prod(x.shape[2:])
     x = x - x.sum(within, keepdim=True) / count

@@ -375,9 +375,8 @@ class ChannelShrinkage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() > 2:  # the mean of |x| is a norm, which takes one read
-            size = (
-                (row_norms(x.flatten(2).flatten(0, 1), 1.0) / x.shape[2:].numel()).to(x.dtype).unflatten(0, x.shape[:2])
-            )
+            size = row_norms(x.flatten(2).flatten(0, 1), 1.0) / x.shape[2:].numel()
+            size = size.to(x.dtype).reshape(x.shape[:2])
         else:
             size = x.abs()
         return soft_threshold(x, size * self.fc(size))
