@@ -41,6 +41,7 @@ _small = _ops.kernels("cross_entropy_small")["cpu"]
 _INT64, _FP16, _FP32 = torch.int64, torch.float16, torch.float32
 _current_level = torch._C._functorch.maybe_current_level
 _is_autocast_enabled = torch.is_autocast_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # without a device to parse
 _is_compiling = torch.compiler.is_compiling
 _REDUCTION = {name: index for index, name in enumerate(_ops.REDUCTIONS)}
 
@@ -136,9 +137,9 @@ def cross_entropy(
         and not _is_compiling()
         and _small_ready()
     ):
-        widen = dtype is not _FP32 and _is_autocast_enabled("cpu")
+        widen = dtype is not _FP32 and _is_any_autocast_enabled() and _is_autocast_enabled("cpu")
         try:
-            return _small_cross_entropy(input, target, ignore_index, _REDUCTION[reduction], widen)
+            return _small_cross_entropy(input, target, (ignore_index, _REDUCTION[reduction], widen))
         except (RuntimeError, IndexError, TypeError):
             pass  # what is wrong is said below in this function's own words
 
@@ -453,23 +454,23 @@ class _CrossEntropy(torch.autograd.Function):
 
 class _SmallCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, target, ignore_index, reduction, fp32_loss):
-        loss, grad = _small(input, target, ignore_index, reduction, fp32_loss)
+    def forward(ctx, input, target, options):
+        loss, ctx.made = _small(input, target, *options)
         ctx.save_for_backward(input, target)
-        ctx.made = grad, ignore_index, reduction
+        ctx.options = options
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad, ignore_index, reduction = ctx.made
-        ctx.made = None, ignore_index, reduction  # handed over once; a second backward makes its own
+        grad, ctx.made = ctx.made, None  # handed over once; a second backward makes its own
         try:
             factor = grad_loss.item()
         except RuntimeError:
             factor = None  # one of many, under vmap
         if factor == 1.0 and grad is not None and not torch.is_grad_enabled():
-            return grad, None, None, None, None
+            return grad, None, None
         input, target = ctx.saved_tensors
+        ignore_index, reduction, _ = ctx.options
         if torch.is_grad_enabled():  # create_graph: a second derivative may be asked for
             named = _ops.REDUCTIONS[reduction]
             loss = cross_entropy_reference(input, target, ignore_index=ignore_index, reduction=named)
@@ -482,7 +483,7 @@ class _SmallCrossEntropy(torch.autograd.Function):
             if grad is None:
                 _, grad = _small(input, target, ignore_index, reduction, False)
             grad = grad * grad_loss if factor is None else grad.mul_(factor)
-        return grad, None, None, None, None
+        return grad, None, None
 
 
 _small_cross_entropy = super(torch.autograd.Function, _SmallCrossEntropy).apply  # see _apply
