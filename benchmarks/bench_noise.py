@@ -142,7 +142,9 @@ channel_shrinkage = Bench(
 
 @channel_shrinkage.inputs
 def block(shape, dtype, device):
-    x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    # Maps of different sizes: BatchNorm magnifies what tells them apart, which must be more than rounding.
+    sizes = 0.5 + torch.rand(*shape[:2], 1, 1, device=device, dtype=dtype)
+    x = (sizes * torch.randn(shape, device=device, dtype=dtype)).requires_grad_()
     return SimpleNamespace(x=x, block=fastreg.nn.ChannelShrinkage(shape[1]).to(device, dtype))
 
 
