@@ -1,5 +1,5 @@
 # make demo   an environment in .venv, the package with whatever can be built, and the main job on real images
-# make test   the same, and the test suite          (ARGS="…" goes to the program or to pytest)
+# make test   the same, and the test suite          (ARGS="…" goes to the program or to pytest; -n 0: one process)
 #
 # TORCH and TRITON choose what is installed; TRITON= leaves triton out. FASTREG_BUILD_CPU and FASTREG_BUILD_CUDA
 # (0 or 1) are passed to the build.
@@ -21,7 +21,7 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	@$(PY) -m fastreg --summary
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 test-all: $(VENV)/test
 	@$(PY) -m fastreg --summary
