@@ -180,6 +180,7 @@ def test_values_and_gradients_of_matrices(ours, shape, dtype):
     torch.testing.assert_close(grads.double(), w.detach().double() / exact[:, None], rtol=2 * eps + order, atol=0)
 
 
+@needs_cudahost
 def test_few_elements_per_row_fill_the_lanes():
     """Rows of 27 fp32 elements: 8 vectors, which 4 lanes of a warp share, so that a block treats 32 rows at a time."""
     w = torch.randn(1000, 27)
