@@ -13,7 +13,8 @@ import triton.language as tl
 
 from .max_norm import _bits, _float64
 
-TILE = 4096  # elements
+TILE = 4096  # elements of a long run
+SHORT = 1024  # elements of several short ones, each of which needs an address of its own: 4096 spill
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def _drop_path(
 def _tile(runs: int, length: int) -> tuple[int, int]:
     """(runs, elements) of a tile."""
     block = min(TILE, triton.next_power_of_2(max(length, 16)))
-    return min(TILE // block, triton.next_power_of_2(runs)), block
+    return min(max(1, SHORT // block), triton.next_power_of_2(runs)), block
 
 
 def drop_path(x, mask, p, residual):
