@@ -10,6 +10,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -53,6 +54,24 @@ needs_ptxas = _skip(cubin.triton_missing())
 needs_nvcc = _skip(cubin.nvcc_missing())
 needs_cudahost = _skip(cudahost_missing())
 needs_sanitizers = pytest.mark.usefixtures("sanitizers")
+
+
+def gpu_kernels(put_on_host: Callable[[pytest.MonkeyPatch], None]) -> Callable:
+    """A fixture: the kernels for a GPU that run here without one, Triton's in its interpreter, and CUDA's on the host,
+    which `put_on_host` puts in the place of the C++ ones."""
+
+    @pytest.fixture(
+        params=[pytest.param("triton", marks=needs_interpreter), pytest.param("cuda on the host", marks=needs_cudahost)]
+    )
+    def ours(request, monkeypatch):
+        from fastreg import use_backend
+
+        if request.param != "triton":
+            put_on_host(monkeypatch)
+        with use_backend("triton" if request.param == "triton" else "cpu"):
+            yield request.param
+
+    return ours
 
 
 def backends(op: str) -> list:

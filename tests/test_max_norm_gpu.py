@@ -7,7 +7,7 @@ import torch
 
 import fastreg
 from fastreg import _ops, _plan
-from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas, no_sync
+from tests.machine import gpu_kernels, needs_cuda, needs_cudahost, needs_nvcc, needs_ptxas, no_sync
 from tests.proving import cubin, cudahost
 
 max_norm = import_module("fastreg.max_norm")  # the name in the package is the function
@@ -109,14 +109,7 @@ def test_cuda_accesses_are_wide_whatever_the_offset():
         assert wide == 0 and log[0].moved < 2.2 * w.nbytes
 
 
-@pytest.fixture(
-    params=[pytest.param("triton", marks=needs_interpreter), pytest.param("cuda on the host", marks=needs_cudahost)]
-)
-def ours(request, monkeypatch):
-    if request.param != "triton":
-        put_on_host(monkeypatch)
-    with fastreg.use_backend("triton" if request.param == "triton" else "cpu"):
-        yield request.param
+ours = gpu_kernels(put_on_host)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])

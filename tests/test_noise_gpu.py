@@ -5,7 +5,7 @@ import torch
 
 import fastreg
 from fastreg import _plan, noise
-from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas, no_sync
+from tests.machine import gpu_kernels, needs_cuda, needs_nvcc, needs_ptxas, no_sync
 from tests.proving import cubin, cudahost
 
 LAUNCHERS = ("drop_path", "soft_threshold", "soft_threshold_backward")
@@ -43,14 +43,7 @@ def put_on_host(monkeypatch):
     monkeypatch.setitem(noise._shrink_backward, "cpu", soft_threshold_backward)
 
 
-@pytest.fixture(
-    params=[pytest.param("triton", marks=needs_interpreter), pytest.param("cuda on the host", marks=needs_cudahost)]
-)
-def ours(request, monkeypatch):
-    if request.param != "triton":
-        put_on_host(monkeypatch)
-    with fastreg.use_backend("triton" if request.param == "triton" else "cpu"):
-        yield request.param
+ours = gpu_kernels(put_on_host)
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 5, 7), (5, 9001), (40, 3)], ids=str)

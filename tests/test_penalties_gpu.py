@@ -9,7 +9,7 @@ from torch import nn
 
 import fastreg
 from fastreg import _plan, penalties
-from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas, no_sync
+from tests.machine import gpu_kernels, needs_cuda, needs_interpreter, needs_nvcc, needs_ptxas, no_sync
 from tests.proving import cubin, cudahost
 
 LAUNCHERS = ("lp_norms", "lp_penalty_backward", "fgm_attack", "fgm_restore")
@@ -55,14 +55,12 @@ def put_on_host(monkeypatch):
         monkeypatch.setitem(getattr(penalties, attribute), "cpu", kernel)
 
 
-@pytest.fixture(
-    params=[pytest.param("triton", marks=needs_interpreter), pytest.param("cuda on the host", marks=needs_cudahost)]
-)
-def ours(request, monkeypatch):
-    if request.param != "triton":
-        put_on_host(monkeypatch)
-    with fastreg.use_backend("triton" if request.param == "triton" else "cpu"):
-        yield request.param
+ours = gpu_kernels(put_on_host)
+
+
+@pytest.fixture(autouse=True)
+def nothing_behind():
+    yield
     behind.clear()
 
 
