@@ -44,7 +44,6 @@ SUM_BLOCK = 1024  # sums of programs that a program of the second stage adds
 NONE, MEAN = tl.constexpr(0), tl.constexpr(1)  # reductions; the third is the sum
 NOWHERE = tl.constexpr(2**31 - 1)  # a class above all others
 RESIDENT = 16384  # elements of a row that is kept in registers to be used twice
-
 # The assertion on targets stays on, without one per integer addition. Sizes are plain values, so that the last,
 # smaller batch of an epoch compiles nothing: what the compiler must know comes through UNIT.
 _kernel = triton.jit(
@@ -1126,6 +1125,7 @@ class _Tile:
     warps: int
     splits: int  # programs that share a row's blocks
     fold: int = 1  # strips of a block that lie in one thread, one below the other, as vectors of 16 bytes
+    registers: int | None = None  # the limit for a thread, where there must be one
 
 
 def _power_of_2(n: int) -> int:
@@ -1154,6 +1154,10 @@ def _tile(
 
     Where a row is needed twice, tiles of up to `whole` elements hold whole rows, in up to 16 warps; rows side by side
     then give up some of their lines, down to a sector of 32 bytes. `half` halves what a thread holds in every tile.
+
+    Whole rows whose pitch is not a multiple of 16 bytes get the limit of registers that 16 warps have anyway: many
+    rows' addresses, or a row's two ends, stand in registers too, and without a limit ptxas spills one value of them
+    where that fits another block.
     """
     width = _power_of_2(classes)
     lanes = 1 if layout.fast != "row" else min(_power_of_2(inner), 128 // itemsize)
@@ -1177,7 +1181,8 @@ def _tile(
         rows *= 2
     if total * width * itemsize <= limit and outer == 1:
         rows = _power_of_2(max(1, inner))  # one program does it all, and no second launch is needed
-    return _Tile(rows, width, True, min(16, max(1, rows * width * itemsize // (1024 if half else 2048))), 1)
+    warps = min(16, max(1, rows * width * itemsize // (1024 if half else 2048)))
+    return _Tile(rows, width, True, warps, 1, registers=128 if layout.unit * itemsize < 16 else None)
 
 
 @functools.cache
@@ -1287,7 +1292,7 @@ class _Call:
             *self.sizes, self.layout.phase, *self.x_units, *self.target_units, *self.pair_strides, *self.row_strides,
             *self.options, -(-self.classes // tile.block // tile.splits),
             ROWS=tile.rows, BLOCK=tile.block, **self.layout_flags, **self.flags,
-            num_warps=tile.warps, sanitize_overflow=False,
+            num_warps=tile.warps, maxnreg=tile.registers, sanitize_overflow=False,
         )  # fmt: skip
         return sums
 
@@ -1323,7 +1328,7 @@ class _Call:
             *self.options, self.z_loss,
             ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole, SPLITS=_power_of_2(splits),
             **self.layout_flags, **self.flags, Z_LOSS=self.z_loss != 0,
-            num_warps=tile.warps, sanitize_overflow=False,
+            num_warps=tile.warps, maxnreg=tile.registers, sanitize_overflow=False,
         )  # fmt: skip
 
 
@@ -1378,7 +1383,7 @@ def cross_entropy_forward_extra(
             *call.sizes, call.layout.phase, *call.x_units, *call.target_units, *call.pair_strides, *call.grad_units,
             *call.row_strides, *call.options, z_loss, -(-call.classes // tile.block // tile.splits),
             ROWS=tile.rows, BLOCK=tile.block, FOLD=tile.fold, WHOLE=tile.whole, SPLIT=split, **call.layout_flags,
-            **flags, LOWEST=lowest, num_warps=tile.warps, sanitize_overflow=False,
+            **flags, LOWEST=lowest, num_warps=tile.warps, maxnreg=tile.registers, sanitize_overflow=False,
         )  # fmt: skip
         if split:
             _merge_splits[(programs,)](

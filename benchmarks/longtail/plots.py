@@ -69,7 +69,7 @@ def weight_norms(pyplot, rows: Rows):
         panel.set_title(BY_NAME[method].title)
         panel.set_ylim(0, 1.15 * max(norms))
         few_ticks(panel, len(norms))
-    figure.suptitle("Norm of each class's classifier weights (each panel has its own scale)")
+    figure.suptitle("Norm of each class's classifier weights (blue: the article's five; each panel has its own scale)")
     figure.supxlabel("class, from frequent to rare")
     figure.supylabel("weight norm")
     return figure
