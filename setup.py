@@ -8,11 +8,13 @@ install when the build fails. The outcome goes to fastreg/_build.json, which `py
 import json
 import os
 import platform
+import runpy
 import shlex
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -54,6 +56,18 @@ def find_torch():
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
         raise RuntimeError(f"torch {torch.__version__} is too old: the stable ABI needs 2.11")
     return torch
+
+
+@cache
+def operators() -> str:
+    """What an extension bears, so that it never serves operators that are declared otherwise."""
+    return runpy.run_path(str(ROOT / "fastreg" / "_ops.py"))["DIGEST"]
+
+
+def naming(extension: str, source: str) -> list[str]:
+    if not source.endswith("module.cpp"):
+        return []
+    return [f"-DFASTREG_MODULE={extension.rpartition('.')[2]}", f"-DFASTREG_OPERATORS={operators()}"]
 
 
 def run(command: list[str]) -> None:
@@ -155,7 +169,7 @@ class BuildNative(build_ext):
                         target,
                         *CXX_FLAGS,
                         *STABLE_ABI,
-                        f"-DFASTREG_MODULE={extension.name.rpartition('.')[2]}",
+                        *naming(extension.name, source),
                         *include,
                         *python,
                         *extra,

@@ -4,7 +4,10 @@ import importlib
 import json
 from pathlib import Path
 
+from . import _ops
+
 _BUILD = Path(__file__).with_name("_build.json")
+_FUNCTIONS = {"cpu": ("recognise", "describe", "unchanged", "same_values"), "cuda": ()}  # what _plan.py calls
 
 
 def build_outcome() -> dict[str, str]:
@@ -18,12 +21,14 @@ def build_outcome() -> dict[str, str]:
 def _load(kind: str) -> str | None:
     """Imports `fastreg._C_<kind>`, which registers its operators. Returns the reason if that fails."""
     try:
-        importlib.import_module(f"fastreg._C_{kind}")
+        extension = importlib.import_module(f"fastreg._C_{kind}")
     except ModuleNotFoundError:
         outcome = build_outcome().get(kind, "not built: no build has been run in this checkout")
         return outcome if outcome.startswith("not built") else "built, but its file is gone: build again"
     except ImportError as error:  # A binary that cannot load must never break `import fastreg`.
         return f"built, but it cannot be loaded: {error}"
+    if getattr(extension, "operators", None) != _ops.DIGEST or not all(hasattr(extension, f) for f in _FUNCTIONS[kind]):
+        return "built from other sources, whose operators differ from those declared now: build again"
     return None
 
 

@@ -6,18 +6,21 @@ call goes straight from Python into the kernel. The C++ extensions register `.cp
 the function of the same name in `tritonkernels`, imported at its first call.
 """
 
+import hashlib
 import importlib
 from collections.abc import Callable
 
 import torch
 
 KERNEL_BACKENDS = ("cpu", "cuda", "triton")
+_declared: list[str] = []
 
 
 def _define(name: str, schema: str, fake: Callable, module: str, backends: tuple[str, ...] = KERNEL_BACKENDS) -> None:
     for backend in backends:
         overload = f"fastreg::{name}.{backend}"
         torch.library.define(overload, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _declared.append(overload + schema)
         torch.library.register_fake(overload, fake)
         if backend == "triton":
 
@@ -301,3 +304,6 @@ _define("average_swap", f"({_PLAN}) -> ()", lambda *args: None, "averaging")
 # ---- what was built --------------------------------------------------------------------------------------
 CAPABILITIES = ("baseline", "AVX2", "AVX-512")
 torch.library.define("fastreg::cpu_capability", "() -> int")
+
+DIGEST = hashlib.sha256("\n".join(_declared).encode()).hexdigest()[:16]
+"""Of every declaration above. An extension bears that of the declarations it was built for: see _native.py."""

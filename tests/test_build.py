@@ -8,11 +8,12 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastreg import _native
+from fastreg import _native, _ops
 
 ROOT = Path(__file__).parents[1]
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on the PATH")
@@ -144,6 +145,14 @@ def test_a_binary_that_is_gone_is_not_reported_as_built(tmp_path, monkeypatch):
     monkeypatch.setattr(_native, "_BUILD", record)
     monkeypatch.setitem(sys.modules, "fastreg._C_cpu", None)  # as if there were no such file
     assert _native._load("cpu") == "built, but its file is gone: build again"
+
+
+@pytest.mark.parametrize("stale", [{}, {"operators": "of another declaration"}, {"operators": _ops.DIGEST}])
+def test_a_binary_of_other_sources_is_not_used(stale, monkeypatch):
+    """Its kernels would read arguments that are not there; the last one lacks the functions of the plan."""
+    monkeypatch.setitem(sys.modules, "fastreg._C_cpu", SimpleNamespace(**stale))
+    assert _native._load("cpu").startswith("built from other sources")
+    assert _native._load("cpu").endswith("build again")
 
 
 def test_torch_pin_matches_the_declared_minimum():
