@@ -6,14 +6,12 @@
 //           counter; the last block to finish advances the counter, so that no other can see it change.
 // Accesses  128 bits where all addresses of a row are multiples of 16 bytes; other rows go by elements.
 // Numerics  fp32 (fp64 where either side is), one rounding; the weights in fp64.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <type_traits>
 
 #include "averaging.h"
 #include "cuda/averaging_launch.h"
+#include "cuda/elements.h"
 #include "cuda/launch.h"
 
 namespace fastreg::cuda {
@@ -44,26 +42,6 @@ __device__ T* address(const int64_t* row, int column) {
   return reinterpret_cast<T*>(row[column]);
 }
 
-template <class A, class T>
-__device__ A widen(T x) {
-  if constexpr (std::is_same_v<T, __half>)
-    return __half2float(x);
-  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    return __bfloat162float(x);
-  else
-    return static_cast<A>(x);
-}
-
-template <class T, class A>
-__device__ T narrow(A x) {
-  if constexpr (std::is_same_v<T, __half>)
-    return __float2half_rn(static_cast<float>(x));
-  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    return __float2bfloat16_rn(static_cast<float>(x));
-  else
-    return static_cast<T>(x);
-}
-
 // G elements, moved in 16-byte accesses.
 template <class T, int G>
 struct alignas(16) Group {
@@ -84,21 +62,21 @@ struct alignas(16) Group {
 // One element of one average.
 template <class P, class S, class A>
 __device__ S averaged(S average, P param, double weight, A w, bool stochastic, uint32_t key, int64_t index) {
-  const A s = widen<A>(average), p = widen<A>(param), difference = p - s;
+  const A s = static_cast<A>(widen(average)), p = static_cast<A>(widen(param)), difference = p - s;
   const A x = w < A(0.5) ? s + difference * w : p + difference * (w - A(1));
   if (weight == 1) {
     if constexpr (std::is_same_v<P, S>) return param;
-    return narrow<S>(p);
+    return nearest<S>(p);
   }
   if constexpr (sizeof(S) == 2) {
     if (stochastic) {
       const uint32_t random = av::random_bits(key, static_cast<uint32_t>(index));
       const float f = static_cast<float>(x);
-      return narrow<S>(std::is_same_v<S, __half> ? av::stochastic_half(f, random)
-                                                 : av::stochastic_bfloat16(f, random));
+      return nearest<S>(std::is_same_v<S, __half> ? av::stochastic_half(f, random)
+                                                  : av::stochastic_bfloat16(f, random));
     }
   }
-  return narrow<S>(x);
+  return nearest<S>(x);
 }
 
 template <class P, class S>
