@@ -15,6 +15,7 @@ different order for one, goes through plain PyTorch beside them.
 """
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,12 +39,12 @@ _swap_op = _ops.kernels("average_swap")
 
 
 # ---- rules -----------------------------------------------------------------------------------------------
-class Rule:
+class Rule(ABC):
     """How much of the parameters goes into an average: `weight(n)` in update n = 1, 2, …; update 0 copies."""
 
+    @abstractmethod
     def weight(self, n: Tensor) -> Tensor:
         """w_n = 1 − decay for a 0-d fp64 tensor n."""
-        raise NotImplementedError
 
     def _row(self) -> tuple[float, ...] | None:
         """The rule for the kernels: which of `weight_of` in csrc/averaging.h, and its constants."""
@@ -393,7 +394,8 @@ def _swap_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         for side, tensor in zip(by_device.setdefault(pair[0].device, ([], [])), pair):
             side.append(tensor)
     for device, (ones, others) in by_device.items():
-        if _backends.choose("averaging", device.type, _refuse, ()) == "reference":
+        alike = all(one.dtype == other.dtype for one, other in zip(ones, others))  # bytes cannot change places else
+        if not alike or _backends.choose("averaging", device.type, _refuse, ()) == "reference":
             _swap_reference(ones, others)
             continue
         for part in _split(ones, [others], [True] * len(ones), device):

@@ -24,7 +24,7 @@ class WeightAveraging(Callback):
 
     One update after each step of the optimizers, however many batches it took; where a batch takes several steps, as
     in manual optimization with two optimizers, one after the batch. Checkpoints hold the averages beside the module's
-    own weights, and resuming from one goes on with them. A checkpoint taken during evaluation raises RuntimeError.
+    own weights, those taken during evaluation too, and resuming from one goes on with the averages.
 
     Args:
         rules: name → rule, as for `fastreg.WeightAverager`.

@@ -1,9 +1,13 @@
 """Weight averaging against fp64, against torch, and in the corners where others go wrong."""
 
+import contextlib
 import copy
 import importlib.util
 import io
 import math
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -11,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import swa_utils
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastreg
 from fastreg import (
@@ -147,6 +152,29 @@ def test_rules_refuse_bad_values(make, message):
         make()
 
 
+def test_a_rule_of_ones_own_must_say_its_weight(device):
+    class Silent(averaging.Rule):
+        pass
+
+    class Half(averaging.Rule):
+        def weight(self, n):
+            return torch.full_like(n, 0.5)
+
+    with pytest.raises(TypeError, match="abstract"):
+        Silent()
+    net = nn.Linear(2, 2)
+    if _backends.forced() != "reference":  # a rule that the kernels do not know
+        with pytest.raises(RuntimeError, match="no kernel for the rule"):
+            AveragedModel(net, Half()).update_parameters(net)
+        return
+    averaged, known = AveragedModel(net, Half()), AveragedModel(net, EMA(0.5))
+    for step in range(3):
+        train_step(net, step)
+        averaged.update_parameters(net)
+        known.update_parameters(net)
+    assert_same(tensors(averaged), tensors(known))
+
+
 def test_power_rule_at_its_bound_is_the_equal_mean():
     n = torch.tensor(9.0, dtype=torch.float64)
     assert PowerEMA(12**-0.5).weight(n).item() == pytest.approx(1 / 10)
@@ -178,6 +206,21 @@ def test_bit_equal_to_torch_lerp(dtype, weight):
     average_(averages, params, weight)
     for a, e in zip(averages, expected):
         assert torch.equal(a, e)
+
+
+@CONV_DTYPES
+@pytest.mark.parametrize("weight", [0.25, 0.75])
+def test_subnormal_numbers_are_averaged_as_torch_does(dtype, weight):
+    """Amid others: instructions that round to bf16 take subnormal numbers for zeros."""
+    smallest = torch.finfo(dtype).tiny
+    averages, params = torch.randn(200).to(dtype), torch.randn(200).to(dtype)
+    averages[33:150:5] = torch.linspace(-smallest, smallest, 24, dtype=torch.float64).to(dtype)
+    params[33:150:5] = torch.linspace(smallest / 3, -smallest / 7, 24, dtype=torch.float64).to(dtype)
+    expected = averages.clone()
+    torch._foreach_lerp_([expected], [params], weight)
+    average_([averages], [params], weight)
+    assert torch.equal(averages, expected)
+    assert (averages.abs() < smallest)[33:150:5].any() and averages[33:150:5].count_nonzero() > 20
 
 
 @CONV_DTYPES
@@ -956,6 +999,140 @@ def test_errors_in_the_background_are_raised_at_the_next_use(transfers, monkeypa
         average(torch.ones(1, 3))
 
 
+class _Stream:
+    """Stands for a CUDA stream: what is queued runs when somebody waits for it, or at once if `eager`."""
+
+    def __init__(self, eager=False):
+        self.queue, self.queued, self.done, self.eager = [], 0, 0, eager
+
+    def put(self, work):
+        self.queue.append(work)
+        self.queued += 1
+        if self.eager:
+            self.run_to(self.queued)
+
+    def run_to(self, count):
+        while self.done < count:
+            self.done += 1
+            self.queue.pop(0)()
+
+    def wait_stream(self, other):
+        until = other.queued
+        self.put(lambda: other.run_to(until))
+
+
+class _Event:
+    def record(self):
+        self.stream, self.until = _Event.current[-1], _Event.current[-1].queued
+
+    def synchronize(self):
+        self.stream.run_to(self.until)
+
+
+class _OnDevice(torch.Tensor):
+    def record_stream(self, stream):
+        self.recorded = stream
+
+
+class _Pinned(torch.Tensor):
+    def copy_(self, source, non_blocking=False):
+        assert non_blocking
+        to, source = self.as_subclass(torch.Tensor), source.as_subclass(torch.Tensor)
+        _Event.current[-1].put(lambda: to.copy_(source))
+
+
+class _Later:
+    """Stands for the thread that updates, at the last moment: when its result is asked for."""
+
+    def submit(self, work, *args):
+        return type("Pending", (), {"result": lambda _: work(*args)})()
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["side stream late", "side stream early"])
+def test_a_transfer_orders_streams_so_that_each_update_sees_its_own_step(eager, monkeypatch):
+    """The real transfer over streams that run as late, or as early, as they may."""
+    main, side = _Stream(), _Stream(eager)
+    _Event.current = [main]
+
+    @contextlib.contextmanager
+    def on(stream):
+        _Event.current.append(stream)
+        yield
+        _Event.current.pop()
+
+    def buffers(_, size):
+        made = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
+        return made[0].as_subclass(_OnDevice), made[1].as_subclass(_Pinned)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: side)
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: _Event.current[-1])
+    monkeypatch.setattr(averaging, "_buffers", buffers)
+    monkeypatch.setattr(averaging, "_worker", _Later)
+    net = model(torch.bfloat16)
+    plain = AveragedModel(net, EMA(0.5), dtype=torch.float32)
+    background = copy.deepcopy(plain)
+    seen = []
+
+    def train_to(step):
+        train_step(net, step)
+        net[1].num_batches_tracked.fill_(step)
+
+    for step in range(4):
+        train_to(step)
+        plain.update_parameters(net)
+        seen.append(tensors(plain.module))
+    monkeypatch.setattr(averaging, "_crosses", lambda *_: True)
+    on_device = averaging.average_  # a launch is queued
+    monkeypatch.setattr(averaging, "average_", lambda *args: main.put(lambda: on_device(*args)))
+    for step in range(4):
+        main.put(lambda step=step: train_to(step))
+        background.synchronize()
+        done = main.done
+        background.update_parameters(net)
+        assert eager or main.done == done  # the host has not waited for the device
+        main.put(lambda step=step: train_to(100 + step))  # what comes next must not reach the average
+        if step == 2:
+            background.synchronize()
+            assert_same(tensors(background.module), seen[step])
+    background.synchronize()
+    assert_same(tensors(background.module), seen[-1])
+    (transfer,) = background._links[net].staging._transfers
+    assert transfer._aside.recorded is side
+
+
+# ---- nothing is read back ----------------------------------------------------------------------------------
+class _NoReadBack(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_value_of_a_device_is_read_back(monkeypatch):
+    """What would make the host wait for a GPU: `.item()`, `bool()` and the like, anywhere on the way to a launch."""
+    if fastreg.backends()["averaging"]["cpu"] != "usable":
+        pytest.skip("there are no C++ kernels")
+    for name in ("_update_op", "_lerp_op", "_swap_op"):
+        monkeypatch.setattr(averaging, name, {"cpu": lambda *_: None})
+    net = model()
+    averager = WeightAverager(net, {"a": EMA(0.5, warmup="linear"), "b": SWA()}, update_every=2, start_step=1)
+    averaged = AveragedModel(net, TanhEMA(), use_buffers=True, update_every=3)
+    averages, params = [torch.zeros(5)], [torch.ones(5)]
+    with pytest.raises(AssertionError), _NoReadBack():
+        torch.ones(1).item()
+    for found_inf in (None, torch.zeros(1)):
+        with _NoReadBack():
+            averager.update(found_inf=found_inf)
+            averaged.update_parameters(net, found_inf=found_inf)
+            average_(averages, params, torch.tensor(0.5))
+            average_(averages, params, 0.5)
+            with averager.swapped("a"):
+                averager.state_dict()
+            averager.copy_to(model(seed=2), "b")
+            averaged.state_dict()
+
+
 # ---- several devices, without them -----------------------------------------------------------------------
 class _Elsewhere(torch.Tensor):
     """Stands for a tensor on a second device."""
@@ -1056,6 +1233,20 @@ def test_swapped_restores_every_bit(dtype, average_dtype, device):
     for name in ("a", "b"):
         assert_same(averager.state_dict()["averages"][name], averages[name])
     assert pointers == {name: p.data_ptr() for name, p in net.named_parameters()}
+
+
+def test_a_model_that_changes_its_dtype_inside_swapped_gets_its_own_values_in_it(device):
+    net = model()
+    averager = WeightAverager(net, {"a": EMA(0.5)})
+    for step in range(2):
+        train_step(net, step)
+        averager.update()
+    mine, average = tensors(net), {name: t.clone() for name, t in averager.state_dict()["averages"]["a"].items()}
+    with averager.swapped("a"):
+        net.half()
+    half = lambda held: {name: t.half() if t.is_floating_point() else t for name, t in held.items()}  # noqa: E731
+    assert_same(tensors(net), half(mine))
+    assert_same(half(averager.state_dict()["averages"]["a"]), half(average))
 
 
 def test_inside_swapped_what_would_go_wrong_is_refused():
@@ -1301,6 +1492,21 @@ def test_stochastic_rounding_is_reproducible_and_equal_on_every_backend(dtype):
     for other in results.values():
         for name, t in results["reference"].items():
             assert (other[name] != t).sum() <= 2  # fused multiply-add may move the bits that are dropped
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_every_instruction_set(level):
+    """The rest of this file runs on the best that there is."""
+    if fastreg.backends()["averaging"]["cpu"] != "usable" or "FASTREG_CPU_CAPABILITY" in os.environ:
+        pytest.skip("there are no C++ kernels, or this is one level already")
+    selected = "nan_of or rounded_once or weight_one or many_averages"
+    if level != "baseline":  # which has no fused multiply-add, and torch has: their bits differ
+        selected += " or every_size or subnormal or torch_lerp"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected, __file__],
+        env=os.environ | {"FASTREG_CPU_CAPABILITY": level}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 # ---- the articles' classes -------------------------------------------------------------------------------
