@@ -560,7 +560,8 @@ class _Link:
                 clock.start_step,
                 rounding_seed,
             )
-        _increment_versions([clock.n_averaged, clock.calls, *self._written])
+        _increment_versions([clock.n_averaged, clock.calls])
+        _increment_versions(self._written)
 
     def _parts_for(self, rules: Sequence[Rule], home: torch.device) -> list[_Part]:
         constants = np.array([rule._row() for rule in rules], np.float64)
@@ -571,6 +572,7 @@ class _Link:
         return parts
 
 
+@torch.no_grad()
 def _update_reference(
     link: _Link,
     entries: Iterable[int],
@@ -750,7 +752,6 @@ class _Staging:
             transfer.start()
         return _worker().submit(self._finish, rules, clock, found_inf, rounding_seed)
 
-    @torch.no_grad()  # which holds for a thread
     def _finish(self, *args: Any) -> None:
         for transfer in self._transfers:
             transfer.finish()
@@ -823,7 +824,6 @@ class AveragedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    @torch.no_grad()
     def update_parameters(self, model: nn.Module, *, found_inf: Tensor | None = None) -> None:
         """Takes the model's present parameters into the average.
 
@@ -831,7 +831,8 @@ class AveragedModel(nn.Module):
         not counted.
         """
         self.synchronize()
-        clock = _Clock(self.n_averaged, self.calls, self.update_every, self.start_step)
+        counters = self._buffers  # by way of `__getattr__` they take twenty times as long
+        clock = _Clock(counters["n_averaged"], counters["calls"], self.update_every, self.start_step)
         link = self._links.get(model)
         if link is None or not link.fresh():
             link = self._links[model] = self._make_link(model)
@@ -843,8 +844,9 @@ class AveragedModel(nn.Module):
 
     def synchronize(self) -> None:
         """Waits for an update that is under way in the background."""
-        pending, self._pending = self._pending, None
+        pending = self.__dict__["_pending"]
         if pending is not None:
+            self._pending = None
             pending.result()
 
     def __getattr__(self, name: str) -> Any:
@@ -1018,7 +1020,6 @@ class WeightAverager:
         """The number of updates made, a 0-d int64 tensor."""
         return self._clock.n_averaged
 
-    @torch.no_grad()
     def update(self, *, found_inf: Tensor | None = None) -> None:
         """Takes the model's present parameters into every average. `found_inf` as in `AveragedModel`."""
         self._refuse_inside("update")

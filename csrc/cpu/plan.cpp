@@ -32,18 +32,26 @@ PyObject* recognise(PyObject*, PyObject* args) {
   Py_RETURN_TRUE;
 }
 
-// Whether it could be read: it is a dense tensor, not of complex numbers, whose conjugation does not show
-// here, and not of a class that could mean something else. The address tells the device.
-bool describe_one(PyObject* object, Description* out) {
-  if (Py_TYPE(object) != tensor_class && Py_TYPE(object) != parameter_class) return false;
-  const AtenTensorHandle tensor = handle_of(object);
+bool known_class(PyObject* object) {
+  return Py_TYPE(object) == tensor_class || Py_TYPE(object) == parameter_class;
+}
+
+// Whether it can be described: it is a dense tensor, not of complex numbers, whose conjugation does not show,
+// and not of a class that could mean something else.
+bool describable(PyObject* object) {
   static const int32_t strided = aoti_torch_layout_strided(), complex64 = aoti_torch_dtype_complex64(),
                        complex128 = aoti_torch_dtype_complex128();
   int32_t layout, dtype;
+  return known_class(object) && !aoti_torch_get_layout(handle_of(object), &layout) && layout == strided &&
+         !aoti_torch_get_dtype(handle_of(object), &dtype) && dtype != complex64 && dtype != complex128;
+}
+
+// The address tells the device.
+bool describe_one(AtenTensorHandle tensor, Description* out) {
+  int32_t dtype;
   int64_t dim, *sizes, *strides;
   void* data;
-  if (aoti_torch_get_layout(tensor, &layout) || layout != strided || aoti_torch_get_dtype(tensor, &dtype) ||
-      dtype == complex64 || dtype == complex128 || aoti_torch_get_dim(tensor, &dim) ||
+  if (aoti_torch_get_dtype(tensor, &dtype) || aoti_torch_get_dim(tensor, &dim) ||
       aoti_torch_get_sizes(tensor, &sizes) || aoti_torch_get_strides(tensor, &strides) ||
       aoti_torch_get_data_ptr(tensor, &data))
     return false;
@@ -65,25 +73,30 @@ bool parse(PyObject* args, PyObject** tensors, Description** rows) {
   return true;
 }
 
-// Whether each could be read.
+// Whether each could be described.
 PyObject* describe(PyObject*, PyObject* args) {
   PyObject* tensors;
   Description* rows;
   if (!parse(args, &tensors, &rows)) return nullptr;
-  for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i)
-    if (!describe_one(PyList_GetItem(tensors, i), rows + i)) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
+    PyObject* object = PyList_GetItem(tensors, i);
+    if (!describable(object) || !describe_one(handle_of(object), rows + i)) Py_RETURN_FALSE;
+  }
   Py_RETURN_TRUE;
 }
 
-// Whether each could be read and is what it was.
+// Whether each is what it was. What could not be described is known by its dtype, or has no address.
 PyObject* unchanged(PyObject*, PyObject* args) {
   PyObject* tensors;
   Description *rows, now;
   if (!parse(args, &tensors, &rows)) return nullptr;
-  for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i)
-    if (!describe_one(PyList_GetItem(tensors, i), &now) || now.address != rows[i].address ||
+  const Py_ssize_t count = PyList_Size(tensors);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* object = PyList_GetItem(tensors, i);
+    if (!known_class(object) || !describe_one(handle_of(object), &now) || now.address != rows[i].address ||
         now.layout != rows[i].layout)
       Py_RETURN_FALSE;
+  }
   Py_RETURN_TRUE;
 }
 
