@@ -444,16 +444,23 @@ def _unwrap(model: nn.Module) -> nn.Module:
 def _reshard(model: nn.Module) -> None:
     """FSDP2 leaves whole parameters in a model's root between a forward and the next backward; what is averaged,
     and what a forward gathers again, are the shards."""
-    for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()
+    for module in filter(_is_fully_sharded, model.modules()):
+        module.reshard()
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    return hasattr(module, "reshard") and hasattr(module, "unshard")
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor, which while autograd is on would take a dispatch."""
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def _local(tensor: Tensor) -> Tensor:
     """What the kernels work on: without autograd, this process's shard of a DTensor, complex numbers as pairs."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "to_local"):
-        tensor = tensor.to_local()
+    tensor = (_shard(tensor) if hasattr(tensor, "to_local") else tensor).detach()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
@@ -526,7 +533,7 @@ class _Link:
         self.staging: _Staging | None = None
 
     def _watched(self) -> list[Tensor]:
-        return self._plain + [_local(t) for t in self._sharded] if self._sharded else self._plain
+        return self._plain + [_shard(t) for t in self._sharded] if self._sharded else self._plain
 
     def fresh(self) -> bool:
         return self._watch.unchanged() and _plan.unchanged(self._watched(), self._rows)
@@ -781,7 +788,8 @@ class AveragedModel(nn.Module):
             so that they follow small changes in the mean where rounding to nearest would stop.
 
     Parameters are matched by name, wrappers' `module.` and `_orig_mod.` left out. `update_parameters` raises
-    ValueError, before anything is written, if one is missing, new or resized.
+    ValueError, before anything is written, if one is missing, new or resized. DTensor parameters are averaged shard
+    by shard; a model after `fully_shard`, which cannot be copied, is one for `WeightAverager`.
     """
 
     n_averaged: Tensor
@@ -804,6 +812,10 @@ class AveragedModel(nn.Module):
         _check_clock(update_every, start_step)
         _check_dtype(dtype)
         _check_averageable(dict(model.named_parameters()))
+        if any(map(_is_fully_sharded, model.modules())):
+            raise ValueError(
+                "model cannot be copied once fully_shard was applied to it: WeightAverager averages its shards"
+            )
         self.module = deepcopy(_unwrap(model)).to(device=device)
         if dtype is not None:  # nn.Module.to would make complex tensors real
             self.module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
@@ -1003,8 +1015,7 @@ class WeightAverager:
         made: dict[tuple, Tensor] = {}
         copies = {}
         for name, tensor in tensors.items():
-            tensor = tensor.detach()
-            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            local = (_shard(tensor) if hasattr(tensor, "to_local") else tensor).detach()
             key = (local.data_ptr(), local.shape, local.stride(), local.dtype) if local.numel() else (name,)
             if key not in made:
                 wanted = dtype if dtype is not None and name in self._follows and not local.is_complex() else None

@@ -1,5 +1,6 @@
 """Averages of DDP, fully sharded and compiled models, in real process groups on the CPU."""
 
+import contextlib
 import copy
 import os
 import socket
@@ -10,8 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fastreg import EMA, SWA, AveragedModel, WeightAverager
+from fastreg import EMA, SWA, AveragedModel, WeightAverager, average_
 
 RULES = {"ema": EMA(0.5), "swa": SWA()}
 
@@ -70,12 +73,14 @@ def sharded(rank, world):
     net = model()
     fully_shard(net[0])
     fully_shard(net)
-    averager = WeightAverager(net, RULES)
+    averager, wider = WeightAverager(net, RULES), WeightAverager(net, {"ema": EMA(0.5)}, dtype=torch.float64)
     exact, count = None, 0
 
     def update():
         nonlocal exact, count
-        averager.update()
+        with contextlib.nullcontext() if count == 0 else _NoDTensors():  # at first it looks at them
+            averager.update()
+            wider.update()
         now = [full(p).detach().clone() for p in net.parameters()]
         exact = now if count == 0 else [torch.lerp(e, p, 0.5) for e, p in zip(exact, now)]
         count += 1
@@ -87,6 +92,10 @@ def sharded(rank, world):
         assert isinstance(saved[name], DTensor) and saved[name].shape == p.shape
         torch.testing.assert_close(full(saved[name]), e)
     before = [full(p).detach().clone() for p in net.parameters()]
+    with wider.swapped("ema"):
+        for p, e in zip(net.parameters(), exact):
+            torch.testing.assert_close(full(p).detach(), e)
+    assert all(torch.equal(full(p), b) for p, b in zip(net.parameters(), before))
     with averager.swapped("ema"):
         for p, e in zip(net.parameters(), exact):
             torch.testing.assert_close(full(p).detach(), e)
@@ -98,6 +107,48 @@ def sharded(rank, world):
     for name, value in again.state_dict()["averages"]["swa"].items():
         assert torch.equal(full(value), full(state["averages"]["swa"][name]))
     train(net, update, rank, 1)
+    with pytest.raises(ValueError, match="fully_shard"):
+        AveragedModel(net)
+
+
+class _NoDTensors(TorchDispatchMode):
+    """What goes through a DTensor's dispatch costs more than all the rest."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not any(hasattr(arg, "to_local") for arg in tree_leaves((args, kwargs))), function
+        return function(*args, **(kwargs or {}))
+
+
+def placed(rank, world):
+    """DTensor parameters as tensor parallelism leaves them: split along either dimension, and replicated."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh, net = init_device_mesh("cpu", (world,)), model()
+    for module, placement in ((net[0], Shard(0)), (net[2], Replicate())):
+        for name, p in list(module.named_parameters()):
+            setattr(module, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [placement])))
+    net[3].weight = nn.Parameter(distribute_tensor(net[3].weight.detach(), mesh, [Shard(1)]))
+    averaged, averager = AveragedModel(net, EMA(0.5), dtype=torch.float64), WeightAverager(net, RULES)
+    shadow = [p.detach().clone() for p in net.parameters()]
+    exact = [full(p).detach().clone() for p in net.parameters()]
+    for n in range(3):
+        with torch.no_grad():
+            for p in net.parameters():
+                p += n
+        averaged.update_parameters(net)
+        averager.update()
+        average_(shadow, [p.detach() for p in net.parameters()], 0.5 if n else 1.0)
+        exact = [torch.lerp(e, full(p).detach(), 0.5 if n else 1.0) for e, p in zip(exact, net.parameters())]
+    for p, a, s, e in zip(net.parameters(), averaged.module.parameters(), shadow, exact, strict=True):
+        assert type(a) is type(p) and a.dtype == torch.float64
+        torch.testing.assert_close(full(a).detach().float(), e)
+        torch.testing.assert_close(full(s), e)
+    with averager.swapped("ema"):
+        for p, e in zip(net.parameters(), exact):
+            torch.testing.assert_close(full(p).detach(), e)
+    again = AveragedModel(net, EMA(0.5), dtype=torch.float64)
+    again.load_state_dict(copy.deepcopy(averaged.state_dict()))
+    assert all(torch.equal(full(a), full(b)) for a, b in zip(again.parameters(), averaged.parameters()))
 
 
 def _enter(rank, world, port, job):
@@ -114,7 +165,7 @@ def _enter(rank, world, port, job):
 
 @pytest.mark.skipif(not dist.is_available() or sys.platform != "linux", reason="needs gloo")
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("job", [ddp, sharded])
+@pytest.mark.parametrize("job", [ddp, sharded, placed])
 def test_averages_of_distributed_models(job, world):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
