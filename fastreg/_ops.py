@@ -161,7 +161,7 @@ ROW_KINDS = ("cap", "normalize", "l1_ball", "linf_ball")
 
 _define(
     "max_norm_rows",
-    "(Tensor table, Tensor chunks, int chunk, Tensor caps, float p, float tau, float decay, Tensor? decay_tensor, "
+    "(Tensor table, Tensor chunks, int traits, Tensor caps, float p, float tau, float decay, Tensor? decay_tensor, "
     "int kind) -> Tensor",
     lambda table, *rest: table.new_empty((), dtype=torch.int64),
     "max_norm",

@@ -17,7 +17,9 @@ last resort, which cannot fail. (In C++ a long row of fp32 aims lower by the 2^-
 
 The kernels: csrc/max_norm.h for what is decided per row, csrc/cpu/max_norm.cpp, csrc/cuda/max_norm.cu,
 tritonkernels/max_norm.py. One launch serves all rows of all tensors, reads each element once and writes rows over the
-cap alone. `max_norm` and `row_norms` are differentiable and out of place: their kernels take a matrix of rows.
+cap alone. On a GPU, where there are rows of more than 32,768 elements, two or three launches more share each of those
+among many programs, and what is written there is read twice. `max_norm` and `row_norms` are differentiable and out of
+place: their kernels take a matrix of rows.
 """
 
 import functools
@@ -91,6 +93,7 @@ def max_norm(input: Tensor, max_norm: Cap, *, p: float = 2.0, dim: int = 0, tau:
 
     With n = ‖w‖_p of a row over the cap, y = w · c / n^τ and an incoming gradient g:
     ∂w = c / n^τ · (g - τ · ⟨g, w⟩ / n · ∂n/∂w),  ∂n/∂w = sign(w) · (|w| / n)^(p-1);  ∂c = ⟨g, w⟩ / n^τ.
+    For p = inf the elements of the largest absolute value share the derivative of the norm.
     Arguments and errors as in `max_norm_`.
     """
     _check_tensor("input", input)
@@ -98,7 +101,7 @@ def max_norm(input: Tensor, max_norm: Cap, *, p: float = 2.0, dim: int = 0, tau:
     _check_order(p)
     _checks.in_range("tau", tau, 0.0, _LARGEST)
     cap_grad = isinstance(cap, Tensor) and cap.requires_grad
-    backend = _backends.choose("max_norm", input.device.type, _refuse_rows, input, p, cap_grad, cap)
+    backend = _backends.choose("max_norm", input.device.type, _refuse_rows, input, cap)
     if backend == "reference" or not input.numel():
         return max_norm_reference(input, cap, p=p, dim=dim, tau=tau)
     if not isinstance(cap, Tensor):
@@ -145,7 +148,7 @@ def row_norms(tensor: Tensor, p: float = 2.0, dim: int = 0) -> Tensor:
     _check_tensor("tensor", tensor)
     _rows_dim(tensor, dim)
     _check_order(p)
-    backend = _backends.choose("row_norms", tensor.device.type, _refuse_rows, tensor, p)
+    backend = _backends.choose("row_norms", tensor.device.type, _refuse_rows, tensor)
     if backend == "reference" or not tensor.numel():
         return row_norms_reference(tensor, p, dim)
     rows, _ = _as_rows(tensor, dim)
@@ -164,9 +167,7 @@ def max_norm_threshold(tensor: Tensor, thresh: float, p: float = 2.0, dim: int =
     return _threshold(tensor, thresh, p, dim).to(_norm_dtype(tensor))
 
 
-def _refuse_rows(backend: str, tensor: Tensor, p: float, cap_grad: bool = False, cap: Cap | None = None) -> str | None:
-    if p == math.inf and torch.is_grad_enabled() and (tensor.requires_grad or cap_grad):
-        return "it has no gradient for p = inf"
+def _refuse_rows(backend: str, tensor: Tensor, cap: Cap | None = None) -> str | None:
     return _backends.unusual(tensor, cap if isinstance(cap, Tensor) else None)
 
 
@@ -481,6 +482,8 @@ _BALLS = {1: "l1_ball", 2: "cap", math.inf: "linf_ball"}
 _INNER = 4  # dimensions of a row's box of elements that the kernels know
 _WIDTHS = (128, 512, 2048, 4096)  # elements of the rows that the Triton kernel holds in registers
 _CHUNK = 8192  # elements of the rows that a chunk holds, if it holds more than one
+_SPLIT = 32768  # elements of a row, from which on it is cut into pieces, on a GPU
+_PIECE, _PIECES = 8192, 1024  # elements of a piece, at least; pieces of a row, at most
 
 
 def _run(
@@ -514,7 +517,8 @@ def _run(
         return count
     device = tensors[0].device
     values, places = _cap_values(caps, device)
-    plan = _plan.plan_for((op, dim, places), tensors, lambda: _build(tensors, dim, places))
+    split = backend != "cpu" and kind != "l1_ball"  # the C++ kernels share long rows among the threads themselves
+    plan = _plan.plan_for((op, dim, places, split), tensors, lambda: _build(tensors, dim, places, split))
     decay_tensor = None
     if isinstance(decay, Tensor):
         if decay.device == device:  # the host does not wait for its value
@@ -590,9 +594,15 @@ def _box(tensor: Tensor, dim: int) -> list[tuple[int, int]]:
     return box
 
 
-def _build(tensors: list[Tensor], dim: int, places: tuple[tuple[int, int], ...]) -> _plan.Plan:
+def _piece(length: int) -> int:
+    """Elements of the pieces of a row: a power of two."""
+    return max(_PIECE, 1 << (-(-length // _PIECES) - 1).bit_length())
+
+
+def _build(tensors: list[Tensor], dim: int, places: tuple[tuple[int, int], ...], split: bool = True) -> _plan.Plan:
+    """A chunk is a run of short rows or, after all of those, a piece of a row of more than `_SPLIT` elements."""
     _check_written(tensors, dim)
-    table, chunks = [], []
+    table, whole, pieces = [], [], []
     seen: set[tuple] = set()
     for tensor, (cap, step) in zip(tensors, places):
         where = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -603,26 +613,32 @@ def _build(tensors: list[Tensor], dim: int, places: tuple[tuple[int, int], ...])
         stride = tensor.stride(dim) if tensor.dim() else 1
         length = tensor.numel() // rows
         box = (_box(tensor, dim) + [(1, 1)] * _INNER)[:_INNER]
-        per_chunk = max(1, _CHUNK // length)
         code = _plan.DTYPE_CODES[tensor.dtype]
-        first = np.arange(0, rows, per_chunk, dtype=np.int64)
-        chunks.append(np.stack([np.full_like(first, len(table)), first], 1))
+        if split and length > _SPLIT:
+            per_chunk = _piece(length)
+            firsts, chunks = np.arange(rows * -(-length // per_chunk), dtype=np.int64), pieces
+        else:
+            per_chunk = max(1, _CHUNK // length)
+            firsts, chunks = np.arange(0, rows, per_chunk, dtype=np.int64), whole
+        chunks.append(np.stack([np.full_like(firsts, len(table)), firsts], 1))
         table.append([tensor.data_ptr(), code, rows, stride, length, *sum(box, ()), per_chunk, cap, step])
     device = tensors[0].device
     columns = np.array(table, np.int64).reshape(len(table), 8 + 2 * _INNER)
-    entries = np.concatenate(chunks) if chunks else np.empty((0, 2), np.int64)
-    return _plan.Plan(_plan._to_device(columns, device), _plan._to_device(entries, device), _traits(columns))
+    entries = np.concatenate([np.empty((0, 2), np.int64), *whole, *pieces])
+    traits = _traits(columns) | sum(map(len, pieces)) << 12
+    return _plan.Plan(_plan._to_device(columns, device), _plan._to_device(entries, device), traits)
 
 
 def _traits(table: np.ndarray) -> int:
     """What the Triton kernel is compiled for: bits 0 to 3 the dtypes' codes, 4 whether elements of a row lie apart, 5
-    whether all rows are multiples of 16 bytes, and above bit 8 the number of widths that the longest row exceeds."""
+    whether all rows are multiples of 16 bytes, 8 to 11 the number of widths that the longest row reaches. The bits
+    above hold the number of chunks that are pieces of rows."""
     if not len(table):
         return 0
     address, code, stride, length, inner = (table[:, i] for i in (0, 1, 3, 4, 5))
     apart = (length > 1) & ((inner != length) | (table[:, 6] != 1))
     aligned = (address % 16 == 0) & (stride % 8 == 0) & (length % 8 == 0)
-    widths = int(np.searchsorted(_WIDTHS, length.max()))
+    widths = 1 + int(np.searchsorted(_WIDTHS, length.max()))
     return int(np.bitwise_or.reduce(1 << code)) | bool(apart.any()) << 4 | bool(aligned.all()) << 5 | widths << 8
 
 
@@ -856,7 +872,7 @@ def _threshold(tensor: Tensor, thresh: float, p: float, dim: int) -> Tensor:
     wide = torch.float32 if tensor.device.type == "mps" else torch.float64
     if not tensor.numel():
         return torch.full((), math.inf, dtype=wide, device=tensor.device)
-    backend = _backends.choose("row_norms", tensor.device.type, _refuse_rows, tensor, p)
+    backend = _backends.choose("row_norms", tensor.device.type, _refuse_rows, tensor)
     if backend == "reference":
         norms = _norms(_rows(tensor, dim), p)
     else:

@@ -144,12 +144,47 @@ def test_scaled_rows_are_close_to_the_exact_ones(dtype, length, p):
     assert (error <= (3 if dtype != torch.float64 else 16 + 2 * length) * info.eps * exact.abs()).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_long_rows(dtype):
-    w = torch.randn(3, 70_001, dtype=torch.float64).to(dtype)
+# Rows that the kernels for a GPU cut into pieces.
+LONG = [(torch.float32, p) for p in (1.0, 2.0, 3.0, math.inf)]
+LONG += [(torch.bfloat16, 1.0), (torch.bfloat16, 2.0), (torch.float16, 2.0), (torch.float64, 2.0), (torch.float64, 3.0)]
+
+
+@pytest.mark.parametrize("dtype, p", LONG)
+def test_long_rows(dtype, p):
+    w = torch.randn(6, 40_001, dtype=torch.float64).to(dtype)
     w[1] *= 0.01
+    w[2, 3], w[3, 39_000] = math.nan, math.inf
+    w[4] = 1.01  # every element rounds the same way
+    w[5] = w[5, 0]
     after = w.clone()
-    assert_projected(w, after, 100.0, count=fastreg.max_norm_(after, 100.0))
+    cap = 0.4 * norms64(w[:1], p).item()
+    assert_projected(w, after, cap, p, count=fastreg.max_norm_(after, cap, p=p))
+    if p == 2:  # nothing is lost where squares of fp64 would overflow
+        if dtype != torch.float16:
+            w *= 1e300 if dtype == torch.float64 else 1e30
+            after = w.clone()
+            assert_projected(w, after, 1.0, count=fastreg.max_norm_(after, 1.0))
+        halved, twice = w.clone(), w.clone()
+        fastreg.max_norm_(twice.mul_(1 - 0.25), 100.0)
+        fastreg.max_norm_(halved, 100.0, decay=0.25)
+        finite = twice.isfinite().all(1)
+        assert torch.equal(halved[finite], twice[finite])
+
+
+def test_long_rows_of_any_strides():
+    w = torch.randn(3, 7, 40_001).transpose(0, 1)  # rows of 3 · 40,001 elements, in three runs
+    before = w.clone()
+    count = fastreg.max_norm_(w, 100.0)
+    assert assert_projected(before, w, 100.0, count=count).all()
+
+
+def test_long_rows_normalized_and_clamped():
+    w = torch.randn(2, 40_001)
+    clamped = w.clone()
+    assert fastreg.project_lp_ball_(clamped, 1.5, math.inf).item() == 2
+    assert torch.equal(clamped, w.clamp(-1.5, 1.5))
+    fastreg.tau_normalize_(w)
+    torch.testing.assert_close(norms64(w), torch.ones(2, dtype=torch.float64), rtol=2**-22, atol=0)
 
 
 # ---- the edge cases --------------------------------------------------------------------------------------
@@ -561,13 +596,55 @@ def test_functional_form_has_the_values_of_the_one_in_place(dtype, tau):
     assert torch.equal(bits(out), bits(expected))
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 0.7])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 0.7, math.inf])
 @pytest.mark.parametrize("tau", [1.0, 1.7])
 def test_functional_gradient(p, tau):
     w = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     caps = (norms64(w.detach(), p) ** tau * torch.tensor([0.5, 2.0, 0.9, 3.0, 0.1])).requires_grad_()
     assert torch.autograd.gradcheck(lambda w, c: fastreg.max_norm(w, c, p=p, tau=tau), (w, caps))
     assert torch.autograd.gradgradcheck(lambda w: fastreg.max_norm(w, caps.detach(), p=p, tau=tau), (w,))
+
+
+def test_functional_gradient_where_elements_share_the_largest_size():
+    w = torch.tensor([[2.0, -2.0, 1.0, 0.0], [3.0, 1.0, -1.0, 0.0], [0.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    grad = torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 3)
+    fastreg.max_norm(w, 1.0, p=math.inf).backward(grad)
+    # ⟨g, w⟩ / n = (2 - 4 + 3) / 2 of the first row, (3 + 2 - 3) / 3 of the second
+    expected = [[(1 - 0.25) / 2, (2 + 0.25) / 2, 1.5, 2.0], [(1 - 2 / 3) / 3, 2 / 3, 1.0, 4 / 3], [1.0, 2.0, 3.0, 4.0]]
+    torch.testing.assert_close(w.grad, torch.tensor(expected))
+    (norms_grad,) = torch.autograd.grad(fastreg.row_norms(w, math.inf).sum(), w)
+    assert norms_grad.tolist() == [[0.5, -0.5, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype, p", LONG)
+def test_functional_form_of_long_rows(dtype, p):
+    w = torch.randn(5, 40_001, dtype=torch.float64).to(dtype)
+    w[1] *= 0.01
+    w[2, 39_000], w[3, 7] = math.nan, math.inf
+    w[4] = 1
+    w.requires_grad_()
+    cap = 0.6 * norms64(w.detach()[:1], p).item()
+    expected = w.detach().clone()
+    over = norms64(w.detach(), p) > cap
+    over[2:4] = False
+    assert fastreg.max_norm_(expected, cap, p=p).item() == over.sum()
+    out = fastreg.max_norm(w, cap, p=p)
+    assert torch.equal(bits(out[~over]), bits(expected[~over]))
+    torch.testing.assert_close(out[over].detach(), expected[over], rtol=2 * torch.finfo(dtype).eps, atol=0)
+    grad = torch.randn(5, 40_001, dtype=torch.float64).to(dtype)
+    (ours,) = torch.autograd.grad(out, w, grad)
+    (of_norms,) = torch.autograd.grad(fastreg.row_norms(w, p)[[0, 1, 4]].sum(), w)
+    norms = fastreg.row_norms(w, p)
+    assert norms[2].isnan() and norms[3] == math.inf
+    with fastreg.use_backend("reference"):
+        (theirs,) = torch.autograd.grad(fastreg.max_norm(w, cap, p=p), w, grad)
+        (theirs_of_norms,) = torch.autograd.grad(fastreg.row_norms(w, p)[[0, 1, 4]].sum(), w)
+    # Roundings, and in fp64 sums of 40,001 products in another order.
+    tolerance = 4 * torch.finfo(dtype).eps + 40_001 * 2**-52
+    assert torch.equal(ours[~over], grad[~over])
+    torch.testing.assert_close(ours[over], theirs[over], rtol=tolerance, atol=tolerance * grad.abs().max().item())
+    kept = [0, 1, 4]
+    torch.testing.assert_close(of_norms[kept], theirs_of_norms[kept], rtol=tolerance, atol=0)
 
 
 def test_functional_gradient_of_renorm():

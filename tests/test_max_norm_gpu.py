@@ -21,35 +21,42 @@ def kernels():
 
 
 # The CUDA kernels on the host, called as the operators; `behind` are tensors at the table's addresses.
-def max_norm_rows(table, chunks, chunk, caps, p, tau, decay, decay_tensor, kind, behind=()):
-    count = torch.zeros((), dtype=torch.int64)
-    kernels().max_norm_rows(table, chunks, len(chunks), caps, p, tau, decay, decay_tensor, kind, count, *behind)
+def max_norm_rows(table, chunks, traits, caps, p, tau, decay, decay_tensor, kind, behind=()):
+    count, pieces = torch.zeros((), dtype=torch.int64), traits >> 12
+    mends = kind == 0 and tau == 1 and traits & 7 != 0
+    rest = decay, decay_tensor, kind, torch.empty(4 * pieces, dtype=torch.float64), count
+    kernels().max_norm_rows(table, chunks, len(chunks), pieces, mends, caps, p, tau, *rest, *behind)
     return count
+
+
+def workspace(matrix):
+    return torch.empty(4 * len(matrix) * (matrix.shape[1] // max_norm._PIECE + 1), dtype=torch.float64)
 
 
 def max_norm_forward(input, caps, p, tau):
     output, norms = torch.empty_like(input), torch.empty(len(input), dtype=torch.float64)
-    sizes = int(len(caps) > 1), norms, *input.shape
-    kernels().max_norm_forward(_plan.DTYPE_CODES[input.dtype], input, output, caps, *sizes, p, tau)
+    rest = caps, int(len(caps) > 1), norms, *input.shape, p, tau, workspace(input)
+    kernels().max_norm_forward(_plan.DTYPE_CODES[input.dtype], input, output, *rest)
     return output, norms
 
 
 def max_norm_backward(grad_output, input, caps, norms, p, tau):
     grad, slopes = torch.empty_like(input), torch.empty_like(norms)
-    rest = caps, int(len(caps) > 1), norms, slopes, *input.shape, p, tau
+    rest = caps, int(len(caps) > 1), norms, slopes, *input.shape, p, tau, workspace(input)
     kernels().max_norm_backward(_plan.DTYPE_CODES[input.dtype], grad_output, input, grad, *rest)
     return grad, slopes
 
 
 def row_norms(input, p):
     norms = torch.empty(len(input), dtype=torch.float64)
-    kernels().row_norms(_plan.DTYPE_CODES[input.dtype], input, norms, *input.shape, p)
+    kernels().row_norms(_plan.DTYPE_CODES[input.dtype], input, norms, *input.shape, p, workspace(input))
     return norms
 
 
 def row_norms_backward(grad, input, norms, p):
     out = torch.empty_like(input)
-    kernels().row_norms_backward(_plan.DTYPE_CODES[input.dtype], grad, input, out, norms, *input.shape, p)
+    rest = norms, *input.shape, p, workspace(input)
+    kernels().row_norms_backward(_plan.DTYPE_CODES[input.dtype], grad, input, out, *rest)
     return out
 
 
@@ -64,7 +71,7 @@ def put_on_host(monkeypatch):
 
 def project(tensors, cap, kind="cap", p=2.0, dim=0, tau=1.0, decay=0.0):
     values, places = max_norm._cap_values(max_norm._caps(tensors, cap, "cap", dim), torch.device("cpu"))
-    plan = max_norm._build(tensors, dim, places)
+    plan = max_norm._build(tensors, dim, places, kind != "l1_ball")
     kind = _ops.ROW_KINDS.index(kind)
     return max_norm_rows(plan.table, plan.chunks, plan.chunk, values, p, tau, decay, None, kind, tensors)
 
@@ -110,6 +117,42 @@ def test_cuda_accesses_are_wide_whatever_the_offset():
 
 
 ours = gpu_kernels(put_on_host)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_long_rows_are_shared_among_programs_and_read_once_to_measure_and_once_to_write(ours, dtype):
+    from tests.proving.traffic import traffic
+
+    w, short = torch.randn(3, 40_001).to(dtype), torch.randn(5, 30).to(dtype)
+    w[1] *= 0.01
+    before, norms = w.clone(), w.double().norm(dim=1)
+    cap = 0.9 * norms[0].item()
+    over = norms > cap
+    plan = max_norm._build([w, short], 0, ((0, 0),) * 2)
+    pieces = plan.chunk >> 12
+    assert pieces == 3 * 5 and len(plan.chunks) == pieces + 1
+    with traffic() as log:
+        if ours == "triton":
+            fastreg.max_norm_([w, short], cap)
+        else:
+            project([w, short], cap)
+    assert len(log) == (3 if dtype == torch.float64 else 4)
+    assert over.tolist() == [True, False, True] and torch.equal(w[1], before[1])
+    assert torch.equal(log.reads(w), (1 + over.long())[:, None].expand_as(w))
+    assert torch.equal(log.writes(w), over.long()[:, None].expand_as(w))
+    grad = torch.randn_like(w)
+    leaf = before.clone().requires_grad_()
+    with traffic() as log:
+        out = fastreg.max_norm(leaf, cap)
+        out.backward(grad)
+    assert log.writes(out).eq(1).all() and log.writes(leaf.grad).eq(1).all()
+    assert log.reads(leaf)[0].eq(4).all() and log.reads(leaf)[1].eq(2).all()
+
+
+def test_a_row_has_at_most_1024_pieces():
+    for length in (32_769, 1 << 23, (1 << 23) + 1, 10_000_000, 1 << 33):
+        piece = max_norm._piece(length)
+        assert piece & (piece - 1) == 0 and (piece == 8192 or 512 < -(-length // piece) <= 1024)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
@@ -184,7 +227,7 @@ def test_few_elements_per_row_fill_the_lanes():
 
 def cuda_calls():
     """What the sanitizers watch: every width of rows, kind and order, each with a rest."""
-    for shape in MATRICES:
+    for shape in [*MATRICES, (1, 33_001)]:
         for dtype, p in ((torch.float32, 2.0), (torch.float16, 1.0), (torch.float64, 3.0)):
             w, caps = torch.randn(shape).to(dtype), torch.rand(shape[0], dtype=torch.float64)
             out, norms = max_norm_forward(w, caps, p, 1.5)
@@ -194,6 +237,7 @@ def cuda_calls():
         for p, kind in ((1.0, "cap"), (2.0, "cap"), (1.0, "l1_ball"), (float("inf"), "linf_ball"), (3.0, "normalize")):
             project([torch.randn(shape).to(dtype) for shape in SHAPES], 0.5, kind, p, decay=0.125)
     project([torch.randn(5, 7, 6, 2).transpose(1, 3)], torch.rand(6), dim=2, tau=1.5)
+    project([torch.ones(1, 40_001).bfloat16(), torch.randn(3, 2, 11_000).transpose(0, 1)], 0.5)
 
 
 @needs_nvcc
@@ -208,12 +252,16 @@ def compile_all():
     from tritonkernels import max_norm as triton_kernels
 
     for dtype in (torch.float32, torch.bfloat16):
-        for length in (64, 1000, 4096, 1 << 16):
+        for length in (64, 1000, 4096, 1 << 15, 1 << 16):
             w, caps = torch.empty(64, length, dtype=dtype), torch.ones(1, dtype=torch.float64)
             _, norms = triton_kernels.max_norm_forward(w, caps, 2.0, 1.0)
             triton_kernels.max_norm_backward(w, w, caps, norms, 2.0, 1.0)
             triton_kernels.row_norms_backward(norms, w, triton_kernels.row_norms(w, 3.0), 3.0)
-    plan = max_norm._build([torch.empty(64, 1 << 16)], 0, ((0, 0),))
+    mixed = [torch.empty(64, 1000), torch.empty(2, 1 << 16), torch.empty(3, 40001, dtype=torch.bfloat16)]
+    plan = max_norm._build(mixed, 0, ((0, 0),) * 3)
+    for p, decay in ((2.0, 0.0), (3.0, 0.1)):
+        triton_kernels.max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, p, 1.0, decay, None, 0)
+    plan = max_norm._build([torch.empty(64, 1 << 16)], 0, ((0, 0),), False)
     triton_kernels.max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, 1.0, 1.0, 0.0, None, 2)  # the l1 ball
 
 
@@ -223,7 +271,7 @@ def test_triton_kernels_do_not_spill():
     (launches,) = cubin.launch_facts("tests.test_max_norm_gpu:compile_all").values()
     for facts in launches:
         assert facts.spills == 0, facts
-        assert facts.loads.get(128) or facts.kernel == "_max_norm_rows", facts
+        assert facts.loads.get(128) or facts.kernel in ("_max_norm_rows", "_pieces"), facts
         if facts.kernel == "_matrix_gradients":
             assert facts.stores.get(128), facts
 

@@ -1,9 +1,14 @@
 """Max-norm and its kin in Triton. The formulas stand in fastreg/max_norm.py, the decisions in csrc/max_norm.h.
 
 Bytes     each element is read once, if its row has at most 4,096 elements; longer rows are read once more if they
-          are over the cap, and once more to be written. Rows under the cap are not written, but for the form out of
-          place, which writes each row once. Backward: x and the gradient are read once, or twice if long.
-Launches  1 for all tensors of the plan, whatever their sizes and dtypes; 1 each way out of place.
+          are over the cap, and once more to be written (once more in all, if they are cut into pieces). Rows under
+          the cap are not written, but for the form out of place, which writes each row once. Backward: x and the
+          gradient are read once, or twice if long.
+Launches  1 for all tensors of the plan, whatever their sizes and dtypes; 1 each way out of place. Rows of more than
+          SPLIT elements are cut into pieces, a program each, of which a few rows too fill the GPU: 2 launches for
+          them (1 more in the backward),
+          norms of pieces and then what becomes of them, and for p = 1 and 2, in dtypes narrower than fp64, a third,
+          which mends rows that rounding has brought above their caps. (The l1 ball cuts none.)
 Tiles     [rows, elements] in registers, of four widths; a program takes the width that its tensor's rows need.
 Numerics  norms in fp64. Values are scaled by a power of two (by the largest one for other p) where sums of fp64
           or high powers could overflow. Cap after rounding as in the reference.
@@ -22,11 +27,15 @@ COLUMNS = tl.constexpr(16)
 ONE, TWO, LARGEST, ANY = (tl.constexpr(i) for i in range(4))  # how a norm is summed
 CAP, NORMALIZE, L1_BALL, LINF_BALL = (tl.constexpr(i) for i in range(4))  # _ops.ROW_KINDS
 IN_PLACE, AWAY, NORMS = (tl.constexpr(i) for i in range(3))  # where rows go: back, to a copy, or only their norms
+WHOLE, SUMS, GRADIENTS = (tl.constexpr(i) for i in range(3))  # what a launch of the backward does
 ULP = tl.constexpr(2.0**-53)
 INF = tl.constexpr(math.inf)
-# (elements, rows) of the tiles, and the widest row that is held in registers.
-WIDTHS = (128, 512, 2048, 4096)
+TYPES = tl.constexpr((tl.float32, tl.float16, tl.bfloat16, tl.float64))  # by their codes
+# Elements of the tiles' rows, and how many rows a tile has. No row of more than the last is held in registers.
+WIDTHS, HEIGHTS = tl.constexpr((0, 128, 512, 2048, 4096)), tl.constexpr((0, 16, 4, 1, 1))
 LOOP = tl.constexpr(2048)
+SPLIT = 32768  # elements of the rows that one program treats, at most
+PIECE, PIECES = 8192, tl.constexpr(1024)  # elements of a piece, at least; pieces of a row, at most
 
 
 @triton.jit
@@ -40,7 +49,7 @@ def _power(t, p, ORDER: tl.constexpr):
     if ORDER == TWO:
         return t * t
     elif ORDER == ANY:
-        return tl.where(t > 0, tl.exp2(p * tl.log2(tl.where(t > 0, t, 1.0))), 0.0)
+        return tl.where(t > 0, tl.exp2(p * tl.log2(tl.where(t > 0, t, 1.0))), t)  # 0, or NaN
     else:
         return t
 
@@ -277,12 +286,12 @@ def _tile(
 
 @triton.jit
 def _long_load(
-    base, row, start, length, box, keep,
+    base, row, start, end, box, keep,
     DECAY: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Elements [start, start + LOOP) of a long row, the mask of those there are, and their places."""
+    """Elements [start, start + LOOP) of a long row below `end`, the mask of those there are, and their places."""
     j = start + tl.arange(0, LOOP).to(tl.int64)
-    mask = (j < length)[None, :]
+    mask = (j < end)[None, :]
     places = row + _offsets(j, box, BOXED)[None, :]
     x = tl.load(base + places, mask=mask, other=0.0)
     if DECAY:
@@ -292,16 +301,16 @@ def _long_load(
 
 @triton.jit
 def _long_sum(
-    base, to, row, length, box, p, keep, a, b,
+    base, to, row, begin, end, box, p, keep, a, b, inverse,
     ORDER: tl.constexpr, SOFT: tl.constexpr, DECAY: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr,
     WHAT: tl.constexpr,
 ):  # fmt: skip
-    """One pass over a long row. WHAT: "largest" |x|, "norm" of x · a, or of what "nearest" or "zero" rounding makes of
-    x · a · b (SOFT: of sign(x) · max(|x| - a - b, 0)); "write nearest" and "write zero" store that, "clamp" x clamped
-    to b, "write x" itself."""
+    """One pass over elements [begin, end) of a long row. WHAT: "largest" |x|, "norm" of x · a, or, times `inverse`, of
+    what "nearest" or "zero" rounding makes of x · a · b (SOFT: of sign(x) · max(|x| - a - b, 0)); "write nearest" and
+    "write zero" store that, "clamp" x clamped to b, "write x" itself. A norm is the sum of powers, or the largest."""
     total = tl.zeros([1, LOOP], tl.float64)
-    for start in range(0, length, LOOP):
-        x, mask, places = _long_load(base, row, start, length, box, keep, DECAY, BOXED, TYPE)
+    for start in range(begin, end, LOOP):
+        x, mask, places = _long_load(base, row, start, end, box, keep, DECAY, BOXED, TYPE)
         wide = x.to(tl.float64)
         if WHAT == "write x":
             tl.store(to + places, x, mask=mask)
@@ -322,7 +331,7 @@ def _long_sum(
                 new = _toward_zero(exact, TYPE)
             if (WHAT == "write nearest") or (WHAT == "write zero"):
                 tl.store(to + places, new, mask=mask)
-            wide = new.to(tl.float64)
+            wide = new.to(tl.float64) * inverse
         size = tl.abs(wide)
         if (WHAT == "largest") or (ORDER == LARGEST):
             total = tl.maximum(total, tl.where(size < INF, size, INF))
@@ -362,53 +371,95 @@ def _long_theta(
 
 
 @triton.jit
+def _long_norm(
+    base, row, begin, end, box, p, keep,
+    FORM: tl.constexpr, ORDER: tl.constexpr, DECAY: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """(scale, total) of elements [begin, end) of a long row: the sum of |x / scale|^p, or the largest |x|. Where there
+    is NaN or inf the total is one of them, and for FORM == NORMS the right one. Scaled only where need be."""
+    scale = keep * 0 + 1
+    total = _long_sum(base, base, row, begin, end, box, p, keep, scale, scale, scale,
+                      ORDER, False, DECAY, BOXED, TYPE, "norm")  # fmt: skip
+    if ORDER == LARGEST:
+        if FORM == NORMS:
+            if total == INF:
+                total = _long_sum(base, base, row, begin, end, box, p, keep, scale, scale, scale,
+                                  ONE, False, DECAY, BOXED, TYPE, "norm")  # fmt: skip
+    elif (ORDER == ANY) or (TYPE == tl.float64):
+        safe = (total > 2.0**-900) & (total < 2.0**900)
+        if not safe:
+            largest = _long_sum(base, base, row, begin, end, box, p, keep, scale, scale, scale,
+                                ORDER, False, DECAY, BOXED, TYPE, "largest")  # fmt: skip
+            if (largest > 0) & (largest < INF):
+                scale = _scale_of(largest, ORDER)
+                total = _long_sum(base, base, row, begin, end, box, p, keep, 1 / scale, scale, scale,
+                                  ORDER, False, DECAY, BOXED, TYPE, "norm")  # fmt: skip
+    return scale, total
+
+
+@triton.jit
+def _verdict(
+    scale, total, length, cap, p, tau,
+    KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Of a long row, from its norm: (whether it changes, a and b for `_long_sum`, the bound after rounding)."""
+    s = _root(total, p, ORDER)
+    slack, below, aim = _margins(length, p, ORDER)
+    bound, target = cap * (1 - below), cap * (1 - aim)
+    if KIND == CAP:
+        # Roundings of relative size u shift the norm of n elements by about u / sqrt(n): see csrc/max_norm.h.
+        if TYPE == tl.float32:
+            target = target - cap * (2.0**-22 / tl.sqrt(length.to(tl.float64)))
+        if TYPE == tl.float16:
+            target = target - cap * (2.0**-9 / tl.sqrt(length.to(tl.float64)))
+        if TYPE == tl.bfloat16:
+            target = target - cap * (2.0**-6 / tl.sqrt(length.to(tl.float64)))
+    if (KIND == CAP) or (KIND == NORMALIZE):
+        over, b = _factor(scale, s, cap, target, slack, tau, KIND, TAU)
+        a = 1 / scale
+    else:
+        over, a, b = s > cap * (1 + slack) / scale, scale * 0 + 1, bound
+        if KIND == L1_BALL:
+            b = target
+    return over & (total < INF), a, b, bound
+
+
+@triton.jit
 def _long(
     base, to, norms, r, length, stride, box, caps, cap_step, p, tau, keep,
     FORM: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
-    SCALED: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr,
+    BOXED: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """One row too long for registers. Returns 1 if it changed."""
     SOFT: tl.constexpr = KIND == L1_BALL
     row = r * stride
     one = keep * 0 + 1
-    scale, finite = one, one > 0
-    if SCALED:
-        largest = _long_sum(base, to, row, length, box, p, keep, one, one, ORDER, False, DECAY, BOXED, TYPE, "largest")
-        scale, finite = _scale_of(largest, ORDER), largest < INF
-    inverse = 1 / scale
-    total = _long_sum(base, to, row, length, box, p, keep, inverse, one, ORDER, False, DECAY, BOXED, TYPE, "norm")
-    s = _root(total, p, ORDER)
-    finite = finite & (s < INF)
+    scale, total = _long_norm(base, row, 0, length, box, p, keep, FORM, ORDER, DECAY, BOXED, TYPE)
     if FORM == NORMS:
-        norm = scale * s
-        if not finite:
-            norm = _long_sum(base, to, row, length, box, p, keep, one, one, ONE, False, DECAY, BOXED, TYPE, "norm")
-        tl.store(norms + r, norm)
+        tl.store(norms + r, tl.where(total < INF, scale * _root(total, p, ORDER), total))
         return (r * 0).to(tl.int64)
     cap = tl.load(caps + r * cap_step)
     cap = tl.where(cap >= 0, cap, INF)
-    slack, below, aim = _margins(length, p, ORDER)
-    bound, target = cap * (1 - below), cap * (1 - aim)
-    if SOFT or (KIND == LINF_BALL):
-        over, a, b = s > cap * (1 + slack) / scale, one, bound
-    else:
-        over, b = _factor(scale, s, cap, target, slack, tau, KIND, TAU)
-        a = inverse
-    over = over & finite
+    over, a, b, bound = _verdict(scale, total, length, cap, p, tau, KIND, ORDER, TAU, TYPE)
     if FORM == AWAY:
-        tl.store(norms + r, tl.where(over, scale * s, -1.0))
+        tl.store(norms + r, tl.where(over, scale * _root(total, p, ORDER), -1.0))
     if over:
+        target = b
         if SOFT:
-            a = _long_sum(base, to, row, length, box, p, keep, one, one, ORDER, False, DECAY, BOXED, TYPE, "largest")
+            a = _long_sum(base, to, row, 0, length, box, p, keep, one, one, one,
+                          ORDER, False, DECAY, BOXED, TYPE, "largest")  # fmt: skip
             b = _long_theta(base, row, length, box, keep, a, target, DECAY, BOXED, TYPE)
         if KIND == LINF_BALL:
-            _long_sum(base, to, row, length, box, p, keep, one, bound, ORDER, SOFT, DECAY, BOXED, TYPE, "clamp")
+            _long_sum(base, to, row, 0, length, box, p, keep, one, bound, one,
+                      ORDER, SOFT, DECAY, BOXED, TYPE, "clamp")  # fmt: skip
         elif (TYPE == tl.float64) or (KIND == NORMALIZE) or TAU:
-            _long_sum(base, to, row, length, box, p, keep, a, b, ORDER, SOFT, DECAY, BOXED, TYPE, "write nearest")
+            _long_sum(base, to, row, 0, length, box, p, keep, a, b, one,
+                      ORDER, SOFT, DECAY, BOXED, TYPE, "write nearest")  # fmt: skip
         else:
-            # What is rounded lies below the cap: its powers need no scaling.
-            tried = _long_sum(base, to, row, length, box, p, keep, a, b, ORDER, SOFT, DECAY, BOXED, TYPE, "nearest")
-            ratio = _root(tried, p, ORDER) / bound
+            inverse = 1 / tl.where(bound > 0, bound, INF)
+            tried = _long_sum(base, to, row, 0, length, box, p, keep, a, b, inverse,
+                              ORDER, SOFT, DECAY, BOXED, TYPE, "nearest")  # fmt: skip
+            ratio = _root(tried, p, ORDER)
             fails = ratio > 1
             lower = b
             if fails:
@@ -416,62 +467,197 @@ def _long(
                     lower = _long_theta(base, row, length, box, keep, a, target / (2 * ratio - 1), DECAY, BOXED, TYPE)
                 else:
                     lower = b / (2 * ratio - 1)
-                tried = _long_sum(
-                    base, to, row, length, box, p, keep, a, lower, ORDER, SOFT, DECAY, BOXED, TYPE, "nearest"
-                )
-                fails = _root(tried, p, ORDER) > bound
+                tried = _long_sum(base, to, row, 0, length, box, p, keep, a, lower, inverse,
+                                  ORDER, SOFT, DECAY, BOXED, TYPE, "nearest")  # fmt: skip
+                fails = _root(tried, p, ORDER) > 1
             if fails:
-                _long_sum(base, to, row, length, box, p, keep, a, b, ORDER, SOFT, DECAY, BOXED, TYPE, "write zero")
+                _long_sum(base, to, row, 0, length, box, p, keep, a, b, one,
+                          ORDER, SOFT, DECAY, BOXED, TYPE, "write zero")  # fmt: skip
             else:
-                _long_sum(
-                    base, to, row, length, box, p, keep, a, lower, ORDER, SOFT, DECAY, BOXED, TYPE, "write nearest"
-                )
+                _long_sum(base, to, row, 0, length, box, p, keep, a, lower, one,
+                          ORDER, SOFT, DECAY, BOXED, TYPE, "write nearest")  # fmt: skip
     elif DECAY or (FORM == AWAY):
-        _long_sum(base, to, row, length, box, p, keep, one, one, ORDER, False, DECAY, BOXED, TYPE, "write x")
+        _long_sum(base, to, row, 0, length, box, p, keep, one, one, one,
+                  ORDER, False, DECAY, BOXED, TYPE, "write x")  # fmt: skip
     return over.to(tl.int64)
+
+
+# ---- rows in pieces --------------------------------------------------------------------------------------
+# Piece i of all has parts[i], (scale, total) as of `_long_norm`; those of a row follow one another.
+
+
+@triton.jit
+def _merged(parts, first, count, p, ORDER: tl.constexpr):
+    """(scale, total) of a row from those of its pieces, whichever program asks."""
+    lanes = tl.arange(0, PIECES)
+    mask = lanes < count
+    places = parts + 2 * (first + lanes)
+    scales, totals = tl.load(places, mask=mask, other=1.0), tl.load(places + 1, mask=mask, other=0.0)
+    finite = totals < INF
+    if ORDER == LARGEST:
+        scale = tl.zeros([], tl.float64) + 1
+        total = tl.max(tl.where(finite, totals, 0.0), 0)
+    else:
+        scale = tl.max(tl.where(finite & (totals > 0), scales, 0.0), 0)
+        scale = tl.where(scale > 0, scale, 1.0)
+        total = tl.sum(tl.where(finite, totals * _power(scales * (1 / scale), p, ORDER), 0.0), 0)
+    return scale, total + tl.sum(tl.where(finite, 0.0, totals), 0)
+
+
+@triton.jit
+def _piece_of(number, length, piece, ALIGN: tl.constexpr):
+    """(row, which of its pieces, how many it has, the first element, and the one past the last)."""
+    count = (length + piece - 1) // piece
+    which = number % count
+    begin = which * piece
+    end = tl.minimum(length, begin + piece)
+    return number // count, which, count, tl.multiple_of(begin, ALIGN), tl.multiple_of(end, ALIGN)
+
+
+@triton.jit
+def _piece_norm(
+    base, to, norms, parts, again, i, number, length, stride, piece, box, caps, cap_step, p, tau, keep, count,
+    FORM: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
+    BOXED: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    r, _which, _count, begin, end = _piece_of(number, length, piece, ALIGN)
+    scale, total = _long_norm(base, r * stride, begin, end, box, p, keep, FORM, ORDER, DECAY, BOXED, TYPE)
+    tl.store(parts + 2 * i, scale)
+    tl.store(parts + 2 * i + 1, total)
+
+
+@triton.jit
+def _piece_change(
+    base, to, norms, parts, again, i, number, length, stride, piece, box, caps, cap_step, p, tau, keep, count,
+    FORM: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
+    BOXED: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """What becomes of a piece, from the norms of its row's. `again` gets what rounding has made of its norm."""
+    r, which, pieces, begin, end = _piece_of(number, length, piece, ALIGN)
+    scale, total = _merged(parts, i - which, pieces, p, ORDER)
+    norm = scale * _root(total, p, ORDER)
+    if FORM == NORMS:
+        if which == 0:
+            tl.store(norms + r, tl.where(total < INF, norm, total))
+    else:
+        cap = tl.load(caps + r * cap_step)
+        cap = tl.where(cap >= 0, cap, INF)
+        over, a, b, bound = _verdict(scale, total, length, cap, p, tau, KIND, ORDER, TAU, TYPE)
+        if which == 0:
+            if FORM == AWAY:
+                tl.store(norms + r, tl.where(over, norm, -1.0))
+            elif over:
+                tl.atomic_add(count, 1, sem="relaxed")
+        one = keep * 0 + 1
+        rounded = keep * 0
+        if over:
+            if KIND == LINF_BALL:
+                _long_sum(base, to, r * stride, begin, end, box, p, keep, one, bound, one,
+                          ORDER, False, DECAY, BOXED, TYPE, "clamp")  # fmt: skip
+            elif (KIND == CAP) and (not TAU) and ((ORDER == LARGEST) or (ORDER == ANY)):
+                # Powers cost more than what rounding to the nearest gains, and the largest is often rounded up.
+                _long_sum(base, to, r * stride, begin, end, box, p, keep, a, b, one,
+                          ORDER, False, DECAY, BOXED, TYPE, "write zero")  # fmt: skip
+            else:
+                rounded = _long_sum(base, to, r * stride, begin, end, box, p, keep, a, b,
+                                    1 / tl.where(bound > 0, bound, INF),
+                                    ORDER, False, DECAY, BOXED, TYPE, "write nearest")  # fmt: skip
+        elif DECAY or (FORM == AWAY):
+            _long_sum(base, to, r * stride, begin, end, box, p, keep, one, one, one,
+                      ORDER, False, DECAY, BOXED, TYPE, "write x")  # fmt: skip
+        tl.store(again + 2 * i, one)
+        tl.store(again + 2 * i + 1, rounded)
+
+
+@triton.jit
+def _piece_mend(
+    base, to, norms, parts, again, i, number, length, stride, piece, box, caps, cap_step, p, tau, keep, count,
+    FORM: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
+    BOXED: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Where a row has been rounded above its bound, what is there is scaled once more, towards zero."""
+    r, which, pieces, begin, end = _piece_of(number, length, piece, ALIGN)
+    scale, total = _merged(again, i - which, pieces, p, ORDER)
+    ratio = _root(total, p, ORDER)
+    if ratio > 1:
+        _long_sum(to, to, r * stride, begin, end, box, p, keep, scale, (1 - 8 * ULP) / ratio, scale,
+                  ORDER, False, False, BOXED, TYPE, "write zero")  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "p_bits", "tau_bits", "decay_bits"])
+def _pieces(
+    table, chunks, first, x, out, norms, parts, again, caps, length, piece, p_bits, tau_bits, decay_bits, decay_tensor,
+    count, TREAT: tl.constexpr, FORM: tl.constexpr, CAP_STEP: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr,
+    TAU: tl.constexpr, DECAY: tl.constexpr, CODES: tl.constexpr, BOXED: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """A program per piece: of the rows of a matrix x, or from chunk `first` on of those of a plan."""
+    i = tl.program_id(0).to(tl.int64)
+    p, tau, keep = _float64(p_bits), _float64(tau_bits), 1 - _float64(decay_bits)
+    if decay_tensor is not None:
+        keep = 1 - tl.load(decay_tensor)
+    if table is None:
+        length = tl.multiple_of(length.to(tl.int64), ALIGN)
+        TREAT(x, out, norms, parts, again, i, i, length, length, piece, parts, caps, CAP_STEP, p, tau, keep, count,
+              FORM, KIND, ORDER, TAU, DECAY, BOXED, x.dtype.element_ty, ALIGN)  # fmt: skip
+    else:
+        tensor = table + tl.load(chunks + 2 * (first + i)) * COLUMNS
+        number = tl.load(chunks + 2 * (first + i) + 1)
+        code, stride, length = tl.load(tensor + 1), tl.load(tensor + 3), tl.load(tensor + 4)
+        stride, length = tl.multiple_of(stride, ALIGN), tl.multiple_of(length, ALIGN)
+        piece, cap, cap_step = tl.load(tensor + 13), caps + tl.load(tensor + 14), tl.load(tensor + 15)
+        for c in tl.static_range(4):
+            if CODES & (1 << c):
+                if code == c:
+                    base = tl.load(tensor).to(tl.pointer_type(TYPES[c]))
+                    if ALIGN > 1:
+                        base = tl.multiple_of(base, 16)
+                    TREAT(base, base, norms, parts, again, i, number, length, stride, piece, tensor + 5, cap, cap_step,
+                          p, tau, keep, count, FORM, KIND, ORDER, TAU, DECAY, BOXED, TYPES[c], ALIGN)  # fmt: skip
+
+
+# ---- rows whole ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tiles_of_chunk(
+    base, first, last, length, stride, box, caps, cap_step, p, tau, keep,
+    KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr, BOXED: tl.constexpr,
+    TYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    SCALED: tl.constexpr = (TYPE == tl.float64 and ORDER != LARGEST) or ORDER == ANY
+    changed = first * 0
+    for r in range(first, last, ROWS):
+        changed += _tile(base, base, base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
+                         IN_PLACE, KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, ROWS, BLOCK)  # fmt: skip
+    return changed
 
 
 @triton.jit
 def _chunk(
     tensor, first, caps, p, tau, keep,
     KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
-    WIDEST: tl.constexpr, BOXED: tl.constexpr, ALIGNED: tl.constexpr, TYPE: tl.constexpr,
+    WIDEST: tl.constexpr, BOXED: tl.constexpr, ALIGN: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """All rows of one chunk, of a tensor of TYPE."""
     base = tl.load(tensor).to(tl.pointer_type(TYPE))
     rows, stride, length = tl.load(tensor + 2), tl.load(tensor + 3), tl.load(tensor + 4)
-    if ALIGNED:
-        base, stride, length = tl.multiple_of(base, 16), tl.multiple_of(stride, 8), tl.multiple_of(length, 8)
+    if ALIGN > 1:
+        base, stride, length = tl.multiple_of(base, 16), tl.multiple_of(stride, ALIGN), tl.multiple_of(length, ALIGN)
     last = tl.minimum(rows, first + tl.load(tensor + 13))
     caps += tl.load(tensor + 14)
     cap_step = tl.load(tensor + 15)
     box = tensor + 5
-    SCALED: tl.constexpr = (TYPE == tl.float64 and ORDER != LARGEST) or ORDER == ANY
     changed = first * 0
-    if length <= 128:
-        for r in range(first, last, 16):
-            changed += _tile(base, base, base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
-                             IN_PLACE, KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, 16, 128)  # fmt: skip
-    if WIDEST > 128:
-        if (length > 128) & (length <= 512):
-            for r in range(first, last, 4):
-                changed += _tile(base, base, base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
-                                 IN_PLACE, KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, 4, 512)  # fmt: skip
-    if WIDEST > 512:
-        if (length > 512) & (length <= 2048):
-            for r in range(first, last, 1):
-                changed += _tile(base, base, base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
-                                 IN_PLACE, KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, 1, 2048)  # fmt: skip
-    if WIDEST > 2048:
-        if (length > 2048) & (length <= 4096):
-            for r in range(first, last, 1):
-                changed += _tile(base, base, base, r, last, length, stride, box, caps, cap_step, p, tau, keep,
-                                 IN_PLACE, KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE, 1, 4096)  # fmt: skip
-    if WIDEST > 4096:
-        if length > 4096:
-            for r in range(first, last, 1):
+    for w in tl.static_range(1, 5):
+        if WIDEST > w - 1:
+            if (length > WIDTHS[w - 1]) & (length <= WIDTHS[w]):
+                changed = _tiles_of_chunk(base, first, last, length, stride, box, caps, cap_step, p, tau, keep,
+                                          KIND, ORDER, TAU, DECAY, BOXED, TYPE, HEIGHTS[w], WIDTHS[w])  # fmt: skip
+    if WIDEST == 5:
+        if length > WIDTHS[4]:
+            for r in range(first, last):
                 changed += _long(base, base, base, r, length, stride, box, caps, cap_step, p, tau, keep,
-                                 IN_PLACE, KIND, ORDER, TAU, DECAY, SCALED, BOXED, TYPE)  # fmt: skip
+                                 IN_PLACE, KIND, ORDER, TAU, DECAY, BOXED, TYPE)  # fmt: skip
     return changed
 
 
@@ -479,7 +665,7 @@ def _chunk(
 def _max_norm_rows(
     table, chunks, caps, count, p_bits, tau_bits, decay_bits, decay_tensor,
     KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
-    CODES: tl.constexpr, WIDEST: tl.constexpr, BOXED: tl.constexpr, ALIGNED: tl.constexpr,
+    CODES: tl.constexpr, WIDEST: tl.constexpr, BOXED: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     tensor = table + tl.load(chunks + 2 * chunk) * COLUMNS
@@ -489,22 +675,11 @@ def _max_norm_rows(
         keep = 1 - tl.load(decay_tensor)
     code = tl.load(tensor + 1)
     changed = first * 0
-    if CODES & 1:
-        if code == 0:
-            changed = _chunk(tensor, first, caps, p, tau, keep, KIND, ORDER, TAU, DECAY, WIDEST, BOXED, ALIGNED,
-                             tl.float32)  # fmt: skip
-    if CODES & 2:
-        if code == 1:
-            changed = _chunk(tensor, first, caps, p, tau, keep, KIND, ORDER, TAU, DECAY, WIDEST, BOXED, ALIGNED,
-                             tl.float16)  # fmt: skip
-    if CODES & 4:
-        if code == 2:
-            changed = _chunk(tensor, first, caps, p, tau, keep, KIND, ORDER, TAU, DECAY, WIDEST, BOXED, ALIGNED,
-                             tl.bfloat16)  # fmt: skip
-    if CODES & 8:
-        if code == 3:
-            changed = _chunk(tensor, first, caps, p, tau, keep, KIND, ORDER, TAU, DECAY, WIDEST, BOXED, ALIGNED,
-                             tl.float64)  # fmt: skip
+    for c in tl.static_range(4):
+        if CODES & (1 << c):
+            if code == c:
+                changed = _chunk(tensor, first, caps, p, tau, keep, KIND, ORDER, TAU, DECAY, WIDEST, BOXED, ALIGN,
+                                 TYPES[c])  # fmt: skip
     if changed > 0:
         tl.atomic_add(count, changed, sem="relaxed")
 
@@ -527,16 +702,18 @@ def _matrix_rows(
               FORM, CAP, ORDER, TAU, False, SCALED, False, TYPE, ROWS, BLOCK)  # fmt: skip
     else:
         _long(x, out, norms, first, length, length, caps, caps, CAP_STEP, p, tau, keep,
-              FORM, CAP, ORDER, TAU, False, SCALED, False, TYPE)  # fmt: skip
+              FORM, CAP, ORDER, TAU, False, False, TYPE)  # fmt: skip
 
 
 @triton.jit
-def _slope(x, p, inverse, ORDER: tl.constexpr):
-    """sign(x) · (|x| · inverse)^(p - 1)."""
+def _slope(x, p, norm, inverse, ORDER: tl.constexpr):
+    """sign(x) · (|x| · inverse)^(p - 1); for p = inf that of the largest elements alone, which share it."""
     if ORDER == TWO:
         return x * inverse
     elif ORDER == ONE:
         return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x * 0))
+    elif ORDER == LARGEST:
+        return tl.where(x == norm, 1.0, 0.0) - tl.where(x == -norm, 1.0, 0.0)
     else:
         size = _power(tl.abs(x) * inverse, p - 1, ORDER)
         return tl.where(x < 0, -size, size)
@@ -554,73 +731,102 @@ def _coefficients(norm, moves, along, cap, tau, TAU: tl.constexpr):
     return a, -a * tau * along, along * below
 
 
+@triton.jit
+def _of_two(x, g, places, mask, moves, WITH_G: tl.constexpr):
+    """Elements of x, where their rows move, and of the gradient if there is one."""
+    vx = tl.load(x + places, mask=mask & moves[:, None], other=0.0)
+    if WITH_G:
+        return vx, tl.load(g + places, mask=mask, other=0.0)
+    else:
+        return vx, vx
+
+
 @triton.jit(do_not_specialize=["rows", "length", "p_bits", "tau_bits"])
 def _matrix_gradients(
-    x, g, out, caps, norms, grads, slopes, rows, length, p_bits, tau_bits,
+    x, g, out, caps, norms, grads, slopes, parts, rows, length, piece, p_bits, tau_bits,
     WITH_G: tl.constexpr, CAP_STEP: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, ALIGN: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOPED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOPED: tl.constexpr, STAGE: tl.constexpr,
 ):  # fmt: skip
     """Of the capped rows of a matrix given the gradient g, or without it of their norms given `grads`. Rows of more
-    than BLOCK elements, if LOOPED, are walked through twice."""
+    than BLOCK elements, if LOOPED, are walked through twice; rows in pieces in two launches, SUMS and GRADIENTS."""
     TYPE: tl.constexpr = x.dtype.element_ty
     p, tau = _float64(p_bits), _float64(tau_bits)
     rows, length = rows.to(tl.int64), tl.multiple_of(length.to(tl.int64), ALIGN)
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64)
+    if STAGE == WHOLE:
+        first, which, count, begin, end = i * ROWS, i * 0, i * 0, i * 0, length
+    else:
+        first, which, count, begin, end = _piece_of(i, length, piece, ALIGN)
+    r = first + tl.arange(0, ROWS).to(tl.int64)
     live = r < rows
     norm = tl.load(norms + r, mask=live, other=-1.0)
-    a, b = norm * 0, norm * 0
     moves = live
     if WITH_G:
         moves = live & (norm >= 0)
     inverse = 1 / tl.where(moves & (norm != 0), norm, 1.0)
-    if WITH_G:
-        along = norm * 0
+    along, largest = norm * 0, norm * 0  # sum of g · x / norm; how many elements are the largest
+    j = tl.arange(0, BLOCK).to(tl.int64)
+    if not LOOPED:
+        mask = live[:, None] & (j < length)[None, :]
+        vx, vg = _of_two(x, g, r[:, None] * length + j[None, :], mask, moves, WITH_G)
+    if STAGE == GRADIENTS:
+        lanes = tl.arange(0, PIECES)
+        places = parts + 2 * (i - which + lanes)
+        along += tl.sum(tl.load(places, mask=lanes < count, other=0.0), 0)
+        largest += tl.sum(tl.load(places + 1, mask=lanes < count, other=0.0), 0)
+    elif WITH_G or (ORDER == LARGEST):
         if LOOPED:
-            part = tl.zeros([ROWS, BLOCK], tl.float64)
+            products = tl.zeros([ROWS, BLOCK], tl.float64)
+            counts = tl.zeros([ROWS, BLOCK], tl.float64)
             if tl.max(moves.to(tl.int32), 0) > 0:
-                for start in range(0, length, BLOCK):
-                    j = start + tl.arange(0, BLOCK).to(tl.int64)
-                    mask = moves[:, None] & (j < length)[None, :]
-                    places = r[:, None] * length + j[None, :]
-                    w = tl.load(x + places, mask=mask, other=0.0).to(tl.float64)
-                    part += tl.load(g + places, mask=mask, other=0.0).to(tl.float64) * (w * inverse[:, None])
-            along = tl.sum(part, 1)
+                for start in range(begin, end, BLOCK):
+                    mask = moves[:, None] & (start + j < end)[None, :]
+                    lx, lg = _of_two(x, g, r[:, None] * length + start + j[None, :], mask, moves, WITH_G)
+                    wide = lx.to(tl.float64)
+                    if WITH_G:
+                        products += lg.to(tl.float64) * (wide * inverse[:, None])
+                    if ORDER == LARGEST:
+                        counts += tl.where(mask & (tl.abs(wide) == norm[:, None]), 1.0, 0.0)
+            along, largest = tl.sum(products, 1), tl.sum(counts, 1)
         else:
-            j = tl.arange(0, BLOCK).to(tl.int64)
-            mask = live[:, None] & (j < length)[None, :]
-            places = r[:, None] * length + j[None, :]
-            vx = tl.load(x + places, mask=mask & moves[:, None], other=0.0)
-            vg = tl.load(g + places, mask=mask, other=0.0)
-            along = tl.sum(vg.to(tl.float64) * (vx.to(tl.float64) * inverse[:, None]), 1)
-        cap = tl.load(caps + r * CAP_STEP, mask=live, other=0.0)
-        a, b, slope = _coefficients(norm, moves, along, cap, tau, TAU)
-        tl.store(slopes + r, tl.where(moves, slope, 0.0), mask=live)
-    else:
-        b = tl.load(grads + r, mask=live, other=0.0)
-        b = tl.where(norm == 0, 0.0, b)
-    if LOOPED:
-        for start in range(0, length, BLOCK):
-            j = start + tl.arange(0, BLOCK).to(tl.int64)
-            mask = live[:, None] & (j < length)[None, :]
-            places = r[:, None] * length + j[None, :]
-            wide = tl.load(x + places, mask=mask & moves[:, None], other=0.0).to(tl.float64)
-            new = _slope(wide, p, inverse[:, None], ORDER) * b[:, None]
+            wide = vx.to(tl.float64)
             if WITH_G:
-                vg = tl.load(g + places, mask=mask, other=0.0)
+                along = tl.sum(vg.to(tl.float64) * (wide * inverse[:, None]), 1)
+            if ORDER == LARGEST:
+                largest = tl.sum(tl.where(mask & (tl.abs(wide) == norm[:, None]), 1.0, 0.0), 1)
+    if STAGE == SUMS:
+        tl.store(parts + 2 * i, tl.sum(along, 0))
+        tl.store(parts + 2 * i + 1, tl.sum(largest, 0))
+    else:
+        a, b = norm * 0, norm * 0
+        if WITH_G:
+            cap = tl.load(caps + r * CAP_STEP, mask=live, other=0.0)
+            a, b, slope = _coefficients(norm, moves, along, cap, tau, TAU)
+            tl.store(slopes + r, tl.where(moves, slope, 0.0), mask=live & (which == 0))
+        else:
+            b = tl.load(grads + r, mask=live, other=0.0)
+            b = tl.where(norm == 0, 0.0, b)
+        if ORDER == LARGEST:
+            b = b / tl.where(moves & (norm != 0), largest, 1.0)
+        if LOOPED:
+            for start in range(begin, end, BLOCK):
+                mask = live[:, None] & (start + j < end)[None, :]
+                places = r[:, None] * length + start + j[None, :]
+                lx, lg = _of_two(x, g, places, mask, moves, WITH_G)
+                new = _slope(lx.to(tl.float64), p, norm[:, None], inverse[:, None], ORDER) * b[:, None]
+                if WITH_G:
+                    new += lg.to(tl.float64) * a[:, None]
+                    tl.store(out + places, tl.where(moves[:, None], _rounded(new, TYPE), lg), mask=mask)
+                else:
+                    tl.store(out + places, _rounded(new, TYPE), mask=mask)
+        else:
+            places = r[:, None] * length + j[None, :]
+            new = _slope(vx.to(tl.float64), p, norm[:, None], inverse[:, None], ORDER) * b[:, None]
+            if WITH_G:
                 new += vg.to(tl.float64) * a[:, None]
                 tl.store(out + places, tl.where(moves[:, None], _rounded(new, TYPE), vg), mask=mask)
             else:
                 tl.store(out + places, _rounded(new, TYPE), mask=mask)
-    else:
-        if WITH_G:
-            new = _slope(vx.to(tl.float64), p, inverse[:, None], ORDER) * b[:, None] + vg.to(tl.float64) * a[:, None]
-            tl.store(out + places, tl.where(moves[:, None], _rounded(new, TYPE), vg), mask=mask)
-        else:
-            j = tl.arange(0, BLOCK).to(tl.int64)
-            mask = live[:, None] & (j < length)[None, :]
-            places = r[:, None] * length + j[None, :]
-            wide = tl.load(x + places, mask=mask, other=0.0).to(tl.float64)
-            tl.store(out + places, _rounded(_slope(wide, p, inverse[:, None], ORDER) * b[:, None], TYPE), mask=mask)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------
@@ -634,17 +840,35 @@ def _order(p: float) -> tl.constexpr:
     return {1.0: ONE, 2.0: TWO, math.inf: LARGEST}.get(p, ANY)
 
 
-def max_norm_rows(table, chunks, chunk, caps, p, tau, decay, decay_tensor, kind):
-    """`chunk` is what the plan knows about its tensors: see `_traits` in fastreg/max_norm.py."""
-    count = torch.zeros((), dtype=torch.int64, device=table.device)
-    if chunks.shape[0]:
-        widest = (*WIDTHS, 2 * WIDTHS[-1])[chunk >> 8]
-        _max_norm_rows[(chunks.shape[0],)](
-            table, chunks, caps, count, _bits(p), _bits(tau), _bits(decay), decay_tensor,
-            KIND=kind, ORDER=_order(p), TAU=tau != 1.0, DECAY=decay != 0.0 or decay_tensor is not None,
-            CODES=chunk & 15, WIDEST=widest, BOXED=bool(chunk & 16), ALIGNED=bool(chunk & 32),
-            num_warps=4 if widest <= 512 else 8,
+def _treat_pieces(table, chunks, first, x, out, norms, caps, programs, piece, form, kind, p, tau, mends, **options):
+    """The launches for rows in pieces. `mends`: whether rounding may bring a row above its cap."""
+    parts, again = torch.empty((2, programs, 2), dtype=torch.float64, device=caps.device)
+    for treat in (_piece_norm, _piece_change, _piece_mend)[: 3 if mends else 2]:
+        _pieces[(programs,)](
+            table, chunks, first, x, out, norms, parts, again, caps, 0 if x is None else x.shape[1], piece,
+            _bits(p), _bits(tau), TREAT=treat, FORM=form, KIND=kind, ORDER=_order(p), TAU=tau != 1.0, **options,
+            num_warps=8,
         )  # fmt: skip
+
+
+def max_norm_rows(table, chunks, traits, caps, p, tau, decay, decay_tensor, kind):
+    """`traits` is what the plan knows about its tensors: see `_traits` in fastreg/max_norm.py."""
+    count = torch.zeros((), dtype=torch.int64, device=table.device)
+    codes, widest, pieces = traits & 15, traits >> 8 & 15, traits >> 12
+    options = {
+        "decay_bits": _bits(decay), "decay_tensor": decay_tensor, "count": count, "CODES": codes,
+        "DECAY": decay != 0.0 or decay_tensor is not None, "BOXED": bool(traits & 16), "ALIGN": 8 if traits & 32 else 1,
+    }  # fmt: skip
+    whole = chunks.shape[0] - pieces
+    if whole:
+        _max_norm_rows[(whole,)](
+            table, chunks, caps, p_bits=_bits(p), tau_bits=_bits(tau), **options,
+            KIND=kind, ORDER=_order(p), TAU=tau != 1.0, WIDEST=widest, num_warps=4 if widest <= 2 else 8,
+        )  # fmt: skip
+    if pieces:
+        mends = kind == CAP.value and p in (1.0, 2.0) and tau == 1.0 and codes & 7 != 0
+        _treat_pieces(table, chunks, whole, None, None, None, caps, pieces, 0, IN_PLACE, kind, p, tau, mends,
+                      CAP_STEP=0, **options)  # fmt: skip
     return count
 
 
@@ -656,12 +880,26 @@ def _tiles(matrix: torch.Tensor) -> tuple[int, int, int]:
     return align if length % align == 0 else 1, max(1, 2048 // block), block
 
 
+def _piece(length: int) -> int:
+    """Elements of the pieces of a row."""
+    return max(PIECE, triton.next_power_of_2(triton.cdiv(length, PIECES.value)))
+
+
 def _capped(x, out, norms, caps, p, tau, form):
     align, rows, block = _tiles(x)
-    long = block > WIDTHS[-1]
+    cap_step = int(caps.shape[0] > 1)
+    if x.shape[1] > SPLIT:
+        piece = _piece(x.shape[1])
+        programs = x.shape[0] * triton.cdiv(x.shape[1], piece)
+        mends = form == AWAY.value and p in (1.0, 2.0) and tau == 1.0 and x.dtype != torch.float64
+        plain = {"decay_bits": 0, "decay_tensor": None, "count": None, "DECAY": False, "CODES": 0, "BOXED": False}
+        _treat_pieces(None, None, 0, x, out, norms, caps, programs, piece, form, CAP, p, tau, mends,
+                      CAP_STEP=cap_step, ALIGN=align, **plain)  # fmt: skip
+        return
+    long = block > WIDTHS.value[-1]
     _matrix_rows[(triton.cdiv(x.shape[0], rows),)](
         x, out, norms, caps, x.shape[0], x.shape[1], _bits(p), _bits(tau),
-        FORM=form, CAP_STEP=int(caps.shape[0] > 1), ORDER=_order(p), TAU=tau != 1.0, ALIGN=align, ROWS=rows,
+        FORM=form, CAP_STEP=cap_step, ORDER=_order(p), TAU=tau != 1.0, ALIGN=align, ROWS=rows,
         BLOCK=0 if long else block, num_warps=4 if block <= 512 else 8,
     )  # fmt: skip
 
@@ -680,13 +918,22 @@ def row_norms(input, p):
 
 def _gradients(x, g, out, caps, norms, grads, slopes, p, tau):
     align, rows, block = _tiles(x)
-    looped = block > WIDTHS[-1]
-    _matrix_gradients[(triton.cdiv(x.shape[0], rows),)](
-        x, g, out, caps, norms, grads, slopes, x.shape[0], x.shape[1], _bits(p), _bits(tau),
-        WITH_G=g is not None, CAP_STEP=int(caps is not None and caps.shape[0] > 1), ORDER=_order(p), TAU=tau != 1.0,
-        ALIGN=align, ROWS=rows, BLOCK=LOOP.value if looped else block, LOOPED=looped,
-        num_warps=4 if block <= 512 else 8,
-    )  # fmt: skip
+    length = x.shape[1]
+    looped = block > WIDTHS.value[-1]
+    stages, programs, piece, parts = (WHOLE,), triton.cdiv(x.shape[0], rows), 0, None
+    if length > SPLIT:
+        stages, piece = (GRADIENTS,), _piece(length)
+        programs = x.shape[0] * triton.cdiv(length, piece)
+        parts = torch.zeros((programs, 2), dtype=torch.float64, device=x.device)
+        if g is not None or p == math.inf:
+            stages = SUMS, GRADIENTS
+    for stage in stages:
+        _matrix_gradients[(programs,)](
+            x, g, out, caps, norms, grads, slopes, parts, x.shape[0], length, piece, _bits(p), _bits(tau),
+            WITH_G=g is not None, CAP_STEP=int(caps is not None and caps.shape[0] > 1), ORDER=_order(p), TAU=tau != 1.0,
+            ALIGN=align, ROWS=rows, BLOCK=LOOP.value if looped else block, LOOPED=looped, STAGE=stage,
+            num_warps=4 if block <= 512 else 8,
+        )  # fmt: skip
 
 
 def max_norm_backward(grad_output, input, caps, norms, p, tau):

@@ -38,7 +38,8 @@ struct Passes {
   double (*reduce)(int64_t code, const void* x, int64_t n, double p, double inverse);
   // The sum of squares to a relative 2^-22, if it is far from float's ends; NaN and inf show.
   double (*squares)(int64_t code, const void* x, int64_t n);
-  // Writes the changed elements, rounded to the nearest or towards zero, and reduces the rounded ones.
+  // Writes the changed elements, rounded to the nearest or towards zero, and reduces the rounded ones:
+  // squares of 16-bit elements as roughly as `squares`.
   double (*change)(int64_t code, const void* x, void* out, int64_t n, double p, Change change,
                    bool toward_zero);
   // How many |x| - top are above theta, and their sum.
@@ -48,8 +49,11 @@ struct Passes {
   double (*lower)(int64_t code, double x);
   // The sum of g * x * inverse.
   double (*dot)(int64_t code, const void* x, const void* g, int64_t n, double inverse);
-  // out = a * g + b * slope, without g if it is null; slope = sign(x) * (|x| * inverse)^(p - 1).
-  void (*combine)(int64_t code, const void* x, const void* g, void* out, int64_t n, double p, double inverse,
+  // How many |x| are `size`.
+  double (*equal)(int64_t code, const void* x, int64_t n, double size);
+  // out = a * g + b * slope, without g if it is null; slope = sign(x) * (|x| / norm)^(p - 1), for p = inf
+  // that of the elements whose size is the norm.
+  void (*combine)(int64_t code, const void* x, const void* g, void* out, int64_t n, double p, double norm,
                   double a, double b);
 };
 }  // namespace fastreg::max_norm
@@ -68,6 +72,9 @@ constexpr int64_t kSegment = 16384;  // elements summed at a time
 constexpr int64_t kLong = 1 << 18;   // rows longer than this are shared among the threads
 
 int64_t size_of(int64_t code) { return code == kDouble ? 8 : code == kFloat ? 4 : 2; }
+
+// Whether a sum of squares, some of them added in float, has lost nothing that matters at float's ends.
+bool in_float(double squares) { return squares > 0x1p-60 && squares < 0x1p120; }
 
 // Memory of a thread for one row.
 char* scratch(int64_t bytes) {
@@ -118,6 +125,12 @@ struct Row {
     return other.reduce(HUGE_VAL, 1);
   }
 
+  // Among how many elements the derivative of the norm is shared.
+  double sharers(double norm) const {
+    if (p != HUGE_VAL) return 1;
+    return collect([&](int64_t i, int64_t m) { return passes.equal(code, at(i), m, norm); });
+  }
+
   // False for a row with NaN or inf.
   bool norm(Norm* out) const {
     const double plain = reduce(p, 1);
@@ -143,7 +156,7 @@ struct Row {
     if (sum != Order::two || code == kDouble || rounding_margin(n, code) == 0) return false;
     const double squares = collect([&](int64_t i, int64_t m) { return passes.squares(code, at(i), m); });
     *out = {1, sqrt(squares)};
-    return squares > 0x1p-60 && squares < 0x1p120;
+    return in_float(squares);
   }
 
   // The norm of what `change` has just written, from its sum; NaN-free, since the row was finite.
@@ -206,10 +219,18 @@ bool treat(const Row& row, Kind kind, double cap, double tau, char* out, double*
   if (!bounded || blind || row.code == kDouble || kind == Kind::linf_ball) return true;
   // Above the bound after rounding: what was rounded is scaled once more, at last towards zero.
   const Row rounded{row.passes, row.code, row.n, out, row.sum, row.p};
-  double ratio = row.norm_of(sum, out) / bound;
+  const bool rough = row.sum == Order::two && row.code != kFloat;
+  const auto ratio_of = [&](double sum) {
+    const double ratio = row.norm_of(sum, out) / bound;
+    if (!rough || (in_float(sum) && ratio < 1 - kDoubt)) return ratio;
+    Norm exact{1, HUGE_VAL};
+    rounded.norm(&exact);
+    return exact.scale * exact.s / bound;
+  };
+  double ratio = ratio_of(sum);
   if (ratio > 1) {
     sum = rounded.change(out, {Kind::cap, 1, 1 / (2 * ratio - 1)}, false);
-    ratio = row.norm_of(sum, out) / bound;
+    ratio = ratio_of(sum);
   }
   if (ratio > 1) rounded.change(out, {Kind::cap, 1, (1 - 8 * 0x1p-53) / ratio}, true);
   return true;
@@ -268,7 +289,7 @@ bool treat_row(const Launch& launch, const Passes& passes, const int64_t* tensor
 }
 }  // namespace
 
-Tensor max_norm_rows(const Tensor& table, const Tensor& chunks, int64_t /*chunk*/, const Tensor& caps,
+Tensor max_norm_rows(const Tensor& table, const Tensor& chunks, int64_t /*traits*/, const Tensor& caps,
                      double p, double tau, double decay, std::optional<Tensor> decay_tensor, int64_t kind) {
   if (decay_tensor) decay = *static_cast<const double*>(decay_tensor->const_data_ptr());
   const auto* rows = static_cast<const int64_t*>(table.const_data_ptr());
@@ -384,9 +405,10 @@ std::tuple<Tensor, Tensor> max_norm_backward(const Tensor& grad_output, const Te
     });
     slope[r] = along * power_below(norm[r], tau);
     const double factor = usable_cap(cap[r * step]) * power_below(norm[r], tau) * inverse;
+    const double share = -factor * tau * along / row.sharers(norm[r]);
     row.collect([&](int64_t i, int64_t m) {
-      passes.combine(x.code, row.at(i), gs + i * size_of(x.code), to + i * size_of(x.code), m, p, inverse,
-                     factor, -factor * tau * along);
+      passes.combine(x.code, row.at(i), gs + i * size_of(x.code), to + i * size_of(x.code), m, p, norm[r],
+                     factor, share);
       return 0.0;
     });
   });
@@ -418,9 +440,10 @@ Tensor row_norms_backward(const Tensor& grad, const Tensor& input, const Tensor&
     const Row row{passes, x.code, x.length, x.data + r * x.row_bytes, Order::one, p};
     char* to = out.data + r * out.row_bytes;
     const bool zero = norm[r] == 0;
+    const double share = zero ? 0 : g[r] / row.sharers(norm[r]);
     row.collect([&](int64_t i, int64_t m) {
       passes.combine(x.code, row.at(i), nullptr, to + i * size_of(x.code), m, zero ? 1 : p,
-                     zero ? 1 : 1 / norm[r], 0, zero ? 0 : g[r]);
+                     zero ? 1 : norm[r], 0, share);
       return 0.0;
     });
   });
@@ -514,42 +537,60 @@ double change_run(const T* x, T* out, int64_t n, double p, Change how, bool towa
                      : change_rounded<T, sum, kind, false>(x, out, n, p, how);
 }
 
+// To `total`, what is a sum of few terms in float.
+FASTREG_INLINE void add_floats(Doubles (&total)[2], Vec<float> sum) {
+  HalfFloats halves[2];
+  __builtin_memcpy(halves, &sum, sizeof(sum));
+  total[0] += to_double(halves[0]);
+  total[1] += to_double(halves[1]);
+}
+
 #if FASTREG_VECTOR_BYTES > 16  // there is a fused multiply-add
-// x * factor for narrow T, in half of the instructions that double takes. Returns the sum of squares, unless
-// blind.
+// x * factor for narrow T, whose elements are finite, in half of the instructions that double takes. Returns
+// the sum of squares, unless blind.
 template <class T, bool blind>
 double scale_floats(const T* x, T* out, int64_t n, double factor) {
   using V = Vec<float>;
   const Factor by(factor);
   constexpr int64_t width = lanes<float>;
-  Doubles total[4] = {};
-  const auto one = [&](const T* from, T* to, int slot) __attribute__((always_inline)) {
-    const V y = by.times(load(from));
-    store(to, y);
-    if constexpr (!blind) {
-      V written = y;
-      if constexpr (sizeof(T) == 2) written = load(to);
-      HalfFloats halves[2];
-      __builtin_memcpy(halves, &written, sizeof(written));
-      const Doubles a = to_double(halves[0]), b = to_double(halves[1]);
-      total[slot] += a * a;
-      total[slot + 1] += b * b;
+  Doubles total[2] = {};
+  const auto two = [&](const T* from, T* to) __attribute__((always_inline)) {
+    auto v = load_two(from);
+    v.first = by.times(v.first);
+    v.second = by.times(v.second);
+    store_two<true>(to, v);
+    return blind || std::is_same_v<T, float> ? v : load_two(to);
+  };
+  const auto collect = [&](Two<V> v) __attribute__((always_inline)) {
+    if constexpr (blind) return;
+    if constexpr (std::is_same_v<T, float>) {  // each square in double
+      HalfFloats quarters[4];
+      __builtin_memcpy(quarters, &v, sizeof(v));
+      for (int k = 0; k < 4; ++k) {
+        const Doubles d = to_double(quarters[k]);
+        total[k % 2] += d * d;
+      }
+    } else {
+      add_floats(total, v.first * v.first + v.second * v.second);
     }
   };
   int64_t i = 0;
-  for (; i + 2 * width <= n; i += 2 * width) {
-    one(x + i, out + i, 0);
-    one(x + i + width, out + i + width, 2);
-  }
-  for (; i < n; i += width) {
-    const int64_t left = n - i < width ? n - i : width;
-    T block[width];
+  if constexpr (sizeof(T) == 2)
+    for (; i + 4 * width <= n; i += 4 * width) {
+      const auto a = two(x + i, out + i), b = two(x + i + 2 * width, out + i + 2 * width);
+      if constexpr (!blind)
+        add_floats(total,
+                   (a.first * a.first + a.second * a.second) + (b.first * b.first + b.second * b.second));
+    }
+  for (; i + 2 * width <= n; i += 2 * width) collect(two(x + i, out + i));
+  if (i < n) {
+    T block[2 * width];
     __builtin_memset(block, 0, sizeof(block));
-    __builtin_memcpy(block, x + i, left * sizeof(T));
-    one(block, block, 0);
-    __builtin_memcpy(out + i, block, left * sizeof(T));
+    __builtin_memcpy(block, x + i, (n - i) * sizeof(T));
+    collect(two(block, block));
+    __builtin_memcpy(out + i, block, (n - i) * sizeof(T));
   }
-  return horizontal_sum((total[0] + total[1]) + (total[2] + total[3]));
+  return horizontal_sum(total[0] + total[1]);
 }
 #endif
 
@@ -588,21 +629,15 @@ double squares_typed(const T* x, int64_t n) {
   } else {
     constexpr int64_t width = lanes<float>;
     Doubles total[2] = {};
-    const auto add = [&](Vec<float> sum) __attribute__((always_inline)) {
-      HalfFloats halves[2];
-      __builtin_memcpy(halves, &sum, sizeof(sum));
-      total[0] += to_double(halves[0]);
-      total[1] += to_double(halves[1]);
-    };
     int64_t i = 0;
     for (; i + 4 * width <= n; i += 4 * width) {
-      const Vec<float> a = load(x + i), b = load(x + i + width);
-      const Vec<float> c = load(x + i + 2 * width), d = load(x + i + 3 * width);
-      add((a * a + b * b) + (c * c + d * d));
+      const auto a = load_two(x + i), b = load_two(x + i + 2 * width);
+      add_floats(total,
+                 (a.first * a.first + a.second * a.second) + (b.first * b.first + b.second * b.second));
     }
     for (; i < n; i += width) {
       const Vec<float> a = i + width <= n ? load(x + i) : load_first(x + i, n - i, 0.0f);
-      add(a * a);
+      add_floats(total, a * a);
     }
     return horizontal_sum(total[0] + total[1]);
   }
@@ -647,12 +682,26 @@ double dot_typed(const T* x, const T* g, int64_t n, double inverse) {
   return horizontal_sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-enum class Slope { sign, linear, power };
+template <class T>
+double equal_typed(const T* x, int64_t n, double size) {
+  Doubles total[2] = {};
+  int64_t filled = 0;  // with zeros, behind the last element
+  for_pairs(x, n, [&](Pair v, int, int64_t, int64_t m) __attribute__((always_inline)) {
+    total[0] += magnitude(v.low) == size ? splat(1.0) : Doubles{};
+    total[1] += magnitude(v.high) == size ? splat(1.0) : Doubles{};
+    filled += kPair - m;
+  });
+  return horizontal_sum(total[0] + total[1]) - (size == 0 ? static_cast<double>(filled) : 0);
+}
+
+enum class Slope { sign, linear, power, largest };
 
 template <Slope slope>
-FASTREG_INLINE Doubles slope_of(Doubles v, double p, double inverse) {
+FASTREG_INLINE Doubles slope_of(Doubles v, double p, double norm, double inverse) {
   if constexpr (slope == Slope::linear) {
     return v * inverse;
+  } else if constexpr (slope == Slope::largest) {
+    return v == norm ? splat(1.0) : v == -norm ? splat(-1.0) : Doubles{};
   } else if constexpr (slope == Slope::sign) {
     return v > 0 ? splat(1.0) : v < 0 ? splat(-1.0) : v * 0.0;
   } else {
@@ -665,10 +714,11 @@ FASTREG_INLINE Doubles slope_of(Doubles v, double p, double inverse) {
 }
 
 template <class T, Slope slope, bool with_g>
-void combine_run(const T* x, const T* g, T* out, int64_t n, double p, double inverse, double a, double b) {
+void combine_run(const T* x, const T* g, T* out, int64_t n, double p, double norm, double a, double b) {
+  const double inverse = 1 / norm;
   for_pairs(x, n, [&](Pair v, int, int64_t at, int64_t m) __attribute__((always_inline)) {
-    v.low = slope_of<slope>(v.low, p, inverse) * b;
-    v.high = slope_of<slope>(v.high, p, inverse) * b;
+    v.low = slope_of<slope>(v.low, p, norm, inverse) * b;
+    v.high = slope_of<slope>(v.high, p, norm, inverse) * b;
     if constexpr (with_g) {
       const Pair w = m == kPair ? pair_of(g + at) : first_of(g + at, m);
       v.low += w.low * a;
@@ -683,17 +733,19 @@ void combine_run(const T* x, const T* g, T* out, int64_t n, double p, double inv
 }
 
 template <class T>
-void combine_typed(const T* x, const T* g, T* out, int64_t n, double p, double inverse, double a, double b) {
+void combine_typed(const T* x, const T* g, T* out, int64_t n, double p, double norm, double a, double b) {
   const auto with = [&]<Slope slope>() {
     if (g)
-      combine_run<T, slope, true>(x, g, out, n, p, inverse, a, b);
+      combine_run<T, slope, true>(x, g, out, n, p, norm, a, b);
     else
-      combine_run<T, slope, false>(x, g, out, n, p, inverse, a, b);
+      combine_run<T, slope, false>(x, g, out, n, p, norm, a, b);
   };
   if (p == 2)
     with.template operator()<Slope::linear>();
   else if (p == 1)
     with.template operator()<Slope::sign>();
+  else if (p == HUGE_VAL)
+    with.template operator()<Slope::largest>();
   else
     with.template operator()<Slope::power>();
 }
@@ -702,10 +754,13 @@ static double lower(int64_t code, double x) { FASTREG_BY_CODE(code, widened(roun
 static double dot(int64_t code, const void* x, const void* g, int64_t n, double inverse) {
   FASTREG_BY_CODE(code, dot_typed(static_cast<const T*>(x), static_cast<const T*>(g), n, inverse))
 }
-static void combine(int64_t code, const void* x, const void* g, void* out, int64_t n, double p,
-                    double inverse, double a, double b) {
+static double equal(int64_t code, const void* x, int64_t n, double size) {
+  FASTREG_BY_CODE(code, equal_typed(static_cast<const T*>(x), n, size))
+}
+static void combine(int64_t code, const void* x, const void* g, void* out, int64_t n, double p, double norm,
+                    double a, double b) {
   FASTREG_BY_CODE(code, combine_typed(static_cast<const T*>(x), static_cast<const T*>(g),
-                                      static_cast<T*>(out), n, p, inverse, a, b))
+                                      static_cast<T*>(out), n, p, norm, a, b))
 }
 static double change(int64_t code, const void* x, void* out, int64_t n, double p, Change how,
                      bool toward_zero) {
@@ -721,7 +776,7 @@ static void decay(int64_t code, void* x, int64_t n,
                   double keep){FASTREG_BY_CODE(code, decay_typed(static_cast<T*>(x), n, keep))}
 
 max_norm::Passes max_norm_passes() {
-  return {reduce, squares, change, gaps, decay, lower, dot, combine};
+  return {reduce, squares, change, gaps, decay, lower, dot, equal, combine};
 }
 }  // namespace fastreg::FASTREG_ISA
 #endif

@@ -6,6 +6,7 @@
 
 #include "cuda/max_norm_launch.h"
 #include "cuda/tensors.h"
+#include "max_norm.h"
 
 namespace fastreg {
 namespace {
@@ -18,15 +19,21 @@ using torch::stable::Tensor;
 const double* doubles_of(const Tensor& tensor) { return static_cast<const double*>(tensor.const_data_ptr()); }
 double* doubles_of(Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
 
-Tensor max_norm_rows(const Tensor& table, const Tensor& chunks, int64_t /*chunk*/, const Tensor& caps,
-                     double p, double tau, double decay, std::optional<Tensor> decay_tensor, int64_t kind) {
+Tensor workspace(const OnDevice& on, int64_t pieces) { return on.empty({4 * pieces}, ScalarType::Double); }
+
+Tensor max_norm_rows(const Tensor& table, const Tensor& chunks, int64_t traits, const Tensor& caps, double p,
+                     double tau, double decay, std::optional<Tensor> decay_tensor, int64_t kind) {
   const OnDevice on(table);
+  const int64_t pieces = traits >> 12;
+  const bool mends =
+      static_cast<max_norm::Kind>(kind) == max_norm::Kind::cap && tau == 1 && (traits & 7) != 0;
+  Tensor work = workspace(on, pieces);
   Tensor count = on.empty({}, ScalarType::Long);
   check(cudaMemsetAsync(count.mutable_data_ptr(), 0, sizeof(int64_t), on.stream));
   check(cuda::max_norm_rows(static_cast<const int64_t*>(table.const_data_ptr()),
-                            static_cast<const int64_t*>(chunks.const_data_ptr()), chunks.size(0),
-                            doubles_of(caps), p, tau, decay,
-                            decay_tensor ? doubles_of(*decay_tensor) : nullptr, kind,
+                            static_cast<const int64_t*>(chunks.const_data_ptr()), chunks.size(0), pieces,
+                            mends, doubles_of(caps), p, tau, decay,
+                            decay_tensor ? doubles_of(*decay_tensor) : nullptr, kind, doubles_of(work),
                             static_cast<int64_t*>(count.mutable_data_ptr()), on.stream));
   return count;
 }
@@ -34,10 +41,11 @@ Tensor max_norm_rows(const Tensor& table, const Tensor& chunks, int64_t /*chunk*
 std::tuple<Tensor, Tensor> max_norm_forward(const Tensor& input, const Tensor& caps, double p, double tau) {
   const OnDevice on(input);
   const int64_t rows = input.size(0), length = input.size(1);
+  Tensor work = workspace(on, cuda::max_norm_pieces(rows, length));
   Tensor output = on.empty({rows, length}, input.scalar_type()), norms = on.empty({rows}, ScalarType::Double);
   check(cuda::max_norm_forward(code_of(input), input.const_data_ptr(), output.mutable_data_ptr(),
                                doubles_of(caps), caps.size(0) > 1, doubles_of(norms), rows, length, p, tau,
-                               on.stream));
+                               doubles_of(work), on.stream));
   return {output, norms};
 }
 
@@ -45,27 +53,31 @@ std::tuple<Tensor, Tensor> max_norm_backward(const Tensor& grad_output, const Te
                                              const Tensor& caps, const Tensor& norms, double p, double tau) {
   const OnDevice on(input);
   const int64_t rows = input.size(0), length = input.size(1);
+  Tensor work = workspace(on, cuda::max_norm_pieces(rows, length));
   Tensor grad = on.empty({rows, length}, input.scalar_type()), slopes = on.empty({rows}, ScalarType::Double);
   check(cuda::max_norm_backward(code_of(input), grad_output.const_data_ptr(), input.const_data_ptr(),
                                 grad.mutable_data_ptr(), doubles_of(caps), caps.size(0) > 1,
-                                doubles_of(norms), doubles_of(slopes), rows, length, p, tau, on.stream));
+                                doubles_of(norms), doubles_of(slopes), rows, length, p, tau, doubles_of(work),
+                                on.stream));
   return {grad, slopes};
 }
 
 Tensor row_norms(const Tensor& input, double p) {
   const OnDevice on(input);
+  Tensor work = workspace(on, cuda::max_norm_pieces(input.size(0), input.size(1)));
   Tensor norms = on.empty({input.size(0)}, ScalarType::Double);
   check(cuda::row_norms(code_of(input), input.const_data_ptr(), doubles_of(norms), input.size(0),
-                        input.size(1), p, on.stream));
+                        input.size(1), p, doubles_of(work), on.stream));
   return norms;
 }
 
 Tensor row_norms_backward(const Tensor& grad, const Tensor& input, const Tensor& norms, double p) {
   const OnDevice on(input);
+  Tensor work = workspace(on, cuda::max_norm_pieces(input.size(0), input.size(1)));
   Tensor grad_input = on.empty({input.size(0), input.size(1)}, input.scalar_type());
   check(cuda::row_norms_backward(code_of(input), doubles_of(grad), input.const_data_ptr(),
                                  grad_input.mutable_data_ptr(), doubles_of(norms), input.size(0),
-                                 input.size(1), p, on.stream));
+                                 input.size(1), p, doubles_of(work), on.stream));
   return grad_input;
 }
 }  // namespace
