@@ -222,7 +222,7 @@ bool treat(const Row& row, Kind kind, double cap, double tau, char* out, double*
   const bool rough = row.sum == Order::two && row.code != kFloat;
   const auto ratio_of = [&](double sum) {
     const double ratio = row.norm_of(sum, out) / bound;
-    if (!rough || (in_float(sum) && ratio < 1 - kDoubt)) return ratio;
+    if (!rough || (in_float(sum) && fabs(ratio - 1) > kDoubt)) return ratio;
     Norm exact{1, HUGE_VAL};
     rounded.norm(&exact);
     return exact.scale * exact.s / bound;
@@ -232,7 +232,9 @@ bool treat(const Row& row, Kind kind, double cap, double tau, char* out, double*
     sum = rounded.change(out, {Kind::cap, 1, 1 / (2 * ratio - 1)}, false);
     ratio = ratio_of(sum);
   }
-  if (ratio > 1) rounded.change(out, {Kind::cap, 1, (1 - 8 * 0x1p-53) / ratio}, true);
+  if (ratio > 1)
+    rounded.change(out, {Kind::cap, 1, (1 - (rough ? kDoubt : 8 * 0x1p-53)) / ratio, rough && in_float(sum)},
+                   true);
   return true;
 }
 
@@ -546,19 +548,42 @@ FASTREG_INLINE void add_floats(Doubles (&total)[2], Vec<float> sum) {
 }
 
 #if FASTREG_VECTOR_BYTES > 16  // there is a fused multiply-add
+// `store_two` of 16-bit elements, but towards zero.
+FASTREG_INLINE void store_two_down(BFloat16* to, Two<Vec<float> > v) {
+  const Words w = bits<Words>(v.first) >> 16 | (bits<Words>(v.second) & 0xffff0000);
+  __builtin_memcpy(to, &w, sizeof(w));
+}
+FASTREG_INLINE void store_two_down(Half* to, Two<Vec<float> > v) {
+  constexpr int down = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+#if FASTREG_VECTOR_BYTES == 64
+  const __m256i first = _mm512_maskz_cvtps_ph(0xffff, bits<__m512>(v.first), down);
+  const __m256i second = _mm512_maskz_cvtps_ph(0xffff, bits<__m512>(v.second), down);
+#else
+  const __m128i first = _mm256_cvtps_ph(bits<__m256>(v.first), down);
+  const __m128i second = _mm256_cvtps_ph(bits<__m256>(v.second), down);
+#endif
+  __builtin_memcpy(to, &first, sizeof(first));
+  __builtin_memcpy(to + sizeof(first) / sizeof(Half), &second, sizeof(second));
+}
+FASTREG_INLINE void store_two_down(float*, Two<Vec<float> >) {}  // not called
+
 // x * factor for narrow T, whose elements are finite, in half of the instructions that double takes. Returns
-// the sum of squares, unless blind.
-template <class T, bool blind>
+// the sum of squares, unless blind. Down, which is blind and takes 16-bit elements, it is no larger than
+// that.
+template <class T, bool blind, bool down = false>
 double scale_floats(const T* x, T* out, int64_t n, double factor) {
   using V = Vec<float>;
-  const Factor by(factor);
+  const Factor by(down ? factor * (1 - 0x1p-22) : factor);  // the product is rounded, and then cut
   constexpr int64_t width = lanes<float>;
   Doubles total[2] = {};
   const auto two = [&](const T* from, T* to) __attribute__((always_inline)) {
     auto v = load_two(from);
     v.first = by.times(v.first);
     v.second = by.times(v.second);
-    store_two<true>(to, v);
+    if constexpr (down)
+      store_two_down(to, v);
+    else
+      store_two<true>(to, v);
     return blind || std::is_same_v<T, float> ? v : load_two(to);
   };
   const auto collect = [&](Two<V> v) __attribute__((always_inline)) {
@@ -603,8 +628,11 @@ double change_typed(const T* x, T* out, int64_t n, double p, Change how, bool to
   const Order sum = max_norm::order_of(p);
 #if FASTREG_VECTOR_BYTES > 16
   if constexpr (!std::is_same_v<T, double>)
-    if ((sum == Order::two || how.blind) && how.a == 1 && !toward_zero && Factor::takes(how.b))
-      return how.blind ? scale_floats<T, true>(x, out, n, how.b) : scale_floats<T, false>(x, out, n, how.b);
+    if ((sum == Order::two || how.blind) && how.a == 1 && Factor::takes(how.b)) {
+      if (!toward_zero)
+        return how.blind ? scale_floats<T, true>(x, out, n, how.b) : scale_floats<T, false>(x, out, n, how.b);
+      if (how.blind && sizeof(T) == 2) return scale_floats<T, true, true>(x, out, n, how.b);
+    }
 #endif
   if (sum == Order::two && how.a == 1)
     return change_run<T, Order::two, Kind::normalize>(x, out, n, p, how, toward_zero);
