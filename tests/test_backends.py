@@ -1,8 +1,10 @@
 """Choosing a backend: automatic choice falls back and can say why, a forced one serves or fails with the reason."""
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,3 +93,36 @@ def test_command_line_table_names_every_reason():
 def test_command_line_summary_is_one_line():
     done = subprocess.run([sys.executable, "-m", "fastreg", "--summary"], capture_output=True, text=True, check=True)
     assert done.stdout.count("\n") == 1
+
+
+# ---- older Tritons ---------------------------------------------------------------------------------------------
+
+
+def _refused_by_triton_3_6(function: ast.FunctionDef) -> list[str]:
+    """What the Triton of torch 2.11 does not compile, though later ones do."""
+    empty, found = set(), []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            if len(node.targets) > 1:
+                found.append(f"line {node.lineno}: a = b = c")
+            names, values = (x.elts if isinstance(x, ast.Tuple) else [x] for x in (node.targets[0], node.value))
+            if len(names) == len(values):
+                empty |= {n.id for n, v in zip(names, values) if isinstance(v, ast.Constant) and v.value is None}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Return) and node.value is not None:
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            for value in values:
+                if getattr(value, "value", 0) is None or getattr(value, "id", None) in empty:
+                    found.append(f"line {node.lineno}: returns None")
+    return sorted(found)
+
+
+def test_kernels_keep_to_the_oldest_triton():
+    planted = ast.parse("def f(x):\n    y = None\n    a = b = x\n    if x:\n        return y, a\n    return None").body[
+        0
+    ]
+    assert _refused_by_triton_3_6(planted) == ["line 3: a = b = c", "line 5: returns None", "line 6: returns None"]
+    for path in sorted((Path(fastreg.__file__).parents[1] / "tritonkernels").glob("*.py")):
+        for function in ast.parse(path.read_text()).body:
+            if isinstance(function, ast.FunctionDef) and function.decorator_list:
+                assert not _refused_by_triton_3_6(function), (path.name, function.name)

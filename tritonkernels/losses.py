@@ -124,8 +124,11 @@ def _load_class(pointer, live, classes, ignore_index):
 def _targets(target, other, share, margin, at, other_at, share_at, live, classes, ignore_index,
              TYPE: tl.constexpr, PROBS: tl.constexpr):  # fmt: skip
     """Of each row: its target class (0 where there is none), the other one, the share of the first, what the margin
-    takes off the logits of both; which rows count, and of which the classes exist."""
-    m, m2, s, y2 = None, None, None, None
+    takes off the logits of both; which rows count, and of which the classes exist. What a call does not have is 0, for
+    Triton 3.6 cannot return None: `other` says whether there are two."""
+    y2 = tl.zeros_like(at).to(tl.int32)
+    zero = y2.to(TYPE)
+    m, m2, s = zero, zero, zero
     if PROBS:
         y, kept, inside = tl.zeros_like(at).to(tl.int32) - 1, live, live
     else:
@@ -187,13 +190,13 @@ def _load(pointer, mask, TYPE: tl.constexpr):
 @triton.jit
 def _probabilities(target, offset, phase, classes, column, step, mask, FAST: tl.constexpr, PEEL: tl.constexpr,
                    TYPE: tl.constexpr, WANTED: tl.constexpr):  # fmt: skip
-    """The target's tile, where it is WANTED."""
+    """The target's tile, where it is WANTED; else anything."""
     if WANTED:
         start, _, _ = _span(target, offset, phase, classes, PEEL)
         at = column if FAST == "class" else column.to(tl.int64) * step
         return tl.load(start[:, None] + at[None, :], mask=mask, other=0.0).to(TYPE)
     else:
-        return None
+        return mask
 
 
 @triton.jit
@@ -201,7 +204,7 @@ def _probability_edges(target, offset, c, mask, TYPE: tl.constexpr, WANTED: tl.c
     if WANTED:
         return tl.load((target + offset)[:, None] + c, mask=mask, other=0.0).to(TYPE)
     else:
-        return None
+        return mask
 
 
 @triton.jit
@@ -230,8 +233,7 @@ def _target_logit(pointer, inside, y, step, adjustment, m_y, scale, TYPE: tl.con
     z = tl.load(pointer + y.to(tl.int64) * step, mask=inside, other=float("nan")).to(TYPE)
     if adjustment is not None:
         z += tl.load(adjustment + y, mask=inside, other=0.0).to(TYPE)
-    if m_y is not None:
-        z -= m_y
+    z -= m_y
     if SCALED:
         z *= scale
     return z
@@ -437,6 +439,8 @@ def _forward(
     y, y2, s, m_y, m_y2, kept, inside = _targets(
         target, other, share, margin, t_at, o * o_outer + i * o_inner, o * s_outer + i * s_inner, live, classes,
         ignore_index, TYPE, PROBS)  # fmt: skip
+    if other is None:
+        y2, s = None, None
     offset = o * x_outer + (i if FAST == "row" else i * x_inner)
     read = live if FAST == "row" else kept  # a mask from memory, along the fast axis, would break the vectors
     start, first, count = _span(x, offset, phase, classes, PEEL)
@@ -633,6 +637,8 @@ def _merge_splits(
     y, y2, s, m_y, m_y2, kept, inside = _targets(
         target, other, share, margin, o * t_outer + i * t_inner, o * o_outer + i * o_inner, o * s_outer + i * s_inner,
         live, classes, ignore_index, TYPE, PROBS)  # fmt: skip
+    if other is None:
+        y2, s = None, None
     r = tl.where(live, o * r_outer + i * r_inner, -1)
     rows = outer.to(tl.int64) * inner
     split = tl.arange(0, SPLITS)[None, :]
@@ -689,6 +695,8 @@ def _dense(
     y, y2, s, m_y, m_y2, kept, _ = _targets(
         target, other, share, margin, t_at, o * o_outer + i * o_inner, o * s_outer + i * s_inner, live, classes,
         ignore_index, TYPE, PROBS)  # fmt: skip
+    if other is None:
+        y2, s = None, None
     r = tl.where(live, o * r_outer + i * r_inner, -1)
     rows = outer.to(tl.int64) * inner
     high = tl.load(lse + r, mask=live, other=0.0)
@@ -741,6 +749,8 @@ def _finish_dense(
     y, y2, s, _, _, kept, inside = _targets(
         target, other, share, None, o * t_outer + i * t_inner, o * o_outer + i * o_inner, o * s_outer + i * s_inner,
         live, classes, ignore_index, TYPE, PROBS)  # fmt: skip
+    if other is None:
+        y2, s = None, None
     r = tl.where(live, o * r_outer + i * r_inner, -1)
     rows = outer.to(tl.int64) * inner
     high = tl.load(lse + r, mask=live, other=0.0)
@@ -767,6 +777,8 @@ def _count_rows(
     y, y2, s, _, _, kept, inside = _targets(
         target, other, share, None, o * t_outer + i * t_inner, o * o_outer + i * o_inner, o * s_outer + i * s_inner,
         live, classes, ignore_index, TYPE, False)  # fmt: skip
+    if other is None:
+        y2, s = None, None
     tl.store(partial + tl.program_id(0), tl.sum(_count(kept, inside, y, y2, s, weight, TYPE, False)))
 
 
@@ -812,7 +824,7 @@ def _row_gradient(
                              SMOOTH, FOCAL, TYPE)  # fmt: skip
     if y2 is None:
         at_y = _at_target(rest, d, log_p, b, y, inside, weight, alpha, SMOOTH, TYPE)
-        return d + rest, b, at_y, None
+        return d + rest, b, at_y, at_y
     else:
         d2, log_p2 = _target_slope(g, high, log_sum, zy2, y2, inside, 1.0 - s, weight, alpha, alpha_scale, smoothing,
                                    gamma, SMOOTH, FOCAL, TYPE)  # fmt: skip
@@ -887,6 +899,8 @@ def _backward(
     y, y2, s, m_y, m_y2, kept, inside = _targets(
         target, other, share, margin, t_at, o * o_outer + i * o_inner, o * s_outer + i * s_inner, live, classes,
         ignore_index, TYPE, PROBS)  # fmt: skip
+    if other is None:
+        y2, s = None, None
     offset = o * x_outer + (i if FAST == "row" else i * x_inner)
     to = o * g_outer + (i if FAST == "row" else i * g_inner)
     read = live if FAST == "row" else kept
