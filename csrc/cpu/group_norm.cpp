@@ -68,6 +68,7 @@ struct GroupNorm {
 
   // Groups of a unit and, in channels_last, how many units that makes of a sample.
   int64_t together = 1, slabs = 1;
+  bool cached;  // whether a core's cache holds a unit
   // The cut into parts. Rows are channels: `rows_per_part` of them, or one of `pieces` of a channel.
   int64_t rows_per_part, pieces, row_parts;
   // Statistics: per group and part, or per sample, part and channel. Sums: per sample, channel and piece, or
@@ -79,14 +80,14 @@ struct GroupNorm {
   bool stream = false;
   Rows dz;  // the gradient before the activation: written with the sums where there is one, read for dx
 
-  // `size`: bytes of an element of the tensors; `cached`: of all that belongs to an element of a unit and is
+  // `size`: bytes of an element of the tensors; `read`: of all that belongs to an element of a unit and is
   // read again.
   GroupNorm(int64_t samples, int64_t channels, int64_t groups, int64_t positions, bool last, int64_t size,
-            int64_t cached)
+            int64_t read)
       : samples(samples), channels(channels), groups(groups), positions(positions), last(last) {
     if (last) {
       const int64_t line = kLine / std::gcd(kLine, std::max<int64_t>(per_group(), 1));
-      const int64_t group_bytes = std::max<int64_t>(per_group() * positions * cached, 1);
+      const int64_t group_bytes = std::max<int64_t>(per_group() * positions * read, 1);
       together = std::max(kCache / group_bytes / line, int64_t{1}) * line;
       if (together > groups || line * group_bytes > 2 * kCache ||
           samples * channels * positions * size > kNear)
@@ -100,6 +101,7 @@ struct GroupNorm {
       rows_per_part = pieces > 1 ? 1 : std::max<int64_t>(1, kPart / std::max<int64_t>(positions, 1));
       row_parts = (per_group() + rows_per_part - 1) / rows_per_part;
     }
+    cached = together * per_group() * positions * read <= kCache;
   }
 
   int64_t per_group() const { return channels / groups; }
@@ -180,7 +182,7 @@ void run_forward(GroupNorm<A>& call) {
       for (int64_t unit = begin; unit < end; ++unit) {
         moments(call, unit, 0, parts);
         finish(call, unit);
-        apply(call, unit, 0, parts);
+        apply(call, unit, 0, parts, call.cached && unit + 1 < end ? unit + 1 : -1);
       }
     });
     return;
@@ -188,7 +190,7 @@ void run_forward(GroupNorm<A>& call) {
   for (int64_t unit = 0; unit < units; ++unit) {
     torch::stable::parallel_for(0, parts, 1, [&](int64_t b, int64_t e) { moments(call, unit, b, e); });
     finish(call, unit);
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t b, int64_t e) { apply(call, unit, b, e); });
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t b, int64_t e) { apply(call, unit, b, e, -1); });
   }
 }
 
@@ -581,19 +583,19 @@ Moments<double> moments_of(const T* x, int64_t n) {
 }
 
 // ---- statistics per channel of rows that are positions ---------------------------------------------------
-// Asks for what is read some rows later: hardware does not see where narrow parts of long rows go on.
+// Asks for elements that are read later. To the second cache: of rows that are a multiple of a large power of
+// two apart, which share a few places of the first, the first would hold too few.
 template <class T>
-struct Ahead {
-  int64_t elements = 0;
+FASTREG_INLINE void ask_for(const T* at, int64_t elements) {
+  for (int64_t b = 0; b < elements * static_cast<int64_t>(sizeof(T)); b += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + b, 0, 2);
+}
 
-  static Ahead rows(int64_t row, int64_t width) {
-    return {std::max(kRun, 4 * kAhead / std::max<int64_t>(width * sizeof(T), 1)) * row};
-  }
-  __attribute__((always_inline)) void operator()(const T* at, int64_t bytes) const {
-    for (int64_t b = 0; b < bytes; b += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(at + elements) + b);
-  }
-};
+// How many rows ahead, of `width` elements: hardware does not see where parts of rows go on.
+template <class T>
+FASTREG_INLINE int64_t rows_ahead(int64_t width) {
+  return std::max(kRun, 4 * kAhead / std::max<int64_t>(width * static_cast<int64_t>(sizeof(T)), 1));
+}
 
 // As moments_of_block, for each channel.
 template <class T, class A>
@@ -603,7 +605,7 @@ void moments_of_columns(const T* x, int64_t stride, int64_t rows, int64_t channe
   const int64_t slots = slots_for<A>(channels), lead = (rows + 7) / 8, valid = std::min(L, channels);
   A *pivot = work, *sum = pivot + slots, *square = sum + slots;
   std::fill(work, work + 3 * slots, A(0));
-  const auto ahead = Ahead<T>::rows(stride, channels);
+  const T* ahead = x + rows_ahead<T>(channels) * stride;
   for (int64_t first = 0; first < lead; first += kRun) {
     const int64_t run = std::min(kRun, lead - first);
     const T* from = x + first * stride;
@@ -612,7 +614,7 @@ void moments_of_columns(const T* x, int64_t stride, int64_t rows, int64_t channe
         [&](int64_t c) {
           Vec<A> a = load(pivot + c), b = load(pivot + c + L);
           for (int64_t r = 0; r < run; ++r) {
-            ahead(from + r * stride + c, 2 * L * sizeof(T));
+            ask_for(ahead + (first + r) * stride + c, 2 * L);
             const auto v = load_two(from + r * stride + c);
             a += v.first, b += v.second;
           }
@@ -638,7 +640,7 @@ void moments_of_columns(const T* x, int64_t stride, int64_t rows, int64_t channe
           const Vec<A> at = load(pivot + c), at_b = load(pivot + c + L);
           Vec<A> s{}, q{}, s_b{}, q_b{};
           for (int64_t r = 0; r < run; ++r) {
-            ahead(from + r * stride + c, 2 * L * sizeof(T));
+            ask_for(ahead + (first + r) * stride + c, 2 * L);
             const auto v = load_two(from + r * stride + c);
             const Vec<A> d = v.first - at, d_b = v.second - at_b;
             s += d, s_b += d_b;
@@ -796,6 +798,17 @@ Run<T> run_at(const Rows& rows, int64_t n, int64_t r, int64_t offset) {
   return {rows.data ? rows.at<T>(n, r) + offset : nullptr, rows.row};
 }
 
+// The rows of a unit from its r-th on, where they are channels from their element `offset` on; nothing if
+// `unit` is negative.
+template <class T, class A>
+Run<const T> run_of(const GroupNorm<A>& call, const Rows& rows, int64_t unit, int64_t r, int64_t offset) {
+  if (unit < 0) return {};
+  if (!call.last)
+    return run_at<const T>(rows, unit / call.groups, unit % call.groups * call.per_group() + r, offset);
+  const Slab slab = slab_of(call, unit);
+  return run_at<const T>(rows, slab.n, r, slab.channel);
+}
+
 // Columns of per-channel values of a unit, in slots.
 template <class T, class A, int n>
 struct Tables {
@@ -822,10 +835,11 @@ struct Affine {
   __attribute__((always_inline)) Vec<A> operator()(Vec<A> x) const { return (x - mean) * scale + bias; }
 };
 
-// `rows` rows of n elements; at(slot) gives the Affine.
+// `rows` rows of n elements; at(slot) gives the Affine. With an activation there is too much to do for the
+// hardware to look far ahead: the rows `ahead` are asked for, unless they are nothing.
 template <int act, class T, class A, class At>
 FASTREG_INLINE void apply_rows(Run<const T> x, Run<const T> residual, Run<T> y, int64_t rows, int64_t n,
-                               bool stream, Ahead<T> ahead, At at) {
+                               bool stream, Run<const T> ahead, At at) {
   constexpr int64_t L = lanes<A>;
   using M = Math<T>;
   over_row<A>(
@@ -833,7 +847,7 @@ FASTREG_INLINE void apply_rows(Run<const T> x, Run<const T> residual, Run<T> y, 
       [&](int64_t i) {
         const auto &first = at(i), &second = at(i + L);
         for (int64_t k = 0; k < rows; ++k) {
-          if (act != kNone && ahead.elements) ahead(x.at(k, i), 2 * L * sizeof(T));
+          if (act != kNone && ahead.data) ask_for(ahead.at(k, i), 2 * L);
           auto v = load_two(x.at(k, i));
           v = {first(v.first), second(v.second)};
           if (residual.data) {
@@ -854,8 +868,9 @@ FASTREG_INLINE void apply_rows(Run<const T> x, Run<const T> residual, Run<T> y, 
       });
 }
 
+// `next`: the unit that this thread takes up next, to ask for it while this one is finished; -1 for none.
 template <int act, class T, class A>
-void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end) {
+void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, int64_t next) {
   const auto scale_of = [&](int64_t group, int64_t c) {
     return static_cast<A>(double(call.rstd[group]) * call.weight[c]);
   };
@@ -865,9 +880,7 @@ void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t 
       const int64_t c = slab.channel + i, group = slab.n * call.groups + c / call.per_group();
       of[0] = call.mean[group], of[1] = scale_of(group, c), of[2] = call.bias[c];
     });
-    Ahead<T> ahead;
-    if (slab.width * call.positions * static_cast<int64_t>(sizeof(T)) > kCache)
-      ahead = Ahead<T>::rows(call.input.row, slab.width);
+    const int64_t skip = call.cached ? 0 : rows_ahead<T>(slab.width);
     for (int64_t part = end; part-- > begin;) {  // what was read last is still in the cache
       const int64_t first = part * call.rows_per_part;
       const int64_t rows = std::min(call.rows_per_part, call.positions - first);
@@ -875,7 +888,8 @@ void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t 
         apply_rows<act, T, A>(run_at<const T>(call.input, slab.n, r, slab.channel),
                               run_at<const T>(call.residual, slab.n, r, slab.channel),
                               run_at<T>(call.output, slab.n, r, slab.channel),
-                              std::min(kRun, first + rows - r), slab.width, call.stream, ahead,
+                              std::min(kRun, first + rows - r), slab.width, call.stream,
+                              run_of<T>(call, call.input, call.cached ? next : unit, r + skip, 0),
                               [&](int64_t slot) {
                                 return Affine<A>{table.get(0, slot), table.get(1, slot), table.get(2, slot)};
                               });
@@ -888,7 +902,8 @@ void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t 
       const Affine<A> of{splat(call.mean[unit]), splat(scale_of(unit, c)), splat(call.bias[c])};
       apply_rows<act, T, A>(run_at<const T>(call.input, p.n, c, p.begin),
                             run_at<const T>(call.residual, p.n, c, p.begin),
-                            run_at<T>(call.output, p.n, c, p.begin), 1, p.end - p.begin, call.stream, {},
+                            run_at<T>(call.output, p.n, c, p.begin), 1, p.end - p.begin, call.stream,
+                            run_of<T>(call, call.input, next, c - p.g * call.per_group(), p.begin),
                             [&](int64_t) -> const Affine<A>& { return of; });
     }
   }
@@ -1008,8 +1023,7 @@ template <int act, class T, class A, class To, class At>
 FASTREG_INLINE void sums_of_rows(const Sources<T, A, To>& from, int64_t rows, int64_t width, At at, A* sum,
                                  A* sum_x) {
   constexpr int64_t L = lanes<A>;
-  const auto ahead_x = Ahead<T>::rows(from.x.row, 2 * width),
-             ahead_dy = Ahead<T>::rows(from.dy.row, 2 * width);
+  const int64_t skip = rows_ahead<T>(2 * width);
   const auto join = [&](int64_t slot, const Sums<A>& sums) {
     store(sum + slot, load(sum + slot) + sums.dz);
     store(sum_x + slot, load(sum_x + slot) + sums.dz_x);
@@ -1020,8 +1034,8 @@ FASTREG_INLINE void sums_of_rows(const Sources<T, A, To>& from, int64_t rows, in
         const auto &a = at(c), &b = at(c + L);
         Sums<A> sums_a, sums_b;
         for (int64_t k = 0; k < rows; ++k) {
-          ahead_x(from.x.at(k, c), 2 * L * sizeof(T));
-          ahead_dy(from.dy.at(k, c), 2 * L * sizeof(T));
+          ask_for(from.x.at(k + skip, c), 2 * L);
+          ask_for(from.dy.at(k + skip, c), 2 * L);
           from.template add_two<act>(k, c, a, b, sums_a, sums_b);
         }
         join(c, sums_a), join(c + L, sums_b);
@@ -1030,8 +1044,8 @@ FASTREG_INLINE void sums_of_rows(const Sources<T, A, To>& from, int64_t rows, in
         const auto& of = at(slot);
         Sums<A> sums;
         for (int64_t k = 0; k < rows; ++k) {
-          ahead_x(from.x.at(k, c), 1);
-          ahead_dy(from.dy.at(k, c), 1);
+          ask_for(from.x.at(k + skip, c), 1);
+          ask_for(from.dy.at(k + skip, c), 1);
           sums.add(from.template derive_one<act>(k, c, slot, std::min(L, width), of));
         }
         join(slot, sums);
@@ -1265,9 +1279,9 @@ void moments(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end)
 }
 
 template <class A>
-void apply(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end) {
+void apply(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, int64_t next) {
   by_dtype(call, [&](auto t) {
-    by_activation(call, [&]<int act>() { apply_typed<act, decltype(t), A>(call, unit, begin, end); });
+    by_activation(call, [&]<int act>() { apply_typed<act, decltype(t), A>(call, unit, begin, end, next); });
   });
   finish_writing(call.stream);
 }

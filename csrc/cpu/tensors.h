@@ -18,7 +18,7 @@ namespace fastreg {
 inline void use_huge_pages(const torch::stable::Tensor& tensor, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096;
-  if (bytes < (int64_t{32} << 20)) return;
+  if (bytes < (int64_t{4} << 20)) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + bytes) / page * page;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may be refused
