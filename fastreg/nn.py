@@ -92,7 +92,8 @@ class FocalLoss(CrossEntropyLoss):
 
 
 class _FromCounts(CrossEntropyLoss):
-    """A loss one of whose vectors follows from the class counts.
+    """A loss one of whose vectors follows from the class counts: a subclass names it in `_vector` and makes it in
+    `_derive()`.
 
     `counts` is an int64 buffer, and what the state_dict holds; the vector is made from it again when a state_dict
     is loaded. `.half()` and the like leave the vector's dtype alone.
@@ -105,9 +106,6 @@ class _FromCounts(CrossEntropyLoss):
             raise TypeError(f"{self._vector} follows from the counts and must not be given")
         super().__init__(**options)
         self.register_buffer("counts", longtail.check_counts(counts))
-
-    def _derive(self) -> Tensor:
-        raise NotImplementedError
 
     def _refresh(self) -> None:
         self.register_buffer(self._vector, self._derive(), persistent=False)
