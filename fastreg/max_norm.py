@@ -24,7 +24,9 @@ place: their kernels take a matrix of rows.
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -58,8 +60,8 @@ def max_norm_(
 
     Args:
         tensors: one tensor or several, of any strides, dtypes fp16, bf16, fp32, fp64; none may be expanded. A DTensor
-            is projected where it lies: sharded by rows by the kernels, without communication, otherwise in plain
-            PyTorch, with a reduction of the norms.
+            is projected by the kernels where it lies: sharded by rows without communication, otherwise with one
+            gathering of the norms of all tensors' parts.
             Rows are the slices along `dim`; in a tensor of one dimension or none, each element is a row. A tensor
             listed twice is projected once, under its first cap.
         max_norm: the cap, at least 0: a number, a 0-d tensor, a tensor with one cap per row, or a list with one of
@@ -227,7 +229,7 @@ class _RowNorms(torch.autograd.Function):
 # ---- constraints on a model's weights --------------------------------------------------------------------
 
 
-class _Constraint:
+class _Constraint(ABC):
     """A rule kept on a fixed list of weights, by hand (`project`) or after optimizer steps (`attach`)."""
 
     def __init__(self, params_or_module: nn.Module | Tensor | Iterable[Tensor], names: Iterable[str] | None = None):
@@ -251,8 +253,9 @@ class _Constraint:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({_checks.counted(self.params, 'tensor')}, p={self.p}, dim={self.dim})"
 
-    def project(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def project(self) -> Tensor | None:
+        """Brings the weights to where the rule wants them."""
 
     def attach(self, optimizer: torch.optim.Optimizer, every: int = 1) -> torch.utils.hooks.RemovableHandle:
         """Projects after every `every`-th `optimizer.step()`; `.remove()` of the returned handle ends it."""
@@ -499,11 +502,13 @@ def _run(
     """Changes the rows of all tensors as `kind` says, and counts them. The caps are checked already."""
     if not tensors:
         return _no_rows(tensors)
-    if hasattr(tensors[0], "to_local") and (shards := _shards(tensors, caps, dim)) is not None:
-        local, caps, of_all = shards
-        count = _run(op, kind, local, caps, p, dim, tau, decay)
+    if hasattr(tensors[0], "to_local") and (shards := _shards(tensors, caps, dim, kind)) is not None:
+        if shards.gather is None:
+            count = _run(op, kind, shards.local, shards.caps, p, dim, tau, decay)
+        else:
+            count = _run_across(op, tensors, shards, p, dim, tau, decay)
         torch.autograd.graph.increment_version(tensors)
-        return of_all(count)
+        return shards.of_all(count)
     backend = _backends.choose(op, tensors[0].device.type, _refuse, tensors, dim)
     if backend == "reference":
         _check_written(tensors, dim)
@@ -533,11 +538,18 @@ def _run(
     return count
 
 
-def _shards(
-    tensors: list[Tensor], caps: list[Cap], dim: int
-) -> tuple[list[Tensor], list[Cap], Callable[[Tensor], Tensor]] | None:
-    """What this process holds of DTensors whose rows are whole wherever they are, with its caps, and the way from the
-    count here to that of all processes. None if the tensors are others: rows in pieces, or on several meshes."""
+@dataclass
+class _Shards:
+    """What this process holds of DTensors, and the caps of the rows that are here."""
+
+    local: list[Tensor]
+    caps: list[Cap]
+    of_all: Callable[[Tensor], Tensor]  # from the count of the rows here to that of all processes
+    gather: Callable[[Tensor], Tensor] | None  # where rows lie across processes: the same vector of each, one a row
+
+
+def _shards(tensors: list[Tensor], caps: list[Cap], dim: int, kind: str) -> _Shards | None:
+    """None for tensors on several meshes or placed differently, and for what needs whole rows where they are not."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     mesh, placements = tensors[0].device_mesh, tensors[0].placements
@@ -546,20 +558,66 @@ def _shards(
     for tensor in tensors:
         if not isinstance(tensor, DTensor) or tensor.device_mesh != mesh or tensor.placements != placements:
             return None
-        rows = _rows_dim(tensor, dim)
-        if any(placement.is_shard() and placement.dim % max(tensor.dim(), 1) != rows for placement in placements):
-            return None
+    ndim = max(tensors[0].dim(), 1)
+    if any(max(tensor.dim(), 1) != ndim for tensor in tensors):
+        return None
+    rows = _rows_dim(tensors[0], dim)
+    by_row = [placement.is_shard() and placement.dim % ndim == rows for placement in placements]
+    across = [index for index, placement in enumerate(placements) if placement.is_shard() and not by_row[index]]
+    if across and kind != "cap":
+        return None
     here: list[Cap] = []
     for cap in caps:
         if isinstance(cap, DTensor):
-            by_row = tuple(Shard(0) if placement.is_shard() else placement for placement in placements)
-            cap = cap.redistribute(mesh, by_row).to_local() if cap.dim() else cap.full_tensor()
+            places = [Shard(0) if sharded else Replicate() for sharded in by_row]
+            cap = cap.redistribute(mesh, places).to_local() if cap.dim() else cap.full_tensor()
         elif isinstance(cap, Tensor) and cap.dim():
             return None
         here.append(cap)
-    counted = [Partial() if placement.is_shard() else placement for placement in placements]
-    local = [tensor.detach().to_local() for tensor in tensors]
-    return local, here, lambda count: DTensor.from_local(count, mesh, counted, run_check=False)
+    counted = [Partial() if sharded else Replicate() for sharded in by_row]
+    parts = [Shard(0) if index in across else Replicate() for index in range(len(placements))]
+    processes = math.prod(mesh.size(index) for index in across)
+
+    def gather(values: Tensor) -> Tensor:
+        size = torch.Size((processes, len(values)))
+        of_all = DTensor.from_local(values[None], mesh, parts, run_check=False, shape=size, stride=(len(values), 1))
+        return of_all.redistribute(mesh, [Replicate()] * len(placements)).to_local()
+
+    return _Shards(
+        [tensor.detach().to_local() for tensor in tensors],
+        here,
+        lambda count: DTensor.from_local(count, mesh, counted, run_check=False),
+        gather if across else None,
+    )
+
+
+def _run_across(
+    op: str, tensors: list[Tensor], shards: _Shards, p: float, dim: int, tau: float, decay: float | Tensor
+) -> Tensor:
+    """`_run` for the caps of rows that lie across processes. The norms of what each holds are gathered once, of all
+    tensors; then each part of a row has a cap of its own, its share of the row's: the factor times its norm."""
+    if isinstance(decay, Tensor) or decay:
+        _run(op, "cap", shards.local, [math.inf] * len(tensors), p, dim, 1.0, decay)
+    here = [_wide_norms(part, p, dim) for part in shards.local]
+    of_all = shards.gather(torch.cat(here))
+    largest = of_all.amax(0)
+    scales = torch.where(largest.isfinite() & (largest > 0), largest, 1)
+    sums = torch.linalg.vector_norm(of_all / scales, p, dim=0)
+    sizes = [len(norms) for norms in here]
+    own, over_all = [], []
+    for tensor, cap, part, scale, s in zip(tensors, shards.caps, here, scales.split(sizes), sums.split(sizes)):
+        length, caps = tensor.numel() // max(tensor.shape[dim], 1), _cap_column(cap, part)
+        if tau == 1:
+            over = s.isfinite() & (s > caps * (1 + _slack(length, p)[0]) / scale)
+            share = part / scale * (_aim(caps, length, p)[1] / s)
+        else:
+            over, log_factor = _over_by_logs(scale, s, caps, length, p, tau)
+            over &= s.isfinite()
+            share = part * torch.exp2(log_factor)
+        own.append(torch.where(over, share, math.inf))
+        over_all.append(over)
+    _run(op, "cap", shards.local, own, p, dim)
+    return torch.cat(over_all).sum()
 
 
 def _refuse(backend: str, tensors: list[Tensor], dim: int) -> str | None:
@@ -770,14 +828,19 @@ def _capped(rows: Tensor, cap: Tensor, p: float, tau: float, dtype: torch.dtype)
     scale, s = _scaled_norms(rows, p)
     unit = rows / scale.unsqueeze(1)
     if tau != 1:
-        log_norm, log_cap = torch.log2(scale) + torch.log2(s), torch.log2(cap)
-        slack = 2 * tau * _slack(rows.shape[1], p)[0] + 16 * _ULP * (1 + log_cap.abs().clamp(max=1100))
-        over = _finite(rows) & (tau * log_norm > log_cap + slack)
-        factor = torch.exp2(log_cap - tau * log_norm + torch.log2(scale))
-        return (unit * factor.unsqueeze(1)).to(dtype), over
+        over, log_factor = _over_by_logs(scale, s, cap, rows.shape[1], p, tau)
+        factor = torch.exp2(log_factor + torch.log2(scale))
+        return (unit * factor.unsqueeze(1)).to(dtype), over & _finite(rows)
     bound, target = _aim(cap, rows.shape[1], p)
     new = _settle(lambda aim: unit * (aim / s).unsqueeze(1), target, bound, p, dtype)
     return new, _is_over(rows, scale, s, cap, p)
+
+
+def _over_by_logs(scale: Tensor, s: Tensor, cap: Tensor, length: int, p: float, tau: float) -> tuple[Tensor, Tensor]:
+    """(whether norm^tau is above the cap, log2 of cap / norm^tau) where the norm is scale · s."""
+    log_norm, log_cap = torch.log2(scale) + torch.log2(s), torch.log2(cap)
+    slack = 2 * tau * _slack(length, p)[0] + 16 * _ULP * (1 + log_cap.abs().clamp(max=1100))
+    return tau * log_norm > log_cap + slack, log_cap - tau * log_norm
 
 
 def _aim(cap: Tensor, length: int, p: float) -> tuple[Tensor, Tensor]:
@@ -867,16 +930,22 @@ def row_norms_reference(tensor: Tensor, p: float = 2.0, dim: int = 0) -> Tensor:
     return norms.to(_norm_dtype(tensor))
 
 
+def _wide_norms(tensor: Tensor, p: float, dim: int) -> Tensor:
+    """The row norms in fp64, not differentiable."""
+    if not tensor.numel():
+        return torch.zeros(tensor.shape[dim] if tensor.dim() else 1, dtype=torch.float64, device=tensor.device)
+    backend = _backends.choose("row_norms", tensor.device.type, _refuse_rows, tensor)
+    if backend == "reference":
+        return _norms(_rows(tensor, dim), p)
+    return _norms_forward[backend](_as_rows(tensor, dim)[0], float(p))
+
+
 def _threshold(tensor: Tensor, thresh: float, p: float, dim: int) -> Tensor:
     tensor = tensor.detach()
     wide = torch.float32 if tensor.device.type == "mps" else torch.float64
     if not tensor.numel():
         return torch.full((), math.inf, dtype=wide, device=tensor.device)
-    backend = _backends.choose("row_norms", tensor.device.type, _refuse_rows, tensor)
-    if backend == "reference":
-        norms = _norms(_rows(tensor, dim), p)
-    else:
-        norms = _norms_forward[backend](_as_rows(tensor, dim)[0], float(p))
+    norms = _wide_norms(tensor, p, dim)
     finite = norms.isfinite()
     low, high = torch.where(finite, norms, math.inf).amin(), torch.where(finite, norms, 0).amax()
     return torch.where(finite.any(), torch.lerp(low, high, thresh), math.inf)

@@ -938,6 +938,7 @@ def test_state_dict_round_trip(tmp_path):
 def project_sharded(rank, world, path, whole, thresh):
     """In each process: the projection of a DTensor under every placement gives what the whole tensor gives."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor.debug import CommDebugMode
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
@@ -952,27 +953,40 @@ def project_sharded(rank, world, path, whole, thresh):
     with torch.no_grad():
         expected.mul_(1.5)
     rows = constraint.project()
-    for placement in (Shard(0), Shard(1), Replicate()):
-        shards = [distribute_tensor(whole.clone(), mesh, [placement]) for _ in range(2)]
+    layouts = [(mesh, (placement,)) for placement in (Shard(0), Shard(1), Replicate())]
+    if world == 4:
+        layouts.append((init_device_mesh("cpu", (2, 2)), (Shard(0), Shard(1))))
+    for mesh, placements in layouts:
+        shards = [distribute_tensor(whole.clone(), mesh, placements) for _ in range(2)]
         constraint = fastreg.MaxNorm(shards, thresh=thresh)
         with torch.no_grad():
             for shard in shards:
                 shard.mul_(1.5)
         launches.clear()
         version = shards[0]._version
-        count = constraint.project()
+        with CommDebugMode() as communication:
+            count = constraint.project()
+        assert communication.get_total_counts() == (Shard(1) in placements)
         if _backends.missing("max_norm_", "cpu") is None:  # one launch for what this process holds of all tensors
-            assert len(launches) == (placement != Shard(1))
+            assert len(launches) == 1
         for shard, cap in zip(shards, constraint.caps):
-            assert shard.placements == (placement,) and shard._version > version
+            assert shard.placements == placements and shard._version > version
             torch.testing.assert_close(shard.full_tensor(), expected, rtol=1e-6, atol=0)
             assert (norms64(shard.full_tensor()) <= cap.full_tensor()).all()
         assert count.full_tensor().item() == 2 * rows.item() > 0
     caps = torch.arange(1.0, 8.0)
-    shards, expected = distribute_tensor(whole.clone(), mesh, [Shard(0)]), whole.clone()
-    count = fastreg.max_norm_(shards, distribute_tensor(caps, mesh, [Shard(0)]), p=1.5)
-    assert count.full_tensor().item() == fastreg.max_norm_(expected, caps, p=1.5).item() > 0
-    torch.testing.assert_close(shards.full_tensor(), expected, rtol=1e-6, atol=0)
+    for mesh, placements in layouts:
+        by_row = [Shard(0) if placement == Shard(0) else Replicate() for placement in placements]
+        for options in ({"p": 1.5}, {"p": math.inf, "decay": 0.25}, {"tau": 1.7, "decay": torch.tensor(0.25)}):
+            rows = whole.clone()
+            rows[0, 0], rows[1], rows[2, 9] = math.inf, 0, math.nan
+            shards, expected = distribute_tensor(rows.clone(), mesh, placements), rows
+            count = fastreg.max_norm_(shards, distribute_tensor(caps, mesh, by_row) / 3, **options)
+            assert count.full_tensor().item() == fastreg.max_norm_(expected, caps / 3, **options).item() > 0
+            torch.testing.assert_close(shards.full_tensor(), expected, rtol=1e-6, atol=0, equal_nan=True)
+        halves = distribute_tensor(whole.bfloat16(), mesh, placements)
+        fastreg.max_norm_(halves, 1.0)
+        assert (norms64(halves.full_tensor()) <= 1).all() and fastreg.max_norm_(halves, 1.0).full_tensor().item() == 0
     torch.distributed.destroy_process_group()
 
 
