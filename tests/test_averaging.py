@@ -1392,10 +1392,12 @@ def test_state_dicts_go_to_ema_pytorch_and_back():
 
 
 # ---- sizes, rounding, instruction sets ---------------------------------------------------------------------
-def test_every_size_around_chunks_and_vectors():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("offset", range(4))
+def test_every_size_around_chunks_and_vectors(offset, dtype):
     sizes = [*range(1, 40), 1023, 1024, 1025, 2047, 2049, 65535, 65536, 65537, 3 * 65536 + 5]
     torch.manual_seed(0)
-    averages, params = [torch.randn(n) for n in sizes], [torch.randn(n) for n in sizes]
+    averages, params = ([torch.randn(offset + n).to(dtype)[offset:] for n in sizes] for _ in range(2))
     expected = [torch.lerp(a, p, 0.3) for a, p in zip(averages, params)]
     average_(averages, params, 0.3)
     for a, e in zip(averages, expected):
