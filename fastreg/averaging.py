@@ -769,8 +769,9 @@ class _Staging:
 class AveragedModel(nn.Module):
     """A copy of `model` whose parameters are an average of the model's over the updates.
 
-    `torch.optim.swa_utils.AveragedModel` with a `rule` in place of its functions; state dicts go both ways, and
-    `torch.optim.swa_utils.update_bn` works on it. Call `update_parameters(model)` after each optimizer step.
+    `torch.optim.swa_utils.AveragedModel` with a `rule` in place of its functions; state dicts go both ways (those of
+    timm and ema-pytorch through `fastreg.averaging.convert_state_dict`), and `torch.optim.swa_utils.update_bn` works
+    on it. Call `update_parameters(model)` after each optimizer step.
 
     Args:
         rule: `SWA()` if None.
