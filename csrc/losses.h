@@ -50,6 +50,11 @@ FASTREG_HD Partial<A> merge(Partial<A> into, A into_weight, Partial<A> part, A p
           shifted(into.linear, into_weight, into.high) + shifted(part.linear, part_weight, part.high)};
 }
 
+template <class V>
+struct Exps {
+  V exp, expm1;
+};
+
 // The functions that the formulas below ask for. Math is this one for numbers; the CPU has one for vectors.
 struct ScalarMath {
   template <class A>
@@ -57,16 +62,20 @@ struct ScalarMath {
     return ::exp(x);
   }
   template <class A>
-  static FASTREG_HD A expm1(A x) {
-    return ::expm1(x);
+  static FASTREG_HD Exps<A> exps(A x) {
+    return {::exp(x), ::expm1(x)};
   }
   template <class A>
   static FASTREG_HD A log1p(A x) {
     return ::log1p(x);
   }
   template <class A>
+  static FASTREG_HD A quotient(A a, A b) {
+    return a / b;
+  }
+  template <class A>
   static FASTREG_HD A pow(A base, A exponent) {
-    return exponent == 2 ? base * base : ::pow(base, exponent);
+    return exponent == 1 ? base : exponent == 2 ? base * base : ::pow(base, exponent);
   }
 };
 

@@ -2,26 +2,42 @@
 //
 // Included inside a namespace and without a guard: losses.h does so for numbers, and the CPU kernels once
 // more for each instruction set, because what runs on vectors must be compiled for that set. Math has exp,
-// expm1, log1p (of 0 to 1) and pow.
+// exps (exp and expm1), log1p (of 0 to 1), pow and quotient.
 
-// The focal term (1 - p)^gamma * -log p. V is A or a vector of it.
+// One class's focal term (1 - p)^gamma * -log p and its slope: s such that the derivative of the term of
+// class y by z_c is s * (p_c - [c = y]). With u = 1 - p that is u^gamma - gamma * p * u^(gamma - 1) * log p.
+// For a gamma below 1 it is written with -log p / u, which tends to 1 where u vanishes: finite for every
+// gamma >= 0.
+template <class V>
+struct Focal {
+  V p, u, term, slope;
+};
+
+// V is A or a vector of it.
 template <class Math = ScalarMath, class V, class A>
-FASTREG_HD V focal_term(V log_p, A gamma) {
-  if (gamma == 0) return -log_p;
-  return Math::pow(-Math::expm1(log_p), gamma) * -log_p;
+FASTREG_HD Focal<V> focal(V log_p, A gamma) {
+  const V zero{}, one = zero + A(1);
+  const auto exps = Math::exps(log_p);
+  const V p = exps.exp, u = -exps.expm1;
+  if (gamma == 0) return {p, u, -log_p, one};
+  const V inner = p > zero ? p * -log_p : zero;
+  if (gamma >= 1) {
+    const V power = Math::pow(u, gamma - 1);
+    return {p, u, power * u * -log_p, power * (u + gamma * inner)};
+  }
+  const V power = Math::pow(u, gamma), limit = log_p == log_p ? one : log_p;
+  const V ratio = u > zero ? Math::quotient(inner, u) : limit;
+  return {p, u, power * -log_p, power * (one + gamma * ratio)};
 }
 
-// s such that the derivative of the focal term of class y by z_c is s * (p_c - [c = y]). With u = 1 - p it is
-// u^gamma - gamma * p * u^(gamma - 1) * log p; written with -log p / u, which tends to 1 where u vanishes, it
-// is finite for every gamma >= 0.
+template <class Math = ScalarMath, class V, class A>
+FASTREG_HD V focal_term(V log_p, A gamma) {
+  return gamma == 0 ? -log_p : focal<Math>(log_p, gamma).term;
+}
+
 template <class Math = ScalarMath, class V, class A>
 FASTREG_HD V focal_slope(V log_p, A gamma) {
-  const V zero{}, one = zero + A(1);
-  if (gamma == 0) return one;
-  const V p = Math::exp(log_p), u = -Math::expm1(log_p);
-  const V inner = p > zero ? p * -log_p / u : zero, limit = log_p == log_p ? one : log_p;
-  const V ratio = u > zero ? inner : limit;
-  return Math::pow(u, gamma) * (one + gamma * ratio);
+  return gamma == 0 ? V{} + A(1) : focal<Math>(log_p, gamma).slope;
 }
 
 // sigmoid(|x|), sigmoid(-|x|) and log(1 + exp(-|x|)).
@@ -32,7 +48,8 @@ struct Logistic {
 
 template <class Math, class A, class V>
 FASTREG_HD Logistic<V> logistic(V x) {
-  const V zero{}, one = zero + A(1), e = Math::exp(x > zero ? -x : x), near_one = one / (one + e);
+  const V zero{}, one = zero + A(1), e = Math::exp(x > zero ? -x : x);
+  const V near_one = Math::quotient(one, one + e);
   return {near_one, e * near_one, Math::log1p(e)};
 }
 
@@ -57,7 +74,7 @@ FASTREG_HD SigmoidFocal<V> sigmoid_focal(V x, V t, A alpha, A gamma) {
   const V power = gamma == 0 ? one : Math::pow(u, gamma);
   const V balance = alpha < 0 ? one : t * alpha + (one - t) * (A(1) - alpha);
   // gamma * u^(gamma - 1) * p * (1 - p) with the quotient p * (1 - p) / u, which is at most 1
-  const V ratio = u > zero ? p * not_p / u : zero;
+  const V ratio = u > zero ? Math::quotient(p * not_p, u) : zero;
   // p - t, with the digits that it would lose where t is 1 and p nearly so
   const V slope = p * (one - t) - not_p * t;
   const V inner = ratio == zero ? zero : gamma * (t + t - one) * ratio * entropy;

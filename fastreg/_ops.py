@@ -58,13 +58,18 @@ def accumulator(input):
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
+def every_class_has_a_share(target, label_smoothing, gamma):
+    """Whether each class of a row has a term of its own in the loss, and not the target classes alone."""
+    return target.is_floating_point() or (label_smoothing != 0 and gamma != 0)
+
+
 def _cross_entropy_forward(input, *args):
-    *_, fp32_loss = args
-    reduction = args[8]
+    target, reduction, label_smoothing, gamma, fp32_loss = args[0], *args[8:11], args[-1]
     rows = [input.shape[0], *input.shape[2:]]
     accumulate = accumulator(input)
     loss = input.new_empty(rows if reduction == 0 else [], dtype=accumulate if fp32_loss else input.dtype)
-    return loss, input.new_empty([2, *rows], dtype=accumulate), input.new_empty([], dtype=accumulate)
+    known = 2 + every_class_has_a_share(target, label_smoothing, gamma)
+    return loss, input.new_empty([known, *rows], dtype=accumulate), input.new_empty([], dtype=accumulate)
 
 
 def _cross_entropy_forward_extra(input, *args):
@@ -80,7 +85,9 @@ _define(
     # Returns the loss; the log-sum-exp of each row; what the sum of the losses was divided by (1 unless the
     # reduction is mean; with zero_if_empty never 0). The log-sum-exp comes as two numbers per row, lse[0] the
     # largest z and lse[1] the log of the sum of exp(z - lse[0]), because their sum, rounded, has no digits left
-    # where the logits are large: log p is (z - lse[0]) - lse[1].
+    # where the logits are large: log p is (z - lse[0]) - lse[1]. Where every class has a share in the loss, lse[2] is
+    # what the backward would otherwise have to read the whole row for: the sum over the classes of their shares times
+    # the slopes of their terms, S in tritonkernels/losses.py.
     f"({_TENSORS}, {_OPTIONS}, bool zero_if_empty, bool fp32_loss) -> (Tensor loss, Tensor lse, Tensor denominator)",
     _cross_entropy_forward,
     "losses",

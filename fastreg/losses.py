@@ -10,7 +10,9 @@ q_c · w_c · α_c is 0 has no share in the loss, were its log p −∞. The pla
 `torch.nn.functional.cross_entropy`, argument by argument.
 
 The kernels: csrc/cpu/losses.cpp, csrc/cuda/losses.cu, tritonkernels/losses.py. They read the logits once in the
-forward, and read and write them once in the backward; between the two only each row's log-sum-exp is kept.
+forward, and read and write them once in the backward; between the two only two or three numbers per row are kept.
+Where a row is needed a second time, for a term of every class (probabilities, smoothing with γ) or the gradient in the
+forward, it waits on the chip; what of a very long row finds no room there comes from the cache again.
 """
 
 import math
@@ -855,7 +857,7 @@ def sigmoid_focal_loss(
         backend == "cpu"
         and inputs.requires_grad
         and inputs.numel() <= _SMALL
-        and (inputs.dtype == compute or (inputs.dtype == torch.bfloat16 and reduction != "none"))  # as exact as later
+        and inputs.dtype is not _FP16  # there a gradient waits for its scaler's factor
         and torch.is_grad_enabled()
         and not _is_compiling()
     )

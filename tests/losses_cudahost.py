@@ -6,6 +6,7 @@ import re
 import numpy as np
 import torch
 
+from fastreg._ops import every_class_has_a_share
 from tests.proving import cudahost
 
 MULTIPROCESSORS = 4  # of the imagined GPU: few, so that small tests have grids that loop, and rows that are split
@@ -103,7 +104,8 @@ def cross_entropy_forward_extra(*args):
     accumulate = _accumulate(input)
     rows = [input.shape[0], *input.shape[2:]]
     loss = torch.full([] if reduction else rows, torch.nan, dtype=accumulate if fp32_loss else input.dtype)
-    lse = torch.full([2, *rows], torch.nan, dtype=accumulate)
+    known = 2 + every_class_has_a_share(args[1], *args[10:12])
+    lse = torch.full([known, *rows], torch.nan, dtype=accumulate)
     denominator = torch.full([], torch.nan, dtype=accumulate)
     losses = torch.full(rows if want_losses else [0], torch.nan, dtype=accumulate)
     argmax = torch.full(rows if want_argmax else [0], -7, dtype=torch.int64)

@@ -10,8 +10,8 @@ and its gradient is elementwise in x once three numbers per row, A, B = ε/C and
 
 A second target brings a term like that of the first, and a D of its own. Where every class has a share q_c of its own,
 in probabilities and in smoothing with γ, the gradient is scale·(S·p_i − q_i·v_i·F_i), F_c being the focal slope of
-class c and S = Σ_c q_c·v_c·F_c, which is known only after logsumexp(z): rows that fit on a chip wait there, longer ones
-are read a second time.
+class c and S = Σ_c q_c·v_c·F_c, known only after logsumexp(z): rows that fit on a chip wait there in the forward
+for their loss and S, longer ones are read a second time.
 
 Bytes     forward: the logits (and probabilities) once. Backward: the logits once, the gradient written once. The
           gradient in the forward: the logits once, or, if a row is too long to stay on the chip, once more right after
@@ -19,7 +19,7 @@ Bytes     forward: the logits (and probabilities) once. Backward: the logits onc
           per class. Ignored rows of contiguous classes are not read.
 Launches  forward: 1 when one program can do everything; else rows, then the sum of the programs' losses. Rows that
           are split over programs add a merge. Backward: 1. The gradient in the forward: what the rows count in the
-          mean, ahead of all. Long rows in which every class has a share: their sums, each way, and the losses.
+          mean, ahead of all. Long rows in which every class has a share: in the forward their sums, and the losses.
 Tiles     [rows, classes], one kernel for all layouts. Short rows: several rows per program, from one load. Longer
           rows: a loop over blocks of classes with a running (maximum, sum) per lane, merged once at the end. Few and
           long rows: the blocks are dealt out to several programs. (N, C, D): the rows of a tile are neighbours
@@ -571,6 +571,7 @@ def _forward(
                 value_e, slopes_e = _dense_sums(ze, qve, m, log_s, gamma, FOCAL)
                 value += value_e
                 slopes += slopes_e
+            _store_row(lse + 2 * rows, slopes, kept, r)
         if WHOLE or not DENSE:
             counts = _count(kept, inside, y, y2, s, weight, TYPE, PROBS)
             _deliver(value, counts, m, log_s, kept, r, rows, loss, losses, denominator, partial, z_loss,
@@ -756,6 +757,7 @@ def _finish_dense(
     high = tl.load(lse + r, mask=live, other=0.0)
     log_sum = tl.load(lse + rows + r, mask=live, other=0.0)
     value = _over_splits(sums, r, rows, live, splits, SPLITS)
+    _store_row(lse + 2 * rows, _over_splits(sums + splits * rows, r, rows, live, splits, SPLITS), kept, r)
     counts = _count(kept, inside, y, y2, s, weight, TYPE, PROBS)
     _deliver(value, counts, high, log_sum, kept, r, rows, loss, losses, denominator, partial, z_loss,
              REDUCTION, Z_LOSS, ZERO_IF_EMPTY, ALONE, TYPE)  # fmt: skip
@@ -876,14 +878,14 @@ def _slope(z, c, mask, high, log_sum, y, y2, at_y, at_y2, a, b, weight, alpha,
 
 @_kernel
 def _backward(
-    grad_loss, x, target, other, share, weight, alpha, adjustment, margin, v_sum, lse, denominator, target_logits, sums,
+    grad_loss, x, target, other, share, weight, alpha, adjustment, margin, v_sum, lse, denominator, target_logits,
     grad,
-    inner, outer, classes, phase, splits,
+    inner, outer, classes, phase,
     x_outer, x_inner, x_class, g_outer, g_inner, g_class, t_outer, t_inner, t_class, o_outer, o_inner, s_outer, s_inner,
     r_outer, r_inner, l_outer, l_inner,
     ignore_index, smoothing: tl.float64, gamma: tl.float64, alpha_scale: tl.float64, scale: tl.float64,
     z_loss: tl.float64,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
     FAST: tl.constexpr, UNIT: tl.constexpr, PEEL: tl.constexpr, TYPE: tl.constexpr, PROBS: tl.constexpr,
     SMOOTH: tl.constexpr, FOCAL: tl.constexpr, SCALED: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
@@ -938,13 +940,7 @@ def _backward(
         if PEEL:
             qve = _shares(qe, ce, mask_e, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH,
                           PROBS)  # fmt: skip
-        if WHOLE:
-            _, slopes = _dense_sums(z, qv, high, log_sum, gamma, FOCAL)
-            if PEEL:
-                _, slopes_e = _dense_sums(ze, qve, high, log_sum, gamma, FOCAL)
-                slopes += slopes_e
-        else:
-            slopes = _over_splits(sums + splits * rows, r, rows, live, splits, SPLITS)
+        slopes = tl.load(lse + 2 * rows + r, mask=live, other=0.0)
         dx = _dense_slope(z, qv, high, log_sum, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
     else:
         zy2 = None
@@ -1235,6 +1231,10 @@ def _triton_type(dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def _every_class_has_a_share(target, label_smoothing, gamma) -> bool:
+    return target.is_floating_point() or (label_smoothing != 0 and gamma != 0)
+
+
 def _rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.dim() == 2 else t.unsqueeze(1)
 
@@ -1250,7 +1250,7 @@ class _Call:
         input, target, *vectors, other, share = tensors
         self.input, self.accumulate = input, lse.dtype
         self.probabilities = target.is_floating_point()
-        self.dense = self.probabilities or (label_smoothing != 0 and gamma != 0)
+        self.dense = _every_class_has_a_share(target, label_smoothing, gamma)
         self.x, self.grad = _classes(input), None if grad is None else _classes(grad)
         self.target = _classes(target) if self.probabilities else _rows(target)
         tiles = [self.x, self.grad, self.target if self.probabilities else None]
@@ -1328,19 +1328,16 @@ class _Call:
         _in_stages(add, partial, out)
         return out
 
-    def backward(self, grad_loss, reduction, lse, denominator, target_logits=None, sums=None) -> None:
+    def backward(self, grad_loss, reduction, lse, denominator, target_logits=None) -> None:
         tile = self.tile(8192)
-        if self.dense and not tile.whole and sums is None:
-            sums = self.dense_sums(lse)
-        splits = 1 if sums is None else sums.shape[1]
         each = grad_loss is not None and reduction == 0
         _backward[(self.blocks(tile.rows), -(-self.classes // tile.block))](
             grad_loss, self.x, *self.targets, *self.vectors, lse, denominator,
-            None if tile.whole else target_logits, None if tile.whole else sums, self.grad,
-            *self.sizes, self.layout.phase, splits, *self.x_units, *self.grad_units, *self.target_units,
+            None if tile.whole else target_logits, self.grad,
+            *self.sizes, self.layout.phase, *self.x_units, *self.grad_units, *self.target_units,
             *self.pair_strides, *self.row_strides, *(self.grad_loss_strides(grad_loss) if each else (0, 0)),
             *self.options, self.z_loss,
-            ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole, SPLITS=_power_of_2(splits),
+            ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole,
             **self.layout_flags, **self.flags, Z_LOSS=self.z_loss != 0,
             num_warps=tile.warps, maxnreg=tile.registers, sanitize_overflow=False,
         )  # fmt: skip
@@ -1359,7 +1356,8 @@ def cross_entropy_forward_extra(
     accumulate = _accumulate(input)
     rows = [input.shape[0], *input.shape[2:]]
     loss = input.new_empty([] if reduction else rows, dtype=accumulate if fp32_loss else input.dtype)
-    lse = input.new_empty([2, *rows], dtype=accumulate)
+    known = 2 + _every_class_has_a_share(target, label_smoothing, gamma)
+    lse = input.new_empty([known, *rows], dtype=accumulate)
     denominator = input.new_empty([], dtype=accumulate)
     losses = input.new_empty(rows, dtype=accumulate) if want_losses else None
     argmax = input.new_empty(rows, dtype=torch.int64) if want_argmax else None
@@ -1407,7 +1405,6 @@ def cross_entropy_forward_extra(
                 ROWS=merge_rows, SPLITS=_power_of_2(tile.splits), **flags, LOWEST=lowest,
                 num_warps=4, sanitize_overflow=False,
             )  # fmt: skip
-        sums = None
         if later:
             sums = call.dense_sums(lse)
             _finish_dense[(programs,)](
@@ -1426,7 +1423,7 @@ def cross_entropy_forward_extra(
 
             _in_stages(add, partial, None)
         if grad is not None and not in_forward:
-            call.backward(None, reduction, lse, denominator, target_logits, sums)
+            call.backward(None, reduction, lse, denominator, target_logits)
     if losses is None:
         losses = lse.new_empty(0)
     if argmax is None:

@@ -72,6 +72,12 @@ struct Found {
   Softmax<A> softmax;
   A linear, weight;
   int64_t argmax;
+  A slope = 0;  // of the loss by log p, summed over the classes, where each has factors of its own
+};
+
+// The sums over classes of factor * focal term and of factor * its slope.
+struct TermSums {
+  double loss = 0, slope = 0;
 };
 
 // factor * term, where a factor of 0 gives 0 even if the term is infinite.
@@ -103,6 +109,7 @@ struct CrossEntropy {
   bool columns;  // which kernel
   Elements loss, grad_loss;
   A *high, *log_sum;          // the softmax of each row
+  A* slopes = nullptr;        // as Found::slope, of each row
   A* losses = nullptr;        // each row's loss, where wanted
   int64_t* argmax = nullptr;  // the class of each row's largest logit, where wanted
   std::atomic<int64_t> bad_row{INT64_MAX};
@@ -110,8 +117,7 @@ struct CrossEntropy {
   int64_t rows_per_task, parts, tasks;  // a task is some rows, or one of the parts of a row
   std::vector<double> sums;             // of each task: the losses, and the weights of the targets
   std::vector<Weighted<A>> partials;    // of each block, where rows are cut
-  std::vector<double> block_sums;       // and of each block what the loss or its slope adds up, where it does
-  bool sums_are_slopes;
+  std::vector<TermSums> block_sums;     // and of each block, where each class has factors of its own
   std::vector<A> target_z;  // of both targets of each row that is cut, where its logits may be overwritten
 
   A grad_scale;
@@ -226,6 +232,11 @@ Elements per_row(const Tensor& tensor) {
   return elements_of(tensor, tensor.stride(0), tensor.dim() == 2 ? tensor.stride(1) : 0);
 }
 
+// Whether the loss has a term for every class, with a factor of each row's own.
+bool factors_of_row(const Options& options) {
+  return is_floating(options.target.scalar_type()) || (options.smoothing != 0 && options.gamma != 0);
+}
+
 template <class A>
 void prepare(CrossEntropy<A>& call, const Options& options, const Tensor& lse) {
   const Tensor& input = options.input;
@@ -271,9 +282,9 @@ void prepare(CrossEntropy<A>& call, const Options& options, const Tensor& lse) {
   call.gamma = static_cast<A>(options.gamma);
   call.alpha_scale = static_cast<A>(options.alpha_scale);
   call.z_loss = static_cast<A>(options.z_loss);
-  call.factors_are = call.probabilities || (call.smoothing != 0 && call.gamma != 0) ? Factors::of_row
-                     : call.smoothing != 0                                          ? Factors::of_class
-                                                                                    : Factors::none;
+  call.factors_are = factors_of_row(options) ? Factors::of_row
+                     : call.smoothing != 0   ? Factors::of_class
+                                             : Factors::none;
   call.total_factors = 0;
   if (call.factors_are == Factors::of_class) {
     double total = 0;
@@ -292,6 +303,7 @@ void prepare(CrossEntropy<A>& call, const Options& options, const Tensor& lse) {
   }
   call.high = static_cast<A*>(lse.data_ptr());
   call.log_sum = call.high + call.rows();
+  if (call.factors_are == Factors::of_row) call.slopes = call.log_sum + call.rows();
 }
 
 template <class A>
@@ -354,27 +366,14 @@ double denominator_of(const Options& options, double counts, bool zero_if_empty)
 
 bool few(int64_t tasks) { return tasks < 2 * static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-// Where the classes of a row have a sum in the loss, or in its slope, to which every one of them adds: by
-// block.
-template <class A>
-void run_block_sums(CrossEntropy<A>& call, bool slopes) {
-  call.block_sums.resize(call.rows() * call.blocks());
-  call.sums_are_slopes = slopes;
-  run(call.rows() * call.blocks(), call.rows() * call.classes,
-      [&](int64_t begin, int64_t end) { FASTREG_PICK(sum_blocks<A>)(call, begin, end); });
-}
-
-// Long rows are cut for the gradient of each class to have a thread; if that needs the whole row first, only
-// where there are few.
+// Long rows are cut for the gradient of each class to have a thread.
 template <class A>
 void run_backward(CrossEntropy<A>& call) {
-  const bool own = call.factors_are == Factors::of_row;
-  if (!call.columns && call.classes > kTask && (!own || few(call.tasks))) {
+  if (!call.columns && call.classes > kTask) {
     call.rows_per_task = 1;
     call.parts = (call.classes + kTask - 1) / kTask;
     call.tasks = call.rows() * call.parts;
-    if (own) run_block_sums(call, true);
-    if (!own && call.grad == call.input) FASTREG_PICK(read_targets<A>)(call);
+    if (call.factors_are != Factors::of_row && call.grad == call.input) FASTREG_PICK(read_targets<A>)(call);
   }
   run(call.tasks, call.rows() * call.classes,
       [&](int64_t begin, int64_t end) { FASTREG_PICK(backward<A>)(call, begin, end); });
@@ -391,8 +390,9 @@ std::tuple<Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor> forward(const Optio
   auto per_row = [&](ScalarType dtype) {
     return three ? new_tensor({sizes[0], sizes[2]}, dtype) : new_tensor({sizes[0]}, dtype);
   };
+  const int64_t known = factors_of_row(options) ? 3 : 2;
   Tensor lse =
-      three ? new_tensor({2, sizes[0], sizes[2]}, arithmetic) : new_tensor({2, sizes[0]}, arithmetic);
+      three ? new_tensor({known, sizes[0], sizes[2]}, arithmetic) : new_tensor({known, sizes[0]}, arithmetic);
   Tensor loss = each ? per_row(loss_dtype) : new_tensor({}, loss_dtype);
   Tensor denominator = new_tensor({}, arithmetic);
   MaybeTensor losses, argmax;
@@ -425,7 +425,11 @@ std::tuple<Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor> forward(const Optio
     call.partials.resize(call.rows() * blocks);
     run(call.rows() * blocks, elements,
         [&](int64_t begin, int64_t end) { FASTREG_PICK(reduce_blocks<A>)(call, begin, end); });
-    if (call.factors_are == Factors::of_row && call.gamma != 0) run_block_sums(call, false);
+    if (call.factors_are == Factors::of_row && call.gamma != 0) {
+      call.block_sums.resize(call.rows() * blocks);
+      run(call.rows() * blocks, elements,
+          [&](int64_t begin, int64_t end) { FASTREG_PICK(sum_blocks<A>)(call, begin, end); });
+    }
     FASTREG_PICK(forward<A>)(call, 0, call.tasks);
   } else {
     run(call.tasks, elements,
@@ -710,6 +714,7 @@ FASTREG_INLINE void finish_row(CrossEntropy<A>& call, int64_t o, int64_t i, cons
   const int64_t r = call.row(o, i);
   call.high[r] = found.softmax.high;
   call.log_sum[r] = found.softmax.log_sum;
+  if (call.slopes) call.slopes[r] = found.slope;
   if (call.loss.data) call.loss.put(r, loss);
   if (call.losses) call.losses[r] = loss;
   if (call.argmax) call.argmax[r] = found.argmax;
@@ -721,6 +726,7 @@ template <class A>
 FASTREG_INLINE void leave_out_row(CrossEntropy<A>& call, int64_t o, int64_t i) {
   const int64_t r = call.row(o, i);
   call.high[r] = call.log_sum[r] = 0;
+  if (call.slopes) call.slopes[r] = 0;
   if (call.loss.data) call.loss.put(r, A(0));
   if (call.losses) call.losses[r] = 0;
   if (call.argmax) call.argmax[r] = -1;

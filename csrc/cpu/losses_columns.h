@@ -15,7 +15,7 @@ struct Columns {
   RowTargets<A> targets[kColumns];
   alignas(64) Lane<A> y[2][kColumns];
   alignas(64) A shares[2][kColumns], margins[2][kColumns];
-  alignas(64) A high[kColumns], log_sum[kColumns], kept[kColumns];
+  alignas(64) A high[kColumns], log_sum[kColumns], slopes[kColumns], kept[kColumns];
 
   explicit Columns(CrossEntropy<A>& call) : call(call) {}
 
@@ -26,7 +26,7 @@ struct Columns {
     x = reinterpret_cast<const T*>(call.input) + o * call.input_outer + first;
     for (int64_t i = 0; i < rounded(); ++i) {
       targets[i] = i < n ? call.targets_of(o, first + i) : RowTargets<A>{false, {-1, -1}, {0, 0}};
-      high[i] = log_sum[i] = 0;
+      high[i] = log_sum[i] = slopes[i] = 0;
       kept[i] = targets[i].kept;
       for (int k = 0; k < 2; ++k) {
         const int64_t of = targets[i].kept ? targets[i].y[k] : -1;
@@ -119,15 +119,18 @@ struct Columns {
       }
     }
     for (int64_t i = 0; i < n; ++i) log_sum[i] = log(sum[i]);
-    if constexpr (are == Factors::of_row)
+    if constexpr (are == Factors::of_row) {
       if (call.gamma != 0)
-        sum_of(weighted, [&](Vec<A> log_p) { return focal_term<VectorMath<A>>(log_p, call.gamma); });
+        sums_of(weighted, slopes);
+      else
+        std::copy_n(weights, n, slopes);
+    }
     for (int64_t i = 0; i < n; ++i) {
       if (!targets[i].kept) {
         leave_out_row(call, o, first + i);
         continue;
       }
-      const Found<A> found{{high[i], log_sum[i]}, weighted[i], weights[i], argmax[i]};
+      const Found<A> found{{high[i], log_sum[i]}, weighted[i], weights[i], argmax[i], slopes[i]};
       A loss;
       if constexpr (are == Factors::of_row)
         loss = (call.gamma == 0 ? weights[i] * log_sum[i] - weighted[i] : weighted[i]) +
@@ -151,21 +154,28 @@ struct Columns {
     __builtin_memcpy(argmax, &index, sizeof(index));
   }
 
-  // The sum of factor * f(log p) of each row.
-  template <class F>
-  void sum_of(A* sums, const F& f) const {
+  // The sums of factor * focal term and of factor * its slope of each row.
+  void sums_of(A* losses, A* slopes) const {
     for (int64_t v = 0; v < n; v += lanes<A>) {
-      LongSum<A> sum;
+      LongSum<A> all_losses, all_slopes;
       for (int64_t c = 0; c < call.classes;) {
-        Vec<A> chunk{};
+        Vec<A> loss{}, slope{};
         for (const int64_t end = std::min(c + kDepth, call.classes); c < end; ++c) {
           const auto here = at<Factors::of_row>(v, c);
-          chunk += share(here.second, f((here.first - load(high + v)) - load(log_sum + v)));
+          const auto term = focal_of(v, here.first);
+          loss += share(here.second, term.term);
+          slope += share(here.second, term.slope);
         }
-        sum.add(chunk);
+        all_losses.add(loss);
+        all_slopes.add(slope);
       }
-      store(sums + v, sum.total);
+      store(losses + v, all_losses.total);
+      store(slopes + v, all_slopes.total);
     }
+  }
+
+  FASTREG_INLINE_MEMBER auto focal_of(int64_t v, Vec<A> z) const {
+    return focal<VectorMath<A>>((z - load(high + v)) - load(log_sum + v), call.gamma);
   }
 
   template <Factors are>
@@ -177,35 +187,28 @@ struct Columns {
       const Softmax<A> softmax{high[i], log_sum[i]};
       const A incoming = call.grad_of(o, first + i);
       if constexpr (are == Factors::of_row) {
-        spread[i] = incoming * call.scale;  // what the sums of the factors are multiplied by, see below
+        spread[i] = incoming * call.scale;  // what all is multiplied by, see below
       } else {
         const IndexGradient<A> row = index_gradient(call, x + i, 0, targets[i], softmax, incoming);
         slope[i] = row.slope, spread[i] = row.spread;
         at_target[0][i] = row.at[0], at_target[1][i] = row.at[1];
       }
     }
-    auto d_of = [&](Vec<A> log_p) {
-      return call.gamma == 0 ? splat(A(1)) : focal_slope<VectorMath<A>>(log_p, call.gamma);
-    };
-    if constexpr (are == Factors::of_row) {
-      sum_of(slope, d_of);
-      if (call.z_loss != 0)
-        for (int64_t i = 0; i < n; ++i) slope[i] += 2 * call.z_loss * (high[i] + log_sum[i]);
-    }
+    if constexpr (are == Factors::of_row)
+      for (int64_t i = 0; i < n; ++i)
+        slope[i] = slopes[i] + (call.z_loss == 0 ? A(0) : 2 * call.z_loss * (high[i] + log_sum[i]));
     for (int64_t c = 0; c < call.classes; ++c) {
       T* to = grad + c * call.grad_class;
       for (int64_t v = 0; v < n; v += lanes<A>) {
         const auto here = at<are>(v, c);
-        const Vec<A> log_p = (here.first - load(high + v)) - load(log_sum + v), p = exp_of<A>(log_p);
         Vec<A> g;
-        if constexpr (are == Factors::of_row) {
-          // As Row::differentiate_factors.
-          const Vec<A> d = share(here.second, d_of(log_p));
-          const Vec<A> inner =
-              call.gamma == 0 ? p * load(slope + v) - d : p * (load(slope + v) - d) + d * expm1_of<A>(log_p);
-          g = inner * load(spread + v);
+        if constexpr (are == Factors::of_row) {  // as Row::differentiate_own
+          const auto term = focal_of(v, here.first);
+          const Vec<A> d = share(here.second, term.slope);
+          g = (call.gamma == 0 ? term.p * load(slope + v) - d : term.p * (load(slope + v) - d) - d * term.u) *
+              load(spread + v);
         } else {
-          g = p * load(slope + v);
+          g = exp_of<A>((here.first - load(high + v)) - load(log_sum + v)) * load(slope + v);
           if constexpr (are == Factors::of_class) g -= load(spread + v) * call.factors.at(c);
         }
         g = load(kept + v) != 0 ? g : Vec<A>{};
@@ -244,6 +247,7 @@ void backward_columns(CrossEntropy<A>& call, int64_t task_begin, int64_t task_en
       if (!columns.targets[i].kept) continue;
       const int64_t r = call.row(columns.o, columns.first + i);
       columns.high[i] = call.high[r], columns.log_sum[i] = call.log_sum[r];
+      if (call.slopes) columns.slopes[i] = call.slopes[r];
     }
     columns.template differentiate<are>(gradient_of<T>(call, columns.o, columns.first));
   }

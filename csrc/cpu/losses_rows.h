@@ -83,12 +83,17 @@ struct Adjusted {
     if constexpr (moved) z += load_first(adjustment + j, n, A(0));
     return is_first<A>(n) ? z : splat(fill);
   }
-  FASTREG_INLINE_MEMBER Two<Vec<A>> two(int64_t j) const { return {at(j), at(j + lanes<A>)}; }
+  FASTREG_INLINE_MEMBER Two<Vec<A>> two(int64_t j) const {
+    const auto from = load_two(x + j);
+    if constexpr (!moved) return {from.first * scale, from.second * scale};
+    const auto by = load_two_as<T>(adjustment + j);
+    return {from.first * scale + by.first, from.second * scale + by.second};
+  }
   FASTREG_INLINE_MEMBER void prefetch(int64_t j) const { __builtin_prefetch(x + j); }
 
   template <bool finite, class Out>
   FASTREG_INLINE void put_two(Out* to, Two<Vec<A>> v) {
-    Direct<A, A>::template put_two<finite>(to, v);
+    Direct<T, A>::template put_two<finite>(to, v);
   }
 };
 
@@ -131,19 +136,21 @@ Partial<A> reduce(const Z& z, int64_t n) {
   int64_t j = 0;
   for (const int64_t whole = n / step * step; j < whole;) {
     const int64_t end = std::min(j + kDepth * lanes<A>, whole);
-    Two<Vec<A>> top = z.two(j);
-    for (int64_t k = j + step; k < end; k += step) {
+    Two<Vec<A>> top = z.two(j), kept[kDepth / 2];  // of two arrays
+    kept[0] = top;
+    for (int64_t k = j + step, i = 1; k < end; k += step, ++i) {
       if constexpr (Z::two_arrays) {  // which the processor follows less well
         z.prefetch(k + 8 * kDepth * lanes<A>);
         z.prefetch(k + (8 * kDepth + 1) * lanes<A>);
       }
       const auto here = z.two(k);
+      if constexpr (Z::two_arrays) kept[i] = here;
       top = {larger(here.first, top.first), larger(here.second, top.second)};
     }
     raise(larger(top.first, top.second));
     Vec<A> chunk{}, other_chunk{};
-    for (; j < end; j += step) {
-      const auto here = z.two(j);
+    for (int64_t i = 0; j < end; j += step, ++i) {
+      const auto here = Z::two_arrays ? kept[i] : z.two(j);
       chunk = plus_exp(chunk, here.first - base);
       other_chunk = plus_exp(other_chunk, here.second - base);
     }
@@ -388,6 +395,7 @@ struct Row {
         if (call.zero_factors) return {reduce_linear<A>(z, n, FactorsOf<A, true>{factors}), weight};
         return {reduce_linear<A>(z, n, FactorsOf<A, false>{factors}), weight};
       }
+      if (call.gamma != 0) return {reduce<A>(z, n), 0};  // see sums_of
       return {reduce_linear<A>(z, n, FactorsOf<A, true>{factors}),
               sum_over<A>(n, [&](int64_t j) { return load_at(factors, j, n); })};
     });
@@ -421,42 +429,55 @@ struct Row {
     return {{whole.part.high, log(whole.part.sum)}, whole.part.linear, whole.weight, argmax};
   }
 
-  // The sum over the row of factor * focal term or, for `slopes`, its slope; block by block.
-  A sum_of(const Softmax<A>& softmax, bool slopes) {
-    double total = 0;
-    for (int64_t b = 0; b < call.blocks(); ++b)
-      total +=
-          call.block_sums.empty() ? sum_of_block(softmax, slopes, b) : call.block_sums[r * call.blocks() + b];
-    return static_cast<A>(total);
+  TermSums sums_of(const Softmax<A>& softmax) {
+    TermSums total;
+    for (int64_t b = 0; b < call.blocks(); ++b) {
+      const TermSums next =
+          call.block_sums.empty() ? sums_of_block(softmax, b) : call.block_sums[r * call.blocks() + b];
+      total.loss += next.loss, total.slope += next.slope;
+    }
+    return total;
   }
 
-  double sum_of_block(const Softmax<A>& softmax, bool slopes, int64_t block) {
+  TermSums sums_of_block(const Softmax<A>& softmax, int64_t block) {
     const int64_t n = size(block);
-    auto sum = [&](const auto& f) {
-      return with_block(block * kBlock, n, [&](const auto& z) {
-        return static_cast<double>(sum_over<A>(n, [&](int64_t j) {
+    return with_block(block * kBlock, n, [&](const auto& z) -> TermSums {
+      LongSum<A> losses, slopes;
+      for (int64_t j = 0; j < n;) {
+        Vec<A> loss{}, slope{};
+        for (const int64_t end = std::min(j + kDepth * lanes<A>, n); j < end; j += lanes<A>) {
           const Vec<A> at = j + lanes<A> <= n ? z.at(j) : z.first(j, n - j, A(0));
-          return share(load_at(factors, j, n), f((at - softmax.high) - softmax.log_sum));
-        }));
-      });
-    };
-    if (!slopes) return sum([&](Vec<A> log_p) { return focal_term<VectorMath<A>>(log_p, call.gamma); });
-    if (call.gamma == 0) return sum([](Vec<A>) { return splat(A(1)); });
-    return sum([&](Vec<A> log_p) { return focal_slope<VectorMath<A>>(log_p, call.gamma); });
+          const auto term = focal<VectorMath<A>>((at - softmax.high) - softmax.log_sum, call.gamma);
+          const Vec<A> factor = load_at(factors, j, n);
+          loss += share(factor, term.term);
+          slope += share(factor, term.slope);
+        }
+        losses.add(loss);
+        slopes.add(slope);
+      }
+      return {static_cast<double>(horizontal_sum(losses.total)),
+              static_cast<double>(horizontal_sum(slopes.total))};
+    });
   }
 
-  A loss(const Found<A>& found) {
+  // Also sets found.slope.
+  A loss(Found<A>& found) {
     if constexpr (are != Factors::of_row) return index_loss(call, x, targets, found);
-    const A terms =
-        call.gamma == 0 ? found.weight * found.softmax.log_sum - found.linear : sum_of(found.softmax, false);
+    A terms;
+    if (call.gamma == 0) {
+      terms = found.weight * found.softmax.log_sum - found.linear, found.slope = found.weight;
+    } else {
+      const TermSums sums = sums_of(found.softmax);
+      terms = static_cast<A>(sums.loss), found.slope = static_cast<A>(sums.slope);
+    }
     return terms + z_loss_of(call.z_loss, found.softmax);
   }
 
-  // The gradient of the classes [begin, end). `found`: what the forward has found, where it was just now.
-  void differentiate(const Softmax<A>& softmax, T* grad, int64_t begin, int64_t end, const Found<A>* found) {
+  // The gradient of the classes [begin, end). `slope`: Found::slope.
+  void differentiate(const Softmax<A>& softmax, A slope, T* grad, int64_t begin, int64_t end) {
     const A incoming = call.grad_of(o, i);
     if constexpr (are == Factors::of_row)
-      return differentiate_own(softmax, incoming * call.scale, grad, begin, end, found);
+      return differentiate_own(softmax, slope, incoming * call.scale, grad, begin, end);
     const IndexGradient<A> row = index_gradient(call, x, r, targets, softmax, incoming);
     constexpr bool spread = are == Factors::of_class;
     for (int64_t c = begin; c < end;) {
@@ -473,13 +494,8 @@ struct Row {
         grad[targets.y[k] * call.grad_class] = static_cast<T>(row.at[k]);
   }
 
-  // With d the derivative of a class's own term by its log p, and D the sum of these, it is p * (D - d) - (1
-  // - p) * d.
-  void differentiate_own(const Softmax<A>& softmax, A incoming, T* grad, int64_t first, int64_t last,
-                         const Found<A>* found) {
-    auto slope = [&](Vec<A> log_p)
-                     __attribute__((always_inline)) { return focal_slope<VectorMath<A>>(log_p, call.gamma); };
-    A sum = call.gamma == 0 && found != nullptr ? found->weight : sum_of(softmax, true);
+  // With d the slope of a class's own term and `sum` that of all, it is p * (sum - d) - (1 - p) * d.
+  void differentiate_own(const Softmax<A>& softmax, A sum, A incoming, T* grad, int64_t first, int64_t last) {
     if (call.z_loss != 0) sum += 2 * call.z_loss * (softmax.high + softmax.log_sum);
     for (int64_t begin = first; begin < last; begin += kBlock) {
       const int64_t n = std::min(kBlock, last - begin);
@@ -489,9 +505,9 @@ struct Row {
           for (int64_t j = 0; j < n; j += lanes<A>) {
             const bool whole = j + lanes<A> <= n;
             const Vec<A> at = whole ? z.at(j) : z.first(j, n - j, A(0));
-            const Vec<A> log_p = (at - softmax.high) - softmax.log_sum;
-            const Vec<A> d = share(load_at(factors, j, n), slope(log_p));
-            const Vec<A> g = incoming * (exp_of<A>(log_p) * (sum - d) + d * expm1_of<A>(log_p));
+            const auto term = focal<VectorMath<A>>((at - softmax.high) - softmax.log_sum, call.gamma);
+            const Vec<A> d = share(load_at(factors, j, n), term.slope);
+            const Vec<A> g = incoming * (term.p * (sum - d) - d * term.u);
             whole ? store(out + j, g) : store_first(out + j, g, n - j);
           }
         });
@@ -522,10 +538,11 @@ void forward_rows(CrossEntropy<A>& call, int64_t task_begin, int64_t task_end) {
         if (differentiate) fill_zero(call, gradient_of<T>(call, row.o, row.i), 0, call.classes);
         continue;
       }
-      const Found<A> found = row.read(call.argmax != nullptr);
-      finish_row(call, row.o, row.i, row.targets, found, row.loss(found), sums);
+      Found<A> found = row.read(call.argmax != nullptr);
+      const A loss = row.loss(found);
+      finish_row(call, row.o, row.i, row.targets, found, loss, sums);
       if (differentiate)
-        row.differentiate(found.softmax, gradient_of<T>(call, row.o, row.i), 0, call.classes, &found);
+        row.differentiate(found.softmax, found.slope, gradient_of<T>(call, row.o, row.i), 0, call.classes);
     }
     call.sums[2 * task] = sums[0];
     call.sums[2 * task + 1] = sums[1];
@@ -548,10 +565,7 @@ void sum_blocks_of(CrossEntropy<A>& call, int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t r = at / call.blocks();
       if (!row.enter(r)) continue;
-      const int64_t place = call.row(row.o, row.i);
-      const Softmax<A> softmax =
-          call.sums_are_slopes ? Softmax<A>{call.high[place], call.log_sum[place]} : row.read(false).softmax;
-      call.block_sums[at] = row.sum_of_block(softmax, call.sums_are_slopes, at - r * call.blocks());
+      call.block_sums[at] = row.sums_of_block(row.read(false).softmax, at - r * call.blocks());
     }
   }
 }
@@ -578,7 +592,8 @@ void backward_rows(CrossEntropy<A>& call, int64_t task_begin, int64_t task_end) 
       T* grad = gradient_of<T>(call, row.o, row.i);
       const int64_t at = call.row(row.o, row.i);
       if (kept)
-        row.differentiate({call.high[at], call.log_sum[at]}, grad, begin, end, nullptr);
+        row.differentiate({call.high[at], call.log_sum[at]}, call.slopes ? call.slopes[at] : A(0), grad,
+                          begin, end);
       else
         fill_zero(call, grad, begin, end);
     }

@@ -193,18 +193,42 @@ void put_back(const Elements& to, int64_t row, int64_t column, int64_t n, const 
   }
 }
 
-// The terms of the classes [begin, begin + n) of a row, n <= kSigmoidBlock, and their sum.
-template <class T, class A, bool forward, bool differentiate>
+// Whether all that a block reads and writes, of each class, lies in memory in turn and as T.
+template <class T>
+bool lies_as(const SigmoidFocalCall& call) {
+  auto does = [](const Elements& e) {
+    return e.data == nullptr || (e.inner == 1 && e.dtype == torch::headeronly::CppTypeToScalarType<T>::value);
+  };
+  return does(call.input) && (!call.dense || does(call.target)) && does(call.grad_loss) && does(call.loss) &&
+         does(call.grad);
+}
+
+// The terms of the classes [begin, begin + n) of a row, n <= kSigmoidBlock, and their sum. X is T where
+// all lies_as<T>; else A, as which a block is gathered.
+template <class T, class A, class X, bool forward, bool differentiate>
 double sigmoid_block(const SigmoidFocalCall& call, int64_t row, int64_t begin, int64_t n) {
-  alignas(64) A x_buffer[kSigmoidBlock], t_buffer[kSigmoidBlock], g_buffer[kSigmoidBlock],
-      w_buffer[kSigmoidBlock], loss_buffer[kSigmoidBlock], grad_buffer[kSigmoidBlock];
-  const A* x = gathered<T, A>(call.input, row, begin, n, x_buffer);
-  const A* t = call.dense ? gathered<T, A>(call.target, row, begin, n, t_buffer) : nullptr;
+  constexpr bool there = !std::is_same_v<X, A>;
+  constexpr int64_t room = there ? 1 : kSigmoidBlock;
+  alignas(64) A x_buffer[room], t_buffer[room], g_buffer[room], w_buffer[kSigmoidBlock], loss_buffer[room],
+      grad_buffer[room];
+  auto read = [&](const Elements& from, A* buffer) {
+    if constexpr (there)
+      return reinterpret_cast<const X*>(from.data) + from.at(row, begin);
+    else
+      return gathered<T, A>(from, row, begin, n, buffer);
+  };
+  auto written = [&](const Elements& to, A* buffer) {
+    if constexpr (there)
+      return reinterpret_cast<X*>(to.data) + to.at(row, begin);
+    else
+      return room_for<T, A>(to, row, begin, buffer);
+  };
+  const X* x = read(call.input, x_buffer);
+  const X* t = call.dense ? read(call.target, t_buffer) : nullptr;
   const A* w = call.weight.data ? gathered<A, A>(call.weight, 0, begin, n, w_buffer) : nullptr;
-  const A* g = differentiate && call.grad_loss.data ? gathered<T, A>(call.grad_loss, row, begin, n, g_buffer)
-                                                    : nullptr;
-  A* losses = forward && call.loss.data ? room_for<T>(call.loss, row, begin, loss_buffer) : nullptr;
-  A* grads = differentiate ? room_for<T>(call.grad, row, begin, grad_buffer) : nullptr;
+  const X* g = differentiate && call.grad_loss.data ? read(call.grad_loss, g_buffer) : nullptr;
+  X* losses = forward && call.loss.data ? written(call.loss, loss_buffer) : nullptr;
+  X* grads = differentiate ? written(call.grad, grad_buffer) : nullptr;
   const int64_t y = call.dense ? -1 : call.target.get<int64_t>(call.target.at(row, 0)) - begin;
   const A alpha = static_cast<A>(call.alpha), gamma = static_cast<A>(call.gamma);
   const Vec<A> zero{}, one = splat(A(1)), scale = splat(static_cast<A>(call.grad_scale));
@@ -214,7 +238,7 @@ double sigmoid_block(const SigmoidFocalCall& call, int64_t row, int64_t begin, i
   for (int64_t j = 0; j < n; j += lanes<A>) {
     const int64_t count = std::min(lanes<A>, n - j);
     const bool whole = count == lanes<A>;
-    auto of = [&](const A* from) __attribute__((always_inline)) {
+    auto of = [&](const auto* from) __attribute__((always_inline)) {
       return whole ? load(from + j) : load_first(from + j, count, A(0));
     };
     Vec<A> target = zero;
@@ -248,12 +272,14 @@ double sigmoid_block(const SigmoidFocalCall& call, int64_t row, int64_t begin, i
       }
     }
   }
-  if (losses != nullptr) put_back<T>(call.loss, row, begin, n, losses);
-  if (grads != nullptr) put_back<T>(call.grad, row, begin, n, grads);
+  if constexpr (!there) {
+    if (losses != nullptr) put_back<T>(call.loss, row, begin, n, losses);
+    if (grads != nullptr) put_back<T>(call.grad, row, begin, n, grads);
+  }
   return total + static_cast<double>(horizontal_sum(sum));
 }
 
-template <class T, class A, bool forward, bool differentiate>
+template <class T, class A, class X, bool forward, bool differentiate>
 void sigmoid_tasks(SigmoidFocalCall& call, int64_t task_begin, int64_t task_end) {
   for (int64_t task = task_begin; task < task_end; ++task) {
     const int64_t first = task / call.parts * call.rows_per_task;
@@ -263,22 +289,26 @@ void sigmoid_tasks(SigmoidFocalCall& call, int64_t task_begin, int64_t task_end)
     double sum = 0;
     for (int64_t r = first; r < last; ++r)
       for (int64_t c = begin; c < end; c += kSigmoidBlock)
-        sum += sigmoid_block<T, A, forward, differentiate>(call, r, c, std::min(kSigmoidBlock, end - c));
+        sum += sigmoid_block<T, A, X, forward, differentiate>(call, r, c, std::min(kSigmoidBlock, end - c));
     if (forward) call.sums[task] = sum;
   }
 }
 
 template <bool forward, bool differentiate>
 void sigmoid_by_dtype(SigmoidFocalCall& call, int64_t begin, int64_t end) {
+  auto as_half = [&]<class T>(T) {
+    lies_as<T>(call) ? sigmoid_tasks<T, float, T, forward, differentiate>(call, begin, end)
+                     : sigmoid_tasks<T, float, float, forward, differentiate>(call, begin, end);
+  };
   switch (call.input.dtype) {
     case ScalarType::Double:
-      return sigmoid_tasks<double, double, forward, differentiate>(call, begin, end);
+      return sigmoid_tasks<double, double, double, forward, differentiate>(call, begin, end);
     case ScalarType::Float:
-      return sigmoid_tasks<float, float, forward, differentiate>(call, begin, end);
+      return sigmoid_tasks<float, float, float, forward, differentiate>(call, begin, end);
     case ScalarType::BFloat16:
-      return sigmoid_tasks<BFloat16, float, forward, differentiate>(call, begin, end);
+      return as_half(BFloat16());
     default:
-      return sigmoid_tasks<Half, float, forward, differentiate>(call, begin, end);
+      return as_half(Half());
   }
 }
 

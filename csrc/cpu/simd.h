@@ -164,6 +164,36 @@ FASTREG_INLINE Two<Vec<float>> load_two(const BFloat16* from) {
   return {bits<Vec<float>>(w << 16), bits<Vec<float>>(w & 0xffff0000)};
 }
 
+// fp32 in the order of load_two for T.
+template <class T>
+FASTREG_INLINE Two<Vec<float>> load_two_as(const float* from) {
+  const auto v = load_two(from);
+  if constexpr (!std::is_same_v<T, BFloat16>) return v;
+#if FASTREG_VECTOR_BYTES == 64
+  Words even;
+  for (uint32_t i = 0; i < 16; ++i) even[i] = 2 * i;
+  auto pick = [&](Words index) __attribute__((always_inline)) {
+    return bits<Vec<float>>(_mm512_maskz_permutex2var_ps(0xffff, bits<__m512>(v.first), bits<__m512i>(index),
+                                                         bits<__m512>(v.second)));
+  };
+  return {pick(even), pick(even + 1)};
+#elif FASTREG_VECTOR_BYTES == 32
+  auto in_order = [](__m256 halves) __attribute__((always_inline)) {
+    return bits<Vec<float>>(_mm256_permute4x64_pd(_mm256_castps_pd(halves), 0xd8));
+  };
+  const __m256 a = bits<__m256>(v.first), b = bits<__m256>(v.second);
+  return {in_order(_mm256_shuffle_ps(a, b, 0x88)), in_order(_mm256_shuffle_ps(a, b, 0xdd))};
+#else
+  const Vec<float> a = v.first, b = v.second;
+  return {Vec<float>{a[0], a[2], b[0], b[2]}, Vec<float>{a[1], a[3], b[1], b[3]}};
+#endif
+}
+
+template <class T>
+FASTREG_INLINE Two<Vec<double>> load_two_as(const double* from) {
+  return load_two(from);
+}
+
 template <bool finite, class T, class V>
 FASTREG_INLINE void store_two(T* to, Two<V> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -316,6 +346,30 @@ FASTREG_INLINE bool any_above(V v, A value) {
 #endif
 }
 
+// a / b for b of ordinary size, within two units in the last place. (A division takes 16 cycles or more.)
+FASTREG_INLINE Vec<float> quotient_of(Vec<float> a, Vec<float> b) {
+#if FASTREG_VECTOR_BYTES == 64
+  const Vec<float> r = bits<Vec<float>>(_mm512_maskz_rcp14_ps(0xffff, bits<__m512>(b)));
+  return a * (r * (2.0f - b * r));
+#else
+  return a / b;
+#endif
+}
+FASTREG_INLINE Vec<double> quotient_of(Vec<double> a, Vec<double> b) { return a / b; }
+
+template <class V>
+FASTREG_INLINE V square_root_of(V v) {
+#if FASTREG_VECTOR_BYTES == 64
+  if constexpr (sizeof(v[0]) == 4)
+    return bits<V>(_mm512_maskz_sqrt_ps(0xffff, bits<__m512>(v)));
+  else
+    return bits<V>(_mm512_maskz_sqrt_pd(0xff, bits<__m512d>(v)));
+#else
+  for (size_t i = 0; i < sizeof(v) / sizeof(v[0]); ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
 // ---- exp --------------------------------------------------------------------------------------------------
 // exp(x) = 2^n * exp(r) with |r| <= log(2) / 2, exp(r) = 1 + r + r^2 * q(r) with a near-minimax q (relative
 // error 3e-9 for float, 4e-18 for double). For x <= 0, NaN included; subnormal results and 0 for -inf are
@@ -409,12 +463,22 @@ FASTREG_INLINE Vec<float> plus_exp(Vec<float> sum, Vec<float> x) {
 
 FASTREG_INLINE Vec<double> plus_exp(Vec<double> sum, Vec<double> x) { return sum + exp_of<double>(x); }
 
-// exp(x) - 1, right where x is near 0: 2^n * exp(r) - 1 = (2^n - 1) + 2^n * (exp(r) - 1).
+template <class V>
+struct Exps {
+  V exp, expm1;
+};
+
+// exp(x), and exp(x) - 1, right where x is near 0: 2^n * exp(r) - 1 = (2^n - 1) + 2^n * (exp(r) - 1).
+template <class A>
+FASTREG_INLINE Exps<Vec<A>> exps_of(Vec<A> x) {
+  const Exp<A> e(x);
+  const Vec<A> power = e.scaled(splat(A(1))), rest = (e.q * e.r + A(1)) * e.r;
+  return {e.scaled(rest + A(1)), (power - A(1)) + power * rest};
+}
+
 template <class A>
 FASTREG_INLINE Vec<A> expm1_of(Vec<A> x) {
-  const Exp<A> e(x);
-  const Vec<A> power = e.scaled(splat(A(1)));
-  return (power - A(1)) + power * (e.q * e.r + A(1)) * e.r;
+  return exps_of<A>(x).expm1;
 }
 
 // ---- log
@@ -443,7 +507,7 @@ FASTREG_INLINE Vec<double> log_of(Vec<double> x) {  // fp64 is rare: the standar
 // log(1 + x) for 0 <= x <= 1 and NaN, as 2 * atanh(x / (2 + x)) with a near-minimax polynomial (relative
 // error 4e-9).
 FASTREG_INLINE Vec<float> log1p_of(Vec<float> x) {
-  const Vec<float> s = x / (x + 2.0f), t = s * s;
+  const Vec<float> s = quotient_of(x, x + 2.0f), t = s * s;
   const Vec<float> tail =
       ((0.2817833508673f * t + 0.2796060274717f) * t + 0.4002491027954f) * t + 0.6666631468213f;
   return s * (tail * t + 2.0f);
@@ -459,11 +523,17 @@ template <class A>
 struct VectorMath {
   using V = Vec<A>;
   FASTREG_INLINE V exp(V x) { return exp_of<A>(x); }
-  FASTREG_INLINE V expm1(V x) { return expm1_of<A>(x); }
+  FASTREG_INLINE Exps<V> exps(V x) { return exps_of<A>(x); }
   FASTREG_INLINE V log1p(V x) { return log1p_of(x); }
+  FASTREG_INLINE V quotient(V a, V b) { return quotient_of(a, b); }
   FASTREG_INLINE V pow(V base, A exponent) {
     if (exponent == 2) return base * base;
-    if (exponent == 1) return base;
+    if (exponent <= 6 && 2 * exponent == static_cast<A>(static_cast<int>(2 * exponent))) {
+      const int whole = static_cast<int>(exponent);
+      V power = exponent == static_cast<A>(whole) ? splat(A(1)) : square_root_of(base);
+      for (int k = 0; k < whole; ++k) power *= base;
+      return power;
+    }
     return base > 0 ? exp_of<A>(log_of(base) * exponent) : base;
   }
 };

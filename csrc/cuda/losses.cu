@@ -2,16 +2,19 @@
 // csrc/losses.h.
 //
 // Bytes: forward, the logits once; backward, the logits once and the gradient written once. Rows in which
-// every class has a share of its own (probabilities, smoothing with gamma) are walked twice, and the gradient
-// in the forward walks a row once more. Rows wait for that in shared memory, if half of a block's holds them
-// (on sm_90 some 110 KB: 57,000 contiguous classes of bf16, or 1,600 strided ones); the logits of others, and
-// all probabilities, are read again by the same threads at once, so from L1 or L2, unless the row is split.
-// Beside them only vectors with one element per row or per class. Ignored rows are not read.
+// every class has a share of its own (probabilities, smoothing with gamma) are walked twice in the forward,
+// and the gradient in the forward walks a row once more. Rows wait for that in shared memory: in half of a
+// multiprocessor's, so that another block has the other half (on sm_90 some 110 KB: 57,000 contiguous classes
+// of bf16, or 1,600 strided ones); a longer row whose gradient is made at once in all of it. What of a row
+// finds no room there is read again by the same threads at once, so from L2: it is the rest of a row for each
+// multiprocessor that must stay there. Few and long rows, which are split over blocks, are read again as a
+// whole, and so are probabilities where the gradient is made at once. Beside them only vectors with one
+// element per row or per class. Ignored rows are not read.
 //
 // Launches: forward, one if one block can do everything, else the rows and then the sum of the blocks'
 // losses. Rows split over blocks add a merge, and where every class has a share two launches more for those;
 // smoothing with class weights adds one for their sum, the gradient of a mean in the forward one for what
-// it divides by. Backward, one, or three for rows that no block holds and in which every class has a share.
+// it divides by. Backward, one.
 //
 // Rows of contiguous classes are walked by 1 to 32 lanes, or by a block if they are long; few and long rows
 // by several blocks each. Rows of strided classes, such as (N, C, H*W), lie along a warp: one thread each,
@@ -46,7 +49,8 @@ namespace {
 
 constexpr int strided_in_flight = 8;
 constexpr int dense_in_flight = 2;
-constexpr int class_lanes = 8;  // warps that share the classes of 32 rows, where classes are strided
+constexpr int class_lanes = 8;     // warps that share the classes of 32 rows, where classes are strided
+constexpr int most_threads = 512;  // of a block whose row takes all of a multiprocessor's shared memory
 constexpr int blocks_per_processor = 16;
 constexpr int count_blocks = 32;
 constexpr int slot = 24;  // bytes that hold what threads merge: a Partial, Best or Sums of any type
@@ -240,14 +244,17 @@ __device__ void take(Partial<A>& part, Best<A>& best, bool want_best, const T (&
   part.sum = sum;
 }
 
-// Where a walk finds a row of contiguous classes: in global memory; there, and each lane leaves what it has
-// read in shared memory; or in shared memory, where each lane takes what it has left.
+// Where a walk finds a row: in global memory; there, and each lane leaves what it has read in shared memory;
+// or in shared memory, where each lane takes what it has left.
 enum class From { memory, memory_to_hold, held };
 
-// A row in global memory and, if it is held, its place in shared memory, as far past a multiple of 16 bytes.
-template <class T, From FROM>
+// A row in global memory, and its place in shared memory if it is held. Contiguous classes: as far past a
+// multiple of 16 bytes as in global memory. Classes that are `stride` apart: beside the other rows of the
+// warp.
+template <class T, bool STRIDED, From FROM>
 struct Source {
   const T* x;
+  int64_t stride;
   T* held;
 
   template <int COUNT>
@@ -266,8 +273,9 @@ struct Source {
   }
 
   __device__ T read(int64_t c) const {
-    const T value = FROM == From::held ? held[c] : x[c];
-    if constexpr (FROM == From::memory_to_hold) held[c] = value;
+    T* const place = held + (STRIDED ? c * 32 : c);
+    const T value = FROM == From::held ? *place : x[STRIDED ? c * stride : c];
+    if constexpr (FROM == From::memory_to_hold) *place = value;
     return value;
   }
 };
@@ -282,6 +290,12 @@ __device__ T* place_of(unsigned char* memory, const T* x, int group, int64_t cla
   return reinterpret_cast<T*>(memory + group * held_bytes<T>(classes) + reinterpret_cast<uintptr_t>(x) % 16);
 }
 
+// Elements that x lies past a multiple of 16 bytes.
+template <class T>
+__device__ int64_t past_vector(const T* x) {
+  return reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T);
+}
+
 // Before a group's next row takes the place of one that other lanes may have read.
 __device__ inline void wait_for_group(int lanes) {
   if (lanes > 32)
@@ -290,62 +304,35 @@ __device__ inline void wait_for_group(int lanes) {
     __syncwarp();
 }
 
-// A lane's share of the classes [begin, end) of a row of contiguous classes.
-template <class T, Mode MODE, From FROM, class A = Arithmetic<T>>
-__device__ Partial<A> walk(const Problem<A>& p, const Row<T, MODE>& row, Best<A>& best, bool want_best,
-                           const Source<T, FROM>& x, int64_t begin, int64_t end, int lane, int lanes) {
-  Partial<A> part = nothing<A>();
-  deal(
-      x.x, begin, end, lane, lanes,
-      [&](int64_t c) {
-        const T one[1][1] = {{x.read(c)}};
-        take(part, best, want_best, one, c, 0, p, row);
-      },
-      [&](int64_t c, int64_t pitch) {
-        alignas(16) T some[in_flight][Vector<T>::size];
-        x.read(some, c, pitch);
-        take(part, best, want_best, some, c, pitch, p, row);
-      },
-      [&](int64_t c) {
-        alignas(16) T some[1][Vector<T>::size];
-        x.read(some, c, 0);
-        take(part, best, want_best, some, c, 0, p, row);
-      });
-  return part;
-}
-
-// A row of classes that are `stride` apart; in shared memory it lies beside the others of its warp.
-template <class T, From FROM>
-struct StridedSource {
-  const T* x;
-  int64_t stride;
-  T* held;
-
-  __device__ T read(int64_t c) const {
-    const T value = FROM == From::held ? held[c * 32] : x[c * stride];
-    if constexpr (FROM == From::memory_to_hold) held[c * 32] = value;
-    return value;
-  }
-};
-
-// The same of such a row.
-template <class T, Mode MODE, From FROM, class A = Arithmetic<T>>
-__device__ Partial<A> walk_strided(const Problem<A>& p, const Row<T, MODE>& row, Best<A>& best,
-                                   bool want_best, const StridedSource<T, FROM>& x, int64_t begin,
-                                   int64_t end, int lane, int lanes) {
-  Partial<A> part = nothing<A>();
-  int64_t c = begin + lane;
-  for (; c + (strided_in_flight - 1) * lanes < end; c += strided_in_flight * lanes) {
-    T some[strided_in_flight][1];
-#pragma unroll
-    for (int i = 0; i < strided_in_flight; ++i) some[i][0] = x.read(c + i * lanes);
-    take(part, best, want_best, some, c, lanes, p, row);
-  }
-  for (; c < end; c += lanes) {
+// Takes a lane's share of the classes [begin, end) of a row into `part`.
+template <class T, Mode MODE, bool STRIDED, From FROM, class A = Arithmetic<T>>
+__device__ void walk(Partial<A>& part, Best<A>& best, bool want_best, const Problem<A>& p,
+                     const Row<T, MODE>& row, const Source<T, STRIDED, FROM>& x, int64_t begin, int64_t end,
+                     int lane, int lanes) {
+  auto one = [&](int64_t c) {
     const T one[1][1] = {{x.read(c)}};
     take(part, best, want_best, one, c, 0, p, row);
+  };
+  if constexpr (STRIDED) {
+    int64_t c = begin + lane;
+    for (; c + (strided_in_flight - 1) * lanes < end; c += strided_in_flight * lanes) {
+      T some[strided_in_flight][1];
+#pragma unroll
+      for (int i = 0; i < strided_in_flight; ++i) some[i][0] = x.read(c + i * lanes);
+      take(part, best, want_best, some, c, lanes, p, row);
+    }
+    for (; c < end; c += lanes) one(c);
+  } else {
+    auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t c, int64_t pitch) {
+      alignas(16) T some[COUNT][Vector<T>::size];
+      x.read(some, c, pitch);
+      take(part, best, want_best, some, c, pitch, p, row);
+    };
+    deal(
+        x.x, begin, end, lane, lanes, one,
+        [&](int64_t c, int64_t pitch) { some(std::integral_constant<int, in_flight>(), c, pitch); },
+        [&](int64_t c) { some(std::integral_constant<int, 1>(), c, 0); });
   }
-  return part;
 }
 
 // ---- rows in which every class has a share --------------------------------------------------------------
@@ -385,52 +372,43 @@ __device__ A share_of(const Problem<A>& p, const Row<T, dense>& row, int64_t c, 
 template <class T, class A>
 __device__ void add_class(Sums<A>& sums, const Problem<A>& p, const Row<T, dense>& row,
                           const Softmax<A>& softmax, A x, int64_t c, A q) {
-  const A share = share_of(p, row, c, q), log_p = softmax.log_p(row.logit(p, x, c));
-  sums.loss += product(share, focal_term(log_p, p.gamma));
-  sums.slope += product(share, focal_slope(log_p, p.gamma));
+  const A share = share_of(p, row, c, q);
+  const Focal<A> term = focal(softmax.log_p(row.logit(p, x, c)), p.gamma);
+  sums.loss += product(share, term.term);
+  sums.slope += product(share, term.slope);
 }
 
-template <class T, From FROM, class A = Arithmetic<T>>
-__device__ Sums<A> sum_classes(const Problem<A>& p, const Row<T, dense>& row, const Softmax<A>& softmax,
-                               const Source<T, FROM>& x, int64_t begin, int64_t end, int lane, int lanes) {
+template <class T, bool STRIDED, From FROM, class A = Arithmetic<T>>
+__device__ void sum_classes(Sums<A>& sums, const Problem<A>& p, const Row<T, dense>& row,
+                            const Softmax<A>& softmax, const Source<T, STRIDED, FROM>& x, int64_t begin,
+                            int64_t end, int lane, int lanes) {
   constexpr int size = Vector<T>::size;
-  Sums<A> sums;
-  auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t c, int64_t pitch) {
-    alignas(16) T values[COUNT][size];
-    A q[COUNT][size];
-    x.read(values, c, pitch);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) load_probabilities(q[i], p, row, c + i * pitch);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-#pragma unroll
-      for (int k = 0; k < size; ++k)
-        add_class(sums, p, row, softmax, static_cast<A>(values[i][k]), c + i * pitch + k, q[i][k]);
-  };
-  deal<dense_in_flight>(
-      x.x, begin, end, lane, lanes,
-      [&](int64_t c) {
-        A q[1];
-        load_probabilities(q, p, row, c);
-        add_class(sums, p, row, softmax, static_cast<A>(x.read(c)), c, q[0]);
-      },
-      [&](int64_t c, int64_t pitch) { some(std::integral_constant<int, dense_in_flight>(), c, pitch); },
-      [&](int64_t c) { some(std::integral_constant<int, 1>(), c, 0); });
-  return sums;
-}
-
-template <class T, From FROM, class A = Arithmetic<T>>
-__device__ Sums<A> sum_classes_strided(const Problem<A>& p, const Row<T, dense>& row,
-                                       const Softmax<A>& softmax, const StridedSource<T, FROM>& x,
-                                       int64_t begin, int64_t end, int lane, int lanes) {
-  Sums<A> sums;
-#pragma unroll 2
-  for (int64_t c = begin + lane; c < end; c += lanes) {
+  auto one = [&](int64_t c) {
     A q[1];
     load_probabilities(q, p, row, c);
     add_class(sums, p, row, softmax, static_cast<A>(x.read(c)), c, q[0]);
+  };
+  if constexpr (STRIDED) {
+#pragma unroll 2
+    for (int64_t c = begin + lane; c < end; c += lanes) one(c);
+  } else {
+    auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t c, int64_t pitch) {
+      alignas(16) T values[COUNT][size];
+      A q[COUNT][size];
+      x.read(values, c, pitch);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) load_probabilities(q[i], p, row, c + i * pitch);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+        for (int k = 0; k < size; ++k)
+          add_class(sums, p, row, softmax, static_cast<A>(values[i][k]), c + i * pitch + k, q[i][k]);
+    };
+    deal<dense_in_flight>(
+        x.x, begin, end, lane, lanes, one,
+        [&](int64_t c, int64_t pitch) { some(std::integral_constant<int, dense_in_flight>(), c, pitch); },
+        [&](int64_t c) { some(std::integral_constant<int, 1>(), c, 0); });
   }
-  return sums;
 }
 
 // ---- merging, always in the same order ------------------------------------------------------------------
@@ -508,8 +486,15 @@ struct Incoming {
   bool wide;
   int64_t stride_n, stride_d;  // 0, 0 for a reduced loss
   const A *lse, *denominator;
-  const A* slopes;  // per row the sum over its classes, where no block can have it of its own
 };
+
+// What the forward has left of a row: its softmax and, where every class has a share, the sum of their
+// slopes.
+template <Mode MODE, class A>
+__device__ A read_row(const Problem<A>& p, const A* lse, int64_t r, Softmax<A>& softmax) {
+  softmax = {lse[r], lse[p.rows + r]};
+  return MODE == dense ? lse[2 * p.rows + r] : A(0);
+}
 
 // The gradient of one element of a row.
 template <class T, Mode MODE, class A = Arithmetic<T>>
@@ -543,9 +528,9 @@ struct Slope {
 
   __device__ A operator()(const Problem<A>& p, const Row<T, MODE>& row, A x, int64_t c, A q) const {
     if constexpr (MODE == dense) {
-      const A log_p = softmax.log_p(row.logit(p, x, c));
-      const A share = product(share_of(p, row, c, q), focal_slope(log_p, p.gamma));
-      return gradient.slope * ((slope - share) * fast_exp(log_p) + share * expm1(log_p));
+      const Focal<A> term = focal(softmax.log_p(row.logit(p, x, c)), p.gamma);
+      const A share = product(share_of(p, row, c, q), term.slope);
+      return gradient.slope * ((slope - share) * term.p - share * term.u);
     } else {
       if (c == row.y) return gradient.at_target;
       if (MODE != plain && c == row.other) return at_other;
@@ -557,65 +542,58 @@ struct Slope {
   }
 };
 
-// A lane's share of the gradient of the classes [begin, end) of a row.
-template <class T, Mode MODE, From FROM, class A = Arithmetic<T>>
+// A lane's share of the gradient of the classes [begin, end) of a row, which go `to_stride` apart if strided.
+template <class T, Mode MODE, bool STRIDED, From FROM, class A = Arithmetic<T>>
 __device__ void write_gradient(const Problem<A>& p, const Row<T, MODE>& row, const Slope<T, MODE>& slope,
-                               const Source<T, FROM>& from, T* to, int64_t begin, int64_t end, int lane,
-                               int lanes) {
-  constexpr int size = Vector<T>::size, most = MODE == dense ? dense_in_flight : in_flight;
-  auto scalar = [&](int64_t c) {
+                               const Source<T, STRIDED, FROM>& from, T* to, int64_t to_stride, int64_t begin,
+                               int64_t end, int lane, int lanes) {
+  constexpr int size = Vector<T>::size, most = MODE == dense ? dense_in_flight
+                                               : STRIDED     ? strided_in_flight
+                                                             : in_flight;
+  auto gradient = [&](T x, int64_t c, A q) {
+    return static_cast<T>(row.kept ? slope(p, row, static_cast<A>(x), c, q) : A(0));
+  };
+  auto probability = [&](int64_t c) {
     A q[1] = {};
     if constexpr (MODE == dense)
       if (row.kept) load_probabilities(q, p, row, c);
-    to[c] = static_cast<T>(row.kept ? slope(p, row, static_cast<A>(from.read(c)), c, q[0]) : A(0));
+    return q[0];
   };
-  if ((reinterpret_cast<uintptr_t>(from.x) - reinterpret_cast<uintptr_t>(to)) % 16 !=
-      0) {  // never both aligned
-    for (int64_t c = begin + lane; c < end; c += lanes) scalar(c);
-    return;
-  }
-  auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t c, int64_t pitch) {
-    alignas(16) T values[COUNT][size] = {};
-    if (row.kept) from.read(values, c, pitch);
+  if constexpr (STRIDED) {
+    for (int64_t c = begin + lane; c < end; c += most * lanes) {
+      T values[most];
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      A q[size] = {};
-      if constexpr (MODE == dense)
-        if (row.kept) load_probabilities(q, p, row, c + i * pitch);
-      Vector<T> out;
+      for (int i = 0; i < most; ++i)
+        values[i] = row.kept && c + i * lanes < end ? from.read(c + i * lanes) : T(0.f);
 #pragma unroll
-      for (int k = 0; k < size; ++k)
-        out.values[k] = static_cast<T>(
-            row.kept ? slope(p, row, static_cast<A>(values[i][k]), c + i * pitch + k, q[k]) : A(0));
-      store(to + c + i * pitch, out);
+      for (int i = 0; i < most; ++i)
+        if (const int64_t at = c + i * lanes; at < end)
+          to[at * to_stride] = gradient(values[i], at, probability(at));
     }
-  };
-  deal<most>(
-      from.x, begin, end, lane, lanes, scalar,
-      [&](int64_t c, int64_t pitch) { some(std::integral_constant<int, most>(), c, pitch); },
-      [&](int64_t c) { some(std::integral_constant<int, 1>(), c, 0); });
-}
-
-template <class T, Mode MODE, From FROM, class A = Arithmetic<T>>
-__device__ void write_gradient_strided(const Problem<A>& p, const Row<T, MODE>& row,
-                                       const Slope<T, MODE>& slope, const StridedSource<T, FROM>& from, T* to,
-                                       int64_t to_stride, int64_t begin, int64_t end, int lane, int lanes) {
-  constexpr int most = MODE == dense ? dense_in_flight : strided_in_flight;
-  for (int64_t c = begin + lane; c < end; c += most * lanes) {
-    T values[most];
-#pragma unroll
-    for (int i = 0; i < most; ++i)
-      values[i] = row.kept && c + i * lanes < end ? from.read(c + i * lanes) : T(0.f);
-#pragma unroll
-    for (int i = 0; i < most; ++i) {
-      const int64_t at = c + i * lanes;
-      if (at >= end) continue;
-      A q[1] = {};
-      if constexpr (MODE == dense)
-        if (row.kept) load_probabilities(q, p, row, at);
-      to[at * to_stride] =
-          static_cast<T>(row.kept ? slope(p, row, static_cast<A>(values[i]), at, q[0]) : A(0));
+  } else {
+    auto one = [&](int64_t c) { to[c] = gradient(row.kept ? from.read(c) : T(0.f), c, probability(c)); };
+    if ((reinterpret_cast<uintptr_t>(from.x) - reinterpret_cast<uintptr_t>(to)) % 16 != 0) {
+      for (int64_t c = begin + lane; c < end; c += lanes) one(c);  // never both aligned
+      return;
     }
+    auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t c, int64_t pitch) {
+      alignas(16) T values[COUNT][size] = {};
+      if (row.kept) from.read(values, c, pitch);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        A q[size] = {};
+        if constexpr (MODE == dense)
+          if (row.kept) load_probabilities(q, p, row, c + i * pitch);
+        Vector<T> out;
+#pragma unroll
+        for (int k = 0; k < size; ++k) out.values[k] = gradient(values[i][k], c + i * pitch + k, q[k]);
+        store(to + c + i * pitch, out);
+      }
+    };
+    deal<most>(
+        from.x, begin, end, lane, lanes, one,
+        [&](int64_t c, int64_t pitch) { some(std::integral_constant<int, most>(), c, pitch); },
+        [&](int64_t c) { some(std::integral_constant<int, 1>(), c, 0); });
   }
 }
 
@@ -638,7 +616,6 @@ struct Results {
   A* best_x;        // per split and row
   int64_t* best_c;
   A* sums;           // (loss, slope) per split and row
-  A* slopes;         // per row, or null
   A* target_logits;  // (z_y, z_other) per row, or null
   Stage stage;
 };
@@ -677,6 +654,7 @@ template <class T, Mode MODE, class A>
 __device__ void finish_row(const Problem<A>& p, const Row<T, MODE>& row, const Results<A>& out, int64_t r,
                            const Softmax<A>& softmax, A linear, const Sums<A>& sums, A& losses, A& weights) {
   A loss = 0;
+  if (MODE == dense) out.lse[2 * p.rows + r] = row.kept ? sums.slope : A(0);
   if (row.kept) {
     if constexpr (MODE == dense) {
       loss = sums.loss + z_loss_of(p.z_loss, softmax);
@@ -724,13 +702,23 @@ __device__ A incoming_gradient(const Problem<A>& p, const Results<A>& out) {
   return 1 / divisor_of(p, weights);
 }
 
-// HOLD: rows, none of them split, wait in dynamic shared memory to be walked again.
-template <class T, Mode MODE, bool HOLD, class A = Arithmetic<T>>
-__global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
-    forward_rows(Problem<A> p, Logits<const T> x, Logits<T> grad, Results<A> out, int lanes, int64_t split) {
-  alignas(16) __shared__ unsigned char shared[32 * slot];
+// Rows of contiguous classes: `lanes` threads each. STRIDED: 32 neighbouring rows per block, their classes
+// dealt out to its `lanes` warps. HOLD: rows, none of them split, are walked again; their first `hold`
+// classes wait for that in dynamic shared memory, the others are in L2.
+template <class T, Mode MODE, bool STRIDED, bool HOLD, class A = Arithmetic<T>>
+__global__ void __launch_bounds__(sizeof(T) == 8 || MODE == dense ? 256 : most_threads, 1)
+    forward_rows(Problem<A> p, Logits<const T> x, Logits<T> grad, Results<A> out, int lanes, int64_t split,
+                 int64_t hold) {
+  alignas(16) __shared__ unsigned char shared[(STRIDED ? class_lanes * 32 : 32) * slot];
   DYN_SMEM(unsigned char, memory);
-  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
+  const int lane = STRIDED ? threadIdx.y : threadIdx.x % lanes;
+  const int group = STRIDED ? threadIdx.x : threadIdx.x / lanes, groups = STRIDED ? 32 : blockDim.x / lanes;
+  auto merged = [&](auto value) {
+    if constexpr (STRIDED)
+      return merge_columns(value, shared);
+    else
+      return merge_group(value, lanes, shared);
+  };
   const int64_t begin = blockIdx.y * split, end = begin + split < p.classes ? begin + split : p.classes;
   const bool want_argmax = MODE != plain && out.argmax && out.stage != Stage::sums;
   A losses = 0, weights = 0, incoming = 0;
@@ -740,17 +728,30 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
     const bool mine = lane == 0 && r < p.rows;
     const Row<T, MODE> row(p, x, r);
     const T* from = p.row(x, r);
-    T* held = HOLD ? place_of(memory, from, group, p.classes) : nullptr;
-    if (HOLD) wait_for_group(lanes);
-    const Source<T, HOLD ? From::memory_to_hold : From::memory> once = {from, held};
-    const Source<T, HOLD ? From::held : From::memory> again = {from, held};
+    T* held = nullptr;
+    int64_t seam = end;
+    if constexpr (HOLD) {
+      if (hold < end) seam = STRIDED ? hold : hold - past_vector(from + hold);
+      if constexpr (STRIDED) {
+        held = reinterpret_cast<T*>(memory) + threadIdx.x;
+      } else {
+        held = place_of(memory, from, group, hold);
+        wait_for_group(lanes);
+      }
+    }
+    const Source<T, STRIDED, HOLD ? From::memory_to_hold : From::memory> once = {from, x.stride_c, held};
+    const Source<T, STRIDED, HOLD ? From::held : From::memory> again = {from, x.stride_c, held};
+    const Source<T, STRIDED, From::memory> behind = {from, x.stride_c, nullptr};
     Softmax<A> softmax = {0, 0};
     Partial<A> part = nothing<A>();
     Best<A> best;
     if (MODE != dense || out.stage != Stage::sums) {
-      if (row.kept) part = walk(p, row, best, want_argmax, once, begin, end, lane, lanes);
-      part = merge_group(part, lanes, shared);
-      if (want_argmax) best = merge_group(best, lanes, shared);
+      if (row.kept) {
+        walk(part, best, want_argmax, p, row, once, begin, seam, lane, lanes);
+        if (HOLD && seam < end) walk(part, best, want_argmax, p, row, behind, seam, end, lane, lanes);
+      }
+      part = merged(part);
+      if (want_argmax) best = merged(best);
       if (out.stage == Stage::parts) {
         if (mine) leave_part(p, out, r, part, best);
         continue;
@@ -762,8 +763,11 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
     }
     Sums<A> sums;
     if constexpr (MODE == dense) {
-      if (row.kept) sums = sum_classes(p, row, softmax, again, begin, end, lane, lanes);
-      sums = merge_group(sums, lanes, shared);
+      if (row.kept) {
+        if (HOLD && seam < end) sum_classes(sums, p, row, softmax, behind, seam, end, lane, lanes);
+        sum_classes(sums, p, row, softmax, again, begin, seam, lane, lanes);
+      }
+      sums = merged(sums);
       if (out.stage == Stage::sums) {
         if (mine) leave_row_sums(p, out, r, sums);
         continue;
@@ -775,61 +779,10 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
         __syncwarp();  // x may be written now: every lane has read its target's logit
         if (r >= p.rows) continue;
         const Slope<T, MODE> slope(p, row, softmax, sums.slope, incoming);
-        write_gradient(p, row, slope, again, p.row(grad, r), begin, end, lane, lanes);
-      }
-  }
-  if (out.stage == Stage::whole) leave_sums<T>(p, out, losses, weights);
-}
-
-// Rows of strided classes: 32 neighbouring rows per block, their classes dealt out to its warps.
-template <class T, Mode MODE, bool HOLD, class A = Arithmetic<T>>
-__global__ void __launch_bounds__(32 * class_lanes, sizeof(T) == 8 || MODE == dense ? 1 : 2)
-    forward_strided(Problem<A> p, Logits<const T> x, Logits<T> grad, Results<A> out, int64_t split) {
-  alignas(16) __shared__ unsigned char shared[class_lanes * 32 * slot];
-  DYN_SMEM(unsigned char, memory);
-  const int64_t begin = blockIdx.y * split, end = begin + split < p.classes ? begin + split : p.classes;
-  const int lane = threadIdx.y;
-  const bool want_argmax = MODE != plain && out.argmax && out.stage != Stage::sums;
-  A losses = 0, weights = 0, incoming = 0;
-  if (MODE != plain && grad.data) incoming = incoming_gradient(p, out);
-  for (int64_t first = int64_t(blockIdx.x) * 32; first < p.rows; first += int64_t(gridDim.x) * 32) {
-    const int64_t r = first + threadIdx.x;
-    const bool mine = lane == 0 && r < p.rows;
-    const Row<T, MODE> row(p, x, r);
-    T* held = HOLD ? reinterpret_cast<T*>(memory) + threadIdx.x : nullptr;
-    const StridedSource<T, HOLD ? From::memory_to_hold : From::memory> once = {p.row(x, r), x.stride_c, held};
-    const StridedSource<T, HOLD ? From::held : From::memory> again = {once.x, once.stride, held};
-    Softmax<A> softmax = {0, 0};
-    Partial<A> part = nothing<A>();
-    Best<A> best;
-    if (MODE != dense || out.stage != Stage::sums) {
-      if (row.kept) part = walk_strided(p, row, best, want_argmax, once, begin, end, lane, class_lanes);
-      part = merge_columns(part, shared);
-      if (want_argmax) best = merge_columns(best, shared);
-      if (out.stage == Stage::parts) {
-        if (mine) leave_part(p, out, r, part, best);
-        continue;
-      }
-      softmax = {part.high, log(part.sum)};
-      if (mine) leave_softmax(p, row, out, r, softmax, best);
-    } else if (r < p.rows) {
-      softmax = {out.lse[r], out.lse[p.rows + r]};
-    }
-    Sums<A> sums;
-    if constexpr (MODE == dense) {
-      if (row.kept) sums = sum_classes_strided(p, row, softmax, again, begin, end, lane, class_lanes);
-      sums = merge_columns(sums, shared);
-      if (out.stage == Stage::sums) {
-        if (mine) leave_row_sums(p, out, r, sums);
-        continue;
-      }
-    }
-    if (mine) finish_row(p, row, out, r, softmax, part.linear, sums, losses, weights);
-    if constexpr (MODE != plain)
-      if (grad.data && r < p.rows) {
-        const Slope<T, MODE> slope(p, row, softmax, sums.slope, incoming);
-        write_gradient_strided(p, row, slope, again, p.row(grad, r), grad.stride_c, begin, end, lane,
-                               class_lanes);
+        T* to = p.row(grad, r);
+        if (HOLD && seam < end)
+          write_gradient(p, row, slope, behind, to, grad.stride_c, seam, end, lane, lanes);
+        write_gradient(p, row, slope, again, to, grad.stride_c, begin, seam, lane, lanes);
       }
   }
   if (out.stage == Stage::whole) leave_sums<T>(p, out, losses, weights);
@@ -868,12 +821,11 @@ __global__ void __launch_bounds__(128)
     }
     if (lane != 0 || r >= p.rows) continue;
     if (!of_sums) leave_softmax(p, row, out, r, softmax, best);
-    if (of_sums && out.slopes) out.slopes[r] = sums.slope;
-    if (out.target_logits) out.target_logits[r] = row.z_y, out.target_logits[p.rows + r] = row.z_other;
-    if (out.loss && (MODE != dense || of_sums))
-      finish_row(p, row, out, r, softmax, part.linear, sums, losses, weights);
+    if (MODE != dense && out.target_logits)
+      out.target_logits[r] = row.z_y, out.target_logits[p.rows + r] = row.z_other;
+    if (MODE != dense || of_sums) finish_row(p, row, out, r, softmax, part.linear, sums, losses, weights);
   }
-  if (out.loss && (MODE != dense || of_sums)) leave_sums<T>(p, out, losses, weights);
+  if (MODE != dense || of_sums) leave_sums<T>(p, out, losses, weights);
 }
 
 template <class T, class A = Arithmetic<T>>
@@ -927,68 +879,38 @@ __device__ A incoming_gradient(const Problem<A>& p, const Incoming<A>& in, int64
          *in.denominator;
 }
 
-// Rows of contiguous classes: `lanes` threads per row, or `chunks` blocks per row. HOLD: as in the forward;
-// then a row has one block.
-template <class T, Mode MODE, bool HOLD, class A = Arithmetic<T>>
+// Rows of contiguous classes: `lanes` threads per row, or `chunks` blocks per row.
+template <class T, Mode MODE, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(256, sizeof(T) == 8 || MODE == dense ? 1 : 2)
     backward_rows(Problem<A> p, Logits<const T> x, Logits<T> grad, Incoming<A> in, int lanes, int64_t chunk,
                   int64_t chunks) {
-  alignas(16) __shared__ unsigned char shared[32 * slot];
-  DYN_SMEM(unsigned char, memory);
   const int lane = threadIdx.x % lanes;
   const int64_t r =
       lanes > 32 ? blockIdx.x / chunks : (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
-  if (MODE != dense && r >= p.rows) return;
+  if (r >= p.rows) return;
   const int64_t begin = lanes > 32 ? blockIdx.x % chunks * chunk : 0;
   const int64_t end = begin + chunk < p.classes ? begin + chunk : p.classes;
   const Row<T, MODE> row(p, x, r);
-  const T* from = p.row(x, r);
-  T* held = HOLD ? place_of(memory, from, threadIdx.x / lanes, p.classes) : nullptr;
-  Softmax<A> softmax = {0, 0};
-  if (r < p.rows) softmax = {in.lse[r], in.lse[p.rows + r]};
-  Sums<A> sums;
-  if constexpr (MODE == dense) {
-    if (HOLD) {
-      const Source<T, From::memory_to_hold> once = {from, held};
-      if (row.kept) sums = sum_classes(p, row, softmax, once, begin, end, lane, lanes);
-      sums = merge_group(sums, lanes, shared);
-      __syncwarp();
-    } else if (r < p.rows) {
-      sums.slope = in.slopes[r];
-    }
-    if (r >= p.rows) return;
-  }
-  const Slope<T, MODE> slope(p, row, softmax, sums.slope, incoming_gradient<T>(p, in, r));
-  const Source<T, HOLD ? From::held : From::memory> again = {from, held};
-  write_gradient(p, row, slope, again, p.row(grad, r), begin, end, lane, lanes);
+  Softmax<A> softmax;
+  const A slopes = read_row<MODE>(p, in.lse, r, softmax);
+  const Slope<T, MODE> slope(p, row, softmax, slopes, incoming_gradient<T>(p, in, r));
+  const Source<T, false, From::memory> from = {p.row(x, r), 1, nullptr};
+  write_gradient(p, row, slope, from, p.row(grad, r), 1, begin, end, lane, lanes);
 }
 
 // Rows of strided classes: 32 rows per block; blockIdx.y is the chunk of the classes.
-template <class T, Mode MODE, bool HOLD, class A = Arithmetic<T>>
+template <class T, Mode MODE, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(32 * class_lanes, sizeof(T) == 8 || MODE == dense ? 1 : 2)
     backward_strided(Problem<A> p, Logits<const T> x, Logits<T> grad, Incoming<A> in, int64_t chunk) {
-  alignas(16) __shared__ unsigned char shared[HOLD ? class_lanes * 32 * slot : 16];
-  DYN_SMEM(unsigned char, memory);
   const int64_t r = int64_t(blockIdx.x) * 32 + threadIdx.x;
-  if (!HOLD && r >= p.rows) return;
-  const Row<T, MODE> row(p, x, r);
+  if (r >= p.rows) return;
   const int64_t begin = blockIdx.y * chunk, end = begin + chunk < p.classes ? begin + chunk : p.classes;
-  Softmax<A> softmax = {0, 0};
-  if (r < p.rows) softmax = {in.lse[r], in.lse[p.rows + r]};
-  T* held = HOLD ? reinterpret_cast<T*>(memory) + threadIdx.x : nullptr;
-  const StridedSource<T, HOLD ? From::held : From::memory> again = {p.row(x, r), x.stride_c, held};
-  Sums<A> sums;
-  if constexpr (HOLD) {
-    const StridedSource<T, From::memory_to_hold> once = {again.x, again.stride, held};
-    if (row.kept) sums = sum_classes_strided(p, row, softmax, once, begin, end, threadIdx.y, class_lanes);
-    sums = merge_columns(sums, shared);
-    if (r >= p.rows) return;
-  } else if constexpr (MODE == dense) {
-    sums.slope = in.slopes[r];
-  }
-  const Slope<T, MODE> slope(p, row, softmax, sums.slope, incoming_gradient<T>(p, in, r));
-  write_gradient_strided(p, row, slope, again, p.row(grad, r), grad.stride_c, begin, end, threadIdx.y,
-                         class_lanes);
+  const Row<T, MODE> row(p, x, r);
+  Softmax<A> softmax;
+  const A slopes = read_row<MODE>(p, in.lse, r, softmax);
+  const Slope<T, MODE> slope(p, row, softmax, slopes, incoming_gradient<T>(p, in, r));
+  const Source<T, true, From::memory> from = {p.row(x, r), x.stride_c, nullptr};
+  write_gradient(p, row, slope, from, p.row(grad, r), grad.stride_c, begin, end, threadIdx.y, class_lanes);
 }
 
 template <class T, class A = Arithmetic<T>>
@@ -1042,7 +964,7 @@ Plan plan(int64_t rows, int64_t classes, int64_t stride_c, int itemsize, int mul
   const int64_t piece = plan.contiguous ? plan.threads * (16 / itemsize) : class_lanes * strided_in_flight;
   const int64_t pieces = ceil_div(classes, piece),
                 wanted = 2 * multiprocessors / (plan.blocks > 0 ? plan.blocks : 1);
-  if ((!plan.contiguous || plan.lanes > 32) && wanted > 1 && pieces > 1) {
+  if (rows > 0 && (!plan.contiguous || plan.lanes > 32) && wanted > 1 && pieces > 1) {
     plan.split = ceil_div(pieces, wanted < pieces ? wanted : pieces) * piece;
     plan.splits = ceil_div(classes, plan.split);
   }
@@ -1094,12 +1016,16 @@ struct Prepared {
     mode = every_class ? dense : bare && alone ? plain : general;
     shape = plan(rows, call.classes, call.stride_c, sizeof(T), int(call.multiprocessors));
     shared_bytes = call.shared_bytes;
+    const bool at_once = forward && call.grad_input && call.grad_stride_c == 1 && shape.splits == 1;
+    if (mode == general && at_once && shape.contiguous && shape.lanes > 32 && sizeof(T) < 8 &&
+        held_bytes<T>(call.classes) > shared_bytes / 2 - 2048)
+      shape.lanes = shape.threads = most_threads;
     Workspace space(call.workspace);
     factors = space.take<A>((smooth || every_class) && vectors, call.classes);
     total = space.take<A>(factors, 1);
     counts = space.take<A>(forward && call.grad_input && !probabilities && call.reduction == reduction_mean,
                            count_blocks);
-    const bool split = shape.splits > 1, later = mode == dense && (split || call.grad_input);
+    const bool split = shape.splits > 1;
     const int64_t parts = shape.splits * rows;
     p = {rows,
          call.d,
@@ -1146,24 +1072,36 @@ struct Prepared {
            space.take<A>(forward && split, 3 * parts),
            space.take<A>(forward && split && call.argmax, parts),
            space.take<int64_t>(forward && split && call.argmax, parts),
-           space.take<A>(later, 2 * parts),
-           space.take<A>(later, rows),
-           space.take<A>(forward && split && call.grad_input, 2 * rows),
+           space.take<A>(forward && split && mode == dense, 2 * parts),
+           space.take<A>(forward && split && call.grad_input && mode != dense, 2 * rows),
            split ? Stage::parts : Stage::whole};
-    in = {call.grad_loss,  call.wide != 0, call.grad_loss_stride_n, call.grad_loss_stride_d, out.lse,
-          out.denominator, nullptr};
+    in = {call.grad_loss,          call.wide != 0, call.grad_loss_stride_n,
+          call.grad_loss_stride_d, out.lse,        out.denominator};
     used = space.used;
   }
 
   // Whether rows of the gradient are walked like those of the logits.
   bool alike() const { return (grad.stride_c == 1 || p.classes == 1) == shape.contiguous; }
 
-  // The shared memory that a block's rows can wait in, with room for a second block; else 0.
-  int64_t room() const {
-    const int64_t bytes = shape.contiguous ? shape.threads / shape.lanes * held_bytes<T>(p.classes)
-                                           : 32 * p.classes * int64_t(sizeof(T));
-    const int64_t beside = shape.contiguous ? 2048 : 8192;  // at most, of other shared memory
-    return shape.splits == 1 && bytes <= shared_bytes / 2 - beside ? bytes : 0;
+  // How many classes of a row that is walked again can wait in shared memory. Two blocks share that of a
+  // multiprocessor; a row for which that is too little and of which the gradient is made at once has it all.
+  int64_t hold() const {
+    if (shape.splits > 1) return 0;
+    const int64_t most =
+        shape.threads > 256 ? shared_bytes - 2048 : shared_bytes / 2 - (shape.contiguous ? 2048 : 8192);
+    if (most <= 0) return 0;
+    if (!shape.contiguous) {
+      const int64_t step = strided_in_flight * class_lanes, fit = most / (32 * int64_t(sizeof(T)));
+      return fit >= p.classes ? p.classes : fit / step * step;
+    }
+    if (shape.threads / shape.lanes * held_bytes<T>(p.classes) <= most) return p.classes;
+    return shape.threads == shape.lanes ? most / int64_t(sizeof(T)) - 2 * Vector<T>::size : 0;
+  }
+
+  // The shared memory for that.
+  int64_t held() const {
+    return shape.contiguous ? shape.threads / shape.lanes * held_bytes<T>(hold())
+                            : 32 * hold() * int64_t(sizeof(T));
   }
 };
 
@@ -1172,26 +1110,26 @@ void prepare_factors(const Prepared<T, A>& c, cudaStream_t stream) {
   if (c.factors) LAUNCH(combine_factors<A>, dim3(1), dim3(1024), 0, stream, c.p, c.factors, c.total);
 }
 
-// One launch over all rows, whatever their layout.
+// One launch over all rows.
+template <class T, Mode MODE, bool STRIDED, class A>
+void launch_rows(const Prepared<T, A>& c, const Results<A>& out, const Logits<T>& grad, cudaStream_t stream) {
+  auto* rows = forward_rows<T, MODE, STRIDED, false>;
+  const bool again = out.stage == Stage::whole && (MODE == dense || grad.data);
+  const int64_t hold = MODE != plain && again ? c.hold() : 0, bytes = hold ? c.held() : 0;
+  if constexpr (MODE != plain)
+    if (hold) {
+      rows = forward_rows<T, MODE, STRIDED, true>;
+      if (allow(rows, bytes) != cudaSuccess) return;
+    }
+  LAUNCH(rows, dim3(unsigned(c.shape.blocks), unsigned(c.shape.splits)),
+         STRIDED ? dim3(32, class_lanes) : dim3(c.shape.threads), size_t(bytes), stream, c.p, c.x, grad, out,
+         STRIDED ? class_lanes : c.shape.lanes, c.shape.split, hold);
+}
+
 template <class T, Mode MODE, class A>
 void launch_rows(const Prepared<T, A>& c, const Results<A>& out, const Logits<T>& grad, cudaStream_t stream) {
-  auto* rows = forward_rows<T, MODE, false>;
-  auto* strided = forward_strided<T, MODE, false>;
-  const dim3 grid(unsigned(c.shape.blocks), unsigned(c.shape.splits));
-  const bool again = out.stage == Stage::whole && (MODE == dense || grad.data);
-  const int64_t room = MODE != plain && again ? c.room() : 0;
-  if constexpr (MODE != plain)
-    if (room) {
-      rows = forward_rows<T, MODE, true>;
-      strided = forward_strided<T, MODE, true>;
-      if ((c.shape.contiguous ? allow(rows, room) : allow(strided, room)) != cudaSuccess) return;
-    }
-  const auto bytes = size_t(room);
-  if (c.shape.contiguous)
-    LAUNCH(rows, grid, dim3(c.shape.threads), bytes, stream, c.p, c.x, grad, out, c.shape.lanes,
-           c.shape.split);
-  else
-    LAUNCH(strided, grid, dim3(32, class_lanes), bytes, stream, c.p, c.x, grad, out, c.shape.split);
+  c.shape.contiguous ? launch_rows<T, MODE, false>(c, out, grad, stream)
+                     : launch_rows<T, MODE, true>(c, out, grad, stream);
 }
 
 template <class T, Mode MODE, class A>
@@ -1203,23 +1141,7 @@ int64_t launch_merge(const Prepared<T, A>& c, const Results<A>& out, cudaStream_
 }
 
 template <class T, Mode MODE, class A>
-void launch_gradient(const Prepared<T, A>& c, Incoming<A> in, cudaStream_t stream) {
-  auto* rows = backward_rows<T, MODE, false>;
-  auto* strided = backward_strided<T, MODE, false>;
-  if constexpr (MODE == dense)
-    if (!in.slopes) {
-      const int64_t room = c.room(), group = c.shape.contiguous ? c.shape.threads / c.shape.lanes : 32;
-      const dim3 grid(unsigned(ceil_div(c.p.rows, group)));
-      rows = backward_rows<T, MODE, true>;
-      strided = backward_strided<T, MODE, true>;
-      if ((c.shape.contiguous ? allow(rows, room) : allow(strided, room)) != cudaSuccess) return;
-      if (c.shape.contiguous)
-        LAUNCH(rows, grid, dim3(c.shape.threads), size_t(room), stream, c.p, c.x, c.grad, in, c.shape.lanes,
-               c.p.classes, int64_t{1});
-      else
-        LAUNCH(strided, grid, dim3(32, class_lanes), size_t(room), stream, c.p, c.x, c.grad, in, c.p.classes);
-      return;
-    }
+cudaError_t backward(const Prepared<T, A>& c, cudaStream_t stream) {
   if (c.shape.contiguous && c.alike()) {
     const int64_t vectors = c.shape.splits > 1 ? 1 : in_flight;  // few rows, if they are split
     const int64_t chunk =
@@ -1227,28 +1149,16 @@ void launch_gradient(const Prepared<T, A>& c, Incoming<A> in, cudaStream_t strea
     const int64_t chunks = ceil_div(c.p.classes, chunk);
     const int64_t blocks =
         c.shape.lanes > 32 ? c.p.rows * chunks : ceil_div(c.p.rows, c.shape.threads / c.shape.lanes);
-    LAUNCH(rows, dim3(unsigned(blocks)), dim3(c.shape.threads), 0, stream, c.p, c.x, c.grad, in,
+    auto* rows = backward_rows<T, MODE>;
+    LAUNCH(rows, dim3(unsigned(blocks)), dim3(c.shape.threads), 0, stream, c.p, c.x, c.grad, c.in,
            c.shape.lanes, chunk, chunks);
   } else {
     constexpr int64_t step = strided_in_flight * class_lanes;
     const int64_t chunk = ceil_div(ceil_div(c.p.classes, step), 65535) * step;
+    auto* strided = backward_strided<T, MODE>;
     LAUNCH(strided, dim3(unsigned(ceil_div(c.p.rows, 32)), unsigned(ceil_div(c.p.classes, chunk))),
-           dim3(32, class_lanes), 0, stream, c.p, c.x, c.grad, in, chunk);
+           dim3(32, class_lanes), 0, stream, c.p, c.x, c.grad, c.in, chunk);
   }
-}
-
-template <class T, Mode MODE, class A>
-cudaError_t backward(Prepared<T, A>& c, cudaStream_t stream) {
-  if constexpr (MODE == dense)
-    if (!c.in.slopes && (!c.alike() || !c.room())) {
-      Results<A> out = c.out;
-      out.stage = Stage::sums;
-      out.loss = nullptr;
-      launch_rows<T, MODE>(c, out, {}, stream);
-      launch_merge<T, MODE>(c, out, stream);
-      c.in.slopes = out.slopes;
-    }
-  launch_gradient<T, MODE>(c, c.in, stream);
   return cudaGetLastError();
 }
 
@@ -1273,7 +1183,6 @@ cudaError_t forward(Prepared<T, A>& c, cudaStream_t stream) {
   if (c.p.reduction != reduction_none && blocks > 1)
     LAUNCH(sum_blocks<T>, dim3(1), dim3(1024), 0, stream, c.p, out, blocks);
   if (wanted && !in_rows) {
-    if (split) c.in.slopes = out.slopes;  // which the merge has left there
     c.p.target_logits = out.target_logits;
     return backward<T, MODE>(c, stream);
   }

@@ -130,8 +130,9 @@ Extra cross_entropy_forward_extra(const Tensor& input, const Tensor& target, May
     return input.dim() == 3 ? on.empty({call.to.n, call.to.d}, dtype) : on.empty({call.to.n}, dtype);
   };
   Tensor loss = reduction == reduction_none ? per_row(loss_dtype) : on.empty({}, loss_dtype);
-  Tensor lse = input.dim() == 3 ? on.empty({2, call.to.n, call.to.d}, call.arithmetic)
-                                : on.empty({2, call.to.n}, call.arithmetic);
+  const int64_t known = call.to.target_bytes == 0 || (smoothing != 0 && gamma != 0) ? 3 : 2;
+  Tensor lse = input.dim() == 3 ? on.empty({known, call.to.n, call.to.d}, call.arithmetic)
+                                : on.empty({known, call.to.n}, call.arithmetic);
   Tensor denominator = on.empty({}, call.arithmetic);
   Tensor losses = want_losses ? per_row(call.arithmetic) : on.empty({0}, call.arithmetic);
   Tensor argmax = want_argmax ? per_row(ScalarType::Long) : on.empty({0}, ScalarType::Long);
