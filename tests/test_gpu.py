@@ -66,6 +66,17 @@ def test_runs_on_the_current_stream(op, backend):
 
 
 @every_kernel
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_device_of_its_tensors(op, backend):
+    """Which need not be the current one."""
+    for ours, stock in OPS[op].calls("cuda:1"):
+        with fastreg.use_backend(backend):
+            got = ours()
+        assert all(tensor.get_device() == 1 for tensor in got)
+        agree(got, stock())
+
+
+@every_kernel
 def test_can_be_captured_in_a_graph(op, backend):
     for ours, _ in OPS[op].calls("cuda"):
         stream = torch.cuda.Stream()

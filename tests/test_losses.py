@@ -1,4 +1,34 @@
-"""Softmax and sigmoid losses: every backend against an oracle written from the formula, in extended precision."""
+"""Softmax and sigmoid losses: every backend against an oracle written from the formula, in extended precision.
+
+The hard cases of such losses, and the tests that hold them:
+
+ 1 class counts, few and many rows, rows that start anywhere: test_every_number_of_classes, test_very_long_rows,
+   test_no_rows_and_many_rows
+ 2 more than 2^31 elements: test_past_2_to_31_elements, test_offsets_past_2_to_32
+ 3 layouts: test_layouts_of_logits_targets_and_gradients, test_transposed_tokens, test_incoming_gradients
+ 4 ignored rows, whatever they hold: test_ignored_rows, test_ignored_rows_hold_anything, test_nothing_kept
+ 5 targets out of range: test_target_out_of_range; in CUDA and Triton test_a_target_out_of_range_is_an_assertion
+ 6 weights: test_weights_of_every_kind, test_means_divide_by_weights_for_indices_and_by_rows_for_probabilities
+ 7 smoothing: test_label_smoothing
+ 8 infinite, huge and equal logits: test_logits_of_minus_infinity, test_rows_without_a_softmax_are_nan,
+   test_large_and_equal_logits
+ 9 certain rows: test_confident_rows, test_focal_is_finite_everywhere; in bf16 test_focal_from_certainty_to_error
+10 focal: test_focal_is_finite_everywhere, test_focal_with_gamma_0_is_cross_entropy,
+   test_alpha_scales_terms_and_weight_does_not_enter_p, test_softmax_over_two_classes_is_a_sigmoid_of_their_difference,
+   test_no_positives_divide_by_one
+11 probabilities: test_probabilities, test_gradient_to_probabilities, test_shapes_that_could_mean_either
+12 moved and scaled logits: test_scale_with_adjustment_on_odd_sizes, test_scale_where_the_softmax_saturates
+13 autograd: test_backward_twice, test_logits_shared_with_another_loss, test_without_gradients,
+   test_create_graph_gives_the_gradient_itself_too, test_gradient_penalty_through_a_network,
+   test_vmap_and_functional_gradients, test_vectors_must_not_want_gradients
+14 incoming gradients: test_incoming_gradients, test_gradient_scaler, test_autocast
+15 compilers, graphs, memory: test_compiles_in_one_graph, test_every_output_is_written; on a GPU test_gpu.py
+16 the same bits: test_same_bits_every_time, test_a_row_does_not_depend_on_its_place,
+   test_argmax_takes_the_lowest_of_equals, test_argmax_past_the_whole_numbers_of_fp32
+17 what else the pass knows: test_outputs, test_only_the_loss_has_a_gradient, test_outputs_without_class_indices
+18 long tails: tests/test_longtail.py
+19 every option with every other: test_random_combinations, test_gradcheck_and_gradgradcheck
+"""
 
 import contextlib
 import copy
@@ -16,14 +46,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastreg
-from fastreg import cross_entropy, focal_loss, sigmoid_focal_loss
+from fastreg import _backends, cross_entropy, focal_loss, sigmoid_focal_loss
 from fastreg.testing import DTYPES, LAYOUTS, assert_accurate, with_layout
-from tests.machine import device_of, move
+from tests import losses_cudahost
+from tests.machine import device_of, move, needs_cudahost
 
 BACKENDS = [name for name, state in fastreg.backends()["cross_entropy"].items() if state == "usable"]
 if find_spec("tritonkernels.losses") is None:
     BACKENDS = [name for name in BACKENDS if name != "triton"]
 KERNELS = [name for name in BACKENDS if name != "reference"]
+INTERPRETED = "triton" if _backends.interpreting() else None  # the backend that takes 1,000 times as long as others
+compiled = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != INTERPRETED])
+on_the_host = pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("reference", "cpu")])
 LD = np.longdouble
 NAN, INF = float("nan"), float("inf")
 
@@ -225,6 +259,8 @@ def check(backend, input, target, weight=None, grad=None, **options):
     x.requires_grad_()
     moved = {name: move(value, device_of(backend)) for name, value in options.items()}
     loss = serve(backend, lambda: cross_entropy(x, *there[:2], **moved))
+    options = {name: value for name, value in options.items() if name not in ("grad_in_forward", "outputs")}
+    loss = loss.loss if isinstance(loss, fastreg.losses.LossOutputs) else loss
     (grad_x,) = torch.autograd.grad(loss, x, there[2], materialize_grads=True)
     loss, grad_x = move(loss, "cpu"), move(grad_x, "cpu")
     # In half precision stock PyTorch is held to be what it is under autocast: the kernels compute in fp32 too.
@@ -299,6 +335,9 @@ def problem(seed):
         options["scale"] = pick(1.0, 0.5, 4)
         options["z_loss"] = pick(0.0, 1e-2)
         options["all_ignored"] = pick("nan", "zero")
+    if options["reduction"] != "none" and pick(False, True):
+        options["grad_in_forward"] = True
+    options["outputs"] = pick(False, False, True)
     grad = torch.randn(rows if options["reduction"] == "none" else (), generator=g)
     if pick(False, True):
         grad = grad * (grad > 0)
@@ -318,10 +357,32 @@ def examples(number):
 
 
 def combination(backend, seed):
-    if backend == "triton" and seed % 10:
-        return  # the interpreter is slow
+    if backend == INTERPRETED and seed % 10:
+        return
     input, target, weight, grad, options = problem(seed)
     check(backend, input, target, weight, grad, **options)
+
+
+@pytest.fixture
+def cuda_on_the_host(monkeypatch):
+    """The CUDA kernels, on the host, in the place of the C++ ones."""
+    losses = fastreg.losses
+    monkeypatch.setattr(losses, "_SMALL", -1)
+    for kernels in ("forward", "forward_extra", "backward"):
+        there = getattr(losses_cudahost, f"cross_entropy_{kernels}")
+        monkeypatch.setitem(getattr(losses, f"_{kernels}"), "cpu", there)
+    monkeypatch.setitem(losses._scale_gradient, "cpu", losses_cudahost.scale_gradient_)
+    for kernels in ("forward", "backward"):
+        there = getattr(losses_cudahost, f"sigmoid_focal_{kernels}")
+        monkeypatch.setitem(getattr(losses, f"_sigmoid_{kernels}"), "cpu", there)
+
+
+@needs_cudahost
+@pytest.mark.skipif("cpu" not in KERNELS, reason="the CPU kernels, whose place is taken, are not built")
+@examples(150)
+@given(seed=st.integers(0, 2**32))
+def test_random_combinations_in_cuda_on_the_host(cuda_on_the_host, seed):
+    combination("cpu", seed)
 
 
 @examples(300)
@@ -366,13 +427,19 @@ def options_named(name, classes):
 ALL_OPTIONS = pytest.mark.parametrize("name", [*OPTION_SETS, "family"])
 
 
+CLASSES = (1, 2, 3, 7, 8, 9, 31, 33, 1000, 1023, 1024, 1025, 32769)
+
+
 @ALL_OPTIONS
 @pytest.mark.parametrize(
-    "classes", [1, 2, 3, 7, 8, 9, 31, 33, 1000, 1023, 1024, 1025, pytest.param(32769, marks=pytest.mark.slow)]
+    ("backend", "classes"),
+    [
+        pytest.param(backend, classes, marks=[pytest.mark.slow] * (classes > 10000))
+        for backend in BACKENDS
+        for classes in ((3, 1025) if backend == INTERPRETED else CLASSES)
+    ],
 )
 def test_every_number_of_classes(backend, classes, name):
-    if backend == "triton" and classes not in (3, 1025):
-        pytest.skip("one short and one long row in the interpreter")
     for dtype, n in ((torch.float32, 3), (torch.bfloat16, 1)):
         flat = (4 * torch.randn(n * classes + 1)).to(dtype)
         for first in (0, 1):  # 1: no row begins at an aligned address
@@ -380,10 +447,9 @@ def test_every_number_of_classes(backend, classes, name):
             check(backend, x, torch.randint(classes, (n,)), **options_named(name, classes))
 
 
+@compiled
 @pytest.mark.parametrize("classes", [32000, 65537, 128256, 262144])
 def test_very_long_rows(backend, classes):
-    if backend == "triton":
-        pytest.skip("slow in the interpreter")
     x, y = 4 * torch.randn(1, classes), torch.tensor([classes - 1])
     check(backend, x, y)
     check(backend, x.bfloat16(), y, gamma=2.0)
@@ -396,7 +462,7 @@ def test_no_rows_and_many_rows(backend):
         )
         check(backend, torch.randn(0, 5, 3), torch.zeros(0, 3, dtype=torch.int64), reduction=reduction)
         check(backend, torch.randn(2, 5, 0), torch.zeros(2, 0, dtype=torch.int64), reduction=reduction)
-    n = 300 if backend == "triton" else 65537
+    n = 300 if backend == INTERPRETED else 65537
     x, y = torch.randn(n, 3, dtype=torch.float64), torch.randint(3, (n,))
     with fastreg.use_backend(backend):
         torch.testing.assert_close(cross_entropy(x, y), F.cross_entropy(x, y), rtol=1e-13, atol=0)
@@ -407,10 +473,9 @@ def test_no_rows_and_many_rows(backend):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"])  # others need 20 GB and an hour
 @pytest.mark.parametrize("shape", [(2**16 + 1, 2**15), (1, 2, 2**30 + 1)], ids=["rows", "positions"])
 def test_past_2_to_31_elements(backend, shape):
-    if backend != "cpu":
-        pytest.skip("needs 20 GB and an hour")
     few = torch.randn(3, shape[1]) if len(shape) == 2 else torch.randn(1, 2, 1)
     # All rows alike through a stride of 0, save that the last has another target.
     x = few[:1].expand(shape).to(torch.float16) if len(shape) == 2 else few.to(torch.float16).expand(shape)
@@ -454,7 +519,7 @@ def test_offsets_past_2_to_32(backend, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_logits_targets_and_gradients(backend, layout, name):
     shapes = [(6, 9), (4, 9, 5), (2, 9, 3, 4)]
-    for shape in shapes[:1] if backend == "triton" else shapes:
+    for shape in shapes[:1] if backend == INTERPRETED else shapes:
         x = with_layout(3 * torch.randn(shape), layout)
         rows = shape[:1] + shape[2:]
         y = torch.randint(9, rows)
@@ -473,10 +538,11 @@ def test_transposed_tokens(backend):
 
 
 @ALL_OPTIONS
-@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 6, 255])
+@pytest.mark.parametrize(
+    ("backend", "ignore_index"),
+    [(name, index) for name in BACKENDS for index in ((-100, 0) if name == INTERPRETED else (-100, -1, 0, 6, 255))],
+)
 def test_ignored_rows(backend, ignore_index, name):
-    if backend == "triton" and ignore_index not in (-100, 0):
-        pytest.skip("slow in the interpreter")
     weight = torch.rand(7) + 0.1
     y = torch.randint(1, 6, (6,))
     some, every = torch.tensor([True, False] * 3), torch.ones(6, dtype=torch.bool)
@@ -522,11 +588,10 @@ def test_nothing_kept(backend, reduction):
     assert one.item() == pytest.approx(math.log(2))  # and nothing else is divided by another number
 
 
+@on_the_host  # elsewhere it is a device-side assertion
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("shape", [(4, 5), (2, 5, 2), (5,)])
 def test_target_out_of_range(backend, dtype, shape):
-    if backend == "triton":
-        pytest.skip("a device-side assertion, which the interpreter does not have")
     x = torch.randn(shape)
     for wrong in (5, 200, *([-1, -101, -(2**31)] if dtype != torch.uint8 else [])):
         y = torch.zeros(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=dtype)
@@ -715,9 +780,8 @@ def test_no_positives_divide_by_one(backend):
         torch.testing.assert_close(ours, sigmoid_focal_loss(x, torch.zeros(4, 5), reduction="sum"))
 
 
+@compiled
 def test_argmax_past_the_whole_numbers_of_fp32(backend):
-    if backend == "triton":
-        pytest.skip("slow in the interpreter")
     x = torch.zeros(1, 2**24 + 4, dtype=torch.bfloat16)
     x[0, -2] = 1.0
     target = torch.tensor([x.shape[1] - 2])
@@ -742,10 +806,9 @@ def test_gradient_scaler(backend):
             )
 
 
+@compiled
 @pytest.mark.parametrize("kind", ["index", "pair", "probabilities"])
 def test_rows_of_several_blocks_with_everything(backend, kind):
-    if backend == "triton":
-        pytest.skip("slow in the interpreter")
     for classes in (4097, 9001):
         x, y, other = 3 * torch.randn(2, classes), torch.tensor([5, classes - 1]), torch.tensor([4096, 7])
         q = torch.rand(2, classes).softmax(1)
@@ -772,6 +835,18 @@ def test_probabilities(backend):
     loss, grad = check(backend, masked, q)
     assert loss.isfinite()
     assert grad.isfinite().all()
+
+
+def test_shapes_that_could_mean_either(backend):
+    """As many rows as classes, and a row of its own: the dtype of the target says what it holds."""
+    x, y = torch.randn(5, 5), torch.randint(5, (5,))
+    check(backend, x, y)
+    check(backend, x, torch.rand(5, 5))
+    check(backend, x[0], y[0])
+    check(backend, x[0], torch.rand(5))
+    for logits, target in ((x[0], y), (x, F.one_hot(y, 5)), (x, torch.rand(5))):
+        with pytest.raises(ValueError, match="target"):
+            serve(backend, lambda: cross_entropy(logits, target))  # noqa: B023
 
 
 def test_gradient_to_probabilities(backend):
@@ -813,6 +888,17 @@ def test_scale_with_adjustment_on_odd_sizes(backend):
             adjustment = torch.full((classes,), sign)
             check(backend, x, torch.tensor([0, classes - 1]), logit_adjustment=adjustment, scale=0.01)
             check(backend, x, torch.tensor([0, classes - 1]), margin=adjustment, scale=3.0, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 30.0, 1e4])
+def test_scale_where_the_softmax_saturates(backend, scale):
+    """A scale that makes every row even, or certain: the gradient carries the scale, and neither overflows."""
+    x, y = torch.tensor([[1.0, -1.0, 0.5], [0.0, 0.0, 0.0], [-2.0, 3.0, 2.9]]), torch.tensor([0, 1, 0])
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for options in ({}, {"gamma": 2.0}, {"label_smoothing": 0.1}, {"margin": torch.tensor([0.3, 0.2, 0.1])}):
+            loss, grad = check(backend, x.to(dtype), y, scale=scale, **options)
+            assert loss.isfinite()
+            assert grad.isfinite().all()
 
 
 # ---- autograd ----------------------------------------------------------------------------------------------
@@ -966,11 +1052,10 @@ def test_autocast(backend, dtype):
         assert serve(backend, lambda: sigmoid_focal_loss(x, x.detach().sigmoid(), reduction="sum")).dtype == ours.dtype
 
 
+@compiled  # which the interpreter is not
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_in_one_graph(backend, dynamic):
     torch._dynamo.reset()
-    if backend == "triton":
-        pytest.skip("the interpreter does not compile")
 
     def step(x, y, w):
         return cross_entropy(x, y, w, label_smoothing=0.1) + cross_entropy(x, y, gamma=2.0)
@@ -1049,7 +1134,7 @@ def test_every_output_is_written(backend):
 
 
 def test_same_bits_every_time(backend):
-    rows = 40 if backend == "triton" else 257  # the interpreter is slow
+    rows = 40 if backend == INTERPRETED else 257
     x, y, weight = torch.randn(rows, 33, requires_grad=True), torch.randint(33, (rows,)), torch.rand(33)
     runs = []
     for threads in (1, 2, 1):
@@ -1187,7 +1272,7 @@ def test_class_statistics_have_the_same_bits_every_time(backend):
 @ALL_OPTIONS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_made_in_the_forward(backend, dtype, name):
-    few = backend == "triton"  # the interpreter is slow
+    few = backend == INTERPRETED
     for shape in ((5, 9), (2, 9, 3))[: 2 - few]:
         x = (3 * torch.randn(shape)).to(dtype).requires_grad_()
         y = torch.randint(9, shape[:1] + shape[2:])
@@ -1415,7 +1500,7 @@ def check_sigmoid(backend, inputs, targets, grad=None, **options):
 @examples(200)
 @given(seed=st.integers(0, 2**32))
 def test_sigmoid_focal_random_combinations(sigmoid_backend, seed):
-    if sigmoid_backend == "triton" and seed % 10:
+    if sigmoid_backend == INTERPRETED and seed % 10:
         return
     rng = random.Random(seed)
     pick = lambda *values: rng.choice(values)  # noqa: E731
