@@ -1156,11 +1156,12 @@ struct BackTerms {
   }
 };
 
-// `rows` rows of n elements; at(slot) gives the BackTerms. dz may be dx itself: the vector that reaches back
-// is computed before the one it reaches into is written.
+// `rows` rows of n elements; at(slot) gives the BackTerms. Asks for what lies `skip` rows further on, unless
+// that is 0. dz may be dx itself: the vector that reaches back is computed before the one it reaches into is
+// written.
 template <class T, bool kept, class A, class D, class At>
 FASTREG_INLINE void gradient_rows(Run<const T> x, Run<D> dz, Run<T> dx, int64_t rows, int64_t n, bool stream,
-                                  At at) {
+                                  int64_t skip, At at) {
   constexpr int64_t L = lanes<A>;
   const int64_t whole = n - n % L, tail = std::max<int64_t>(n - L, 0), valid = std::min(L, n);
   const auto dz_of = [&](int64_t k, int64_t i, int64_t slot, int64_t valid) {
@@ -1180,6 +1181,7 @@ FASTREG_INLINE void gradient_rows(Run<const T> x, Run<D> dz, Run<T> dx, int64_t 
       [&](int64_t i) {
         const auto &first = at(i), &second = at(i + L);
         for (int64_t k = 0; k < rows; ++k) {
+          if (skip) ask_for(x.at(k + skip, i), 2 * L), ask_for(dz.at(k + skip, i), 2 * L);
           const auto v = load_two(x.at(k, i)), g = load_two(dz.at(k, i));
           write_two(dx.at(k, i), Two<Vec<A> >{first(v.first, g.first), second(v.second, g.second)}, stream);
         }
@@ -1215,18 +1217,19 @@ void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin,
       of[0] = call.mean[group], of[1] = rstd_of(group), of[2] = rstd_of(group) * call.weight[c];
       of[3] = m1[group], of[4] = m2[group];
     });
+    const int64_t skip = call.cached ? 0 : rows_ahead<T>(2 * slab.width);
     for (int64_t part = end; part-- > begin;) {
       const int64_t first = part * call.rows_per_part;
       const int64_t rows = std::min(call.rows_per_part, call.positions - first);
       for (int64_t r = first; r < first + rows; r += kRun)
-        gradient_rows<T, kept, A>(run_at<const T>(call.input, slab.n, r, slab.channel),
-                                  source(slab.n, r, slab.channel, r * scratch_row),
-                                  run_at<T>(call.grad_input, slab.n, r, slab.channel),
-                                  std::min(kRun, first + rows - r), slab.width, stream, [&](int64_t slot) {
-                                    return BackTerms<A>{table.get(0, slot), table.get(1, slot),
-                                                        table.get(2, slot), table.get(3, slot),
-                                                        table.get(4, slot)};
-                                  });
+        gradient_rows<T, kept, A>(
+            run_at<const T>(call.input, slab.n, r, slab.channel),
+            source(slab.n, r, slab.channel, r * scratch_row),
+            run_at<T>(call.grad_input, slab.n, r, slab.channel), std::min(kRun, first + rows - r), slab.width,
+            stream, skip, [&](int64_t slot) {
+              return BackTerms<A>{table.get(0, slot), table.get(1, slot), table.get(2, slot),
+                                  table.get(3, slot), table.get(4, slot)};
+            });
     }
     return;
   }
@@ -1237,7 +1240,7 @@ void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin,
                                splat(rstd_of(unit) * call.weight[c]), splat(m1[unit]), splat(m2[unit])};
       gradient_rows<T, kept, A>(run_at<const T>(call.input, p.n, c, p.begin),
                                 source(p.n, c, p.begin, (c - p.g * call.per_group()) * scratch_row + p.begin),
-                                run_at<T>(call.grad_input, p.n, c, p.begin), 1, p.end - p.begin, stream,
+                                run_at<T>(call.grad_input, p.n, c, p.begin), 1, p.end - p.begin, stream, 0,
                                 [&](int64_t) -> const BackTerms<A>& { return terms; });
     }
   }
