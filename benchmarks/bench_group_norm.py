@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import fastreg
+from fastreg import _backends
 
 from .timing import Bench, LeftOut, Run, differentiable, nbytes
 
@@ -55,6 +56,8 @@ def torch_group_norm(x, weight, bias, activation):
 
 @group_norm.ours
 def ours(data):
+    if _backends.forced() == "reference" and data.x.device.type == "cpu" and data.x.numel() >= 1 << 21:
+        raise LeftOut("takes a hundred times as long as the others: measured on the smallest tensors alone")
     return with_inference(
         lambda: fastreg.group_norm(data.x, GROUPS, data.weight, data.bias, activation=data.activation), data
     )

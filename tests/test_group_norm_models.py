@@ -17,8 +17,8 @@ UNCHANGED = {"torch.nn.modules.normalization.GroupNorm", "timm.layers.norm.Group
 
 
 def library(name: str, part: str | None = None):
-    """The module, or a part of it that it imports when asked; a skip where that fails, as timm does without torchvision,
-    and torchvision with another torch than its own."""
+    """The module, or a part of it that it imports when asked; a skip where that fails, as timm does without
+    torchvision, and torchvision with another torch than its own."""
     try:
         module = import_module(name)
         return getattr(module, part) if part else module
