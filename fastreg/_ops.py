@@ -25,7 +25,9 @@ def _define(name: str, schema: str, fake: Callable, module: str, backends: tuple
         if backend == "triton":
 
             def launch(*args, **kwargs):
-                return getattr(importlib.import_module(f"tritonkernels.{module}"), name)(*args, **kwargs)
+                kernels = importlib.import_module(f"tritonkernels.{module}")
+                with torch.cuda.device_of(args[0]):  # Triton launches on the current device, whatever its tensors' one
+                    return getattr(kernels, name)(*args, **kwargs)
 
             torch.library.impl(overload, ("cpu", "cuda"))(launch)
 

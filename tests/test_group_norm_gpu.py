@@ -73,6 +73,16 @@ def test_addresses_races_and_padding(case, format):
             assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+@needs_interpreter
+def test_triton_launches_on_the_device_of_the_input(monkeypatch):
+    """What the operator of any kernel does: it asks for the device of its first tensor, current or not."""
+    asked, device_of = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: asked.append(tensor.data_ptr()) or device_of(tensor))
+    x = torch.randn(2, 4, 5)
+    torch.ops.fastreg.group_norm_forward.triton(x, 2, None, None, 1e-5, 0, None, False)
+    assert asked == [x.data_ptr()]
+
+
 def compile_aligned():
     for dtype in (torch.bfloat16, torch.float32):
         for *shape, groups in ((8, 64, 32, 32, 32), (8, 320, 64, 64, 32), (2, 512, 64, 64, 32), (8, 256, 64, 64, 32)):
