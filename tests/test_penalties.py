@@ -104,6 +104,15 @@ def test_derivatives(p, squared):
     assert torch.autograd.gradgradcheck(lambda a, b: fastreg.lp_penalty([a, b], p, squared=squared), (a, b))
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_nan_and_inf_show(p):
+    w = torch.ones(3000)
+    w[100] = math.inf
+    assert fastreg.lp_penalty([w, torch.ones(5)], p).item() == math.inf
+    w[2500] = math.nan
+    assert math.isnan(fastreg.lp_penalty([w, torch.ones(5)], p).item())
+
+
 def test_layouts_and_ties():
     w = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
     view = w.detach()[:, ::2, 1:4].transpose(1, 3).requires_grad_()

@@ -45,11 +45,11 @@ def _float64(bits):
 
 @triton.jit
 def _power(t, p, ORDER: tl.constexpr):
-    """|t|^p of t ≥ 0."""
+    """|t|^p of t ≥ 0; for ORDER == ANY that of NaN is 0."""
     if ORDER == TWO:
         return t * t
     elif ORDER == ANY:
-        return tl.where(t > 0, tl.exp2(p * tl.log2(tl.where(t > 0, t, 1.0))), t)  # 0, or NaN
+        return tl.where(t > 0, tl.exp2(p * tl.log2(tl.where(t > 0, t, 1.0))), 0.0)
     else:
         return t
 
@@ -59,7 +59,7 @@ def _root(total, p, ORDER: tl.constexpr):
     if ORDER == TWO:
         return tl.sqrt(total)
     elif ORDER == ANY:
-        return tl.where(total > 0, tl.exp2(tl.log2(tl.where(total > 0, total, 1.0)) / p), 0.0)
+        return tl.where(total > 0, tl.exp2(tl.log2(tl.where(total > 0, total, 1.0)) / p), total)  # 0, or NaN
     else:
         return total
 
@@ -336,6 +336,8 @@ def _long_sum(
         if (WHAT == "largest") or (ORDER == LARGEST):
             total = tl.maximum(total, tl.where(size < INF, size, INF))
         else:
+            if ORDER == ANY:  # whose powers know no NaN
+                total += tl.where(size < INF, 0.0, size)
             total += _power(size, p, ORDER)
     if (WHAT == "largest") or (ORDER == LARGEST):
         return tl.max(tl.max(total, 1), 0)
@@ -771,9 +773,9 @@ def _matrix_gradients(
         vx, vg = _of_two(x, g, r[:, None] * length + j[None, :], mask, moves, WITH_G)
     if STAGE == GRADIENTS:
         lanes = tl.arange(0, PIECES)
-        places = parts + 2 * (i - which + lanes)
-        along += tl.sum(tl.load(places, mask=lanes < count, other=0.0), 0)
-        largest += tl.sum(tl.load(places + 1, mask=lanes < count, other=0.0), 0)
+        of_row = parts + 2 * (i - which + lanes)
+        along += tl.sum(tl.load(of_row, mask=lanes < count, other=0.0), 0)
+        largest += tl.sum(tl.load(of_row + 1, mask=lanes < count, other=0.0), 0)
     elif WITH_G or (ORDER == LARGEST):
         if LOOPED:
             products = tl.zeros([ROWS, BLOCK], tl.float64)

@@ -26,6 +26,8 @@ TENSORS = tl.constexpr(1024)  # whose chunks a program counts at a time
 @triton.jit
 def _add(scale, total, size, p, ORDER: tl.constexpr, SCALED: tl.constexpr):
     """(scale, total) with a block of |x| added: the sum of powers is scale^p · total."""
+    if ORDER == ANY:  # whose powers know no NaN
+        total += tl.sum(tl.sum(tl.where(size < INF, 0.0, size), 1), 0)
     if SCALED:
         block = tl.max(_scale_of(tl.max(size, 1), ORDER), 0)
         larger = tl.where(total > 0, tl.maximum(scale, block), block)
