@@ -12,6 +12,7 @@ Launches  on chip: forward 1, backward 2. Larger: forward 3 (statistics of chunk
 Tiles     [channels, positions], or [positions, channels] for channels_last: the axis that is contiguous in memory is
           last, so one kernel serves both layouts, coalesced. The channels of a tile are those of one or several whole
           groups, or a part of one: sums go to channels first and from there to groups by a mask.
+          D, the channels of a group, is a constant of the kernels: so it is known how tiles are aligned.
 Numerics  fp32 (fp64 for fp64). Deviations are taken from the mean (on chip) or from the mean of a chunk's first
           tile, and chunks are merged by their own means. Squares are also summed scaled by 2⁻⁶⁴: these serve where
           the plain ones overflow. Sums have a fixed order: the same input gives the same bits.
@@ -118,7 +119,7 @@ def _to_channels(v, member):
 
 
 @triton.jit
-def _place(C, G, D, K: tl.constexpr, CH: tl.constexpr, channel_blocks, position_chunks):
+def _place(C, G, D: tl.constexpr, K: tl.constexpr, CH: tl.constexpr, channel_blocks, position_chunks):
     """This program's sample, first group, channel block and chunk; its channels and which of them and of its groups
     exist; which channel belongs to which group; how many channels of a group are here."""
     pid = tl.program_id(0)
@@ -176,7 +177,7 @@ def _rstd(m2, scaled, count, eps):
 @triton.jit
 def _forward_whole(
     x, residual, weight, bias, y, stats,
-    N, C, G, D, S, count, eps, x_n, x_r, r_n, r_r, y_n, y_r,
+    N, C, G, D: tl.constexpr, S, count, eps, x_n, x_r, r_n, r_r, y_n, y_r,
     K: tl.constexpr, CH: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     n, first, _, _, channel, here, group, member, _ = _place(C, G, D, K, CH, 1, 1)
@@ -207,7 +208,7 @@ def _forward_whole(
 @triton.jit
 def _moments(
     x, parts,
-    C, G, D, S, x_n, x_r, channel_blocks, position_chunks, steps,
+    C, G, D: tl.constexpr, S, x_n, x_r, channel_blocks, position_chunks, steps,
     K: tl.constexpr, CH: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Count, mean, Σd² and Σ(d·2⁻⁶⁴)² of each group in this program's chunk."""
@@ -283,7 +284,7 @@ def _statistics(stats, N, G, n, first, group, member, LAST: tl.constexpr):
 @triton.jit
 def _apply(
     x, residual, weight, bias, y, stats,
-    N, C, G, D, S, x_n, x_r, r_n, r_r, y_n, y_r, channel_blocks, position_chunks, steps,
+    N, C, G, D: tl.constexpr, S, x_n, x_r, r_n, r_r, y_n, y_r, channel_blocks, position_chunks, steps,
     K: tl.constexpr, CH: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     n, first, _, chunk, channel, here, group, member, _ = _place(C, G, D, K, CH, channel_blocks, position_chunks)
@@ -321,7 +322,7 @@ def _dz(x, residual, dy, mean, rstd, scale, shift, mask, ACT: tl.constexpr, TYPE
 @triton.jit
 def _backward_whole(
     dy, x, residual, weight, bias, stats, dx, dr, sums,
-    N, C, G, D, S, count, g_n, g_r, x_n, x_r, r_n, r_r, y_n, y_r,
+    N, C, G, D: tl.constexpr, S, count, g_n, g_r, x_n, x_r, r_n, r_r, y_n, y_r,
     K: tl.constexpr, CH: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     n, first, _, _, channel, here, group, member, _ = _place(C, G, D, K, CH, 1, 1)
@@ -356,7 +357,7 @@ def _backward_whole(
 @triton.jit
 def _partial_sums(
     dy, x, residual, weight, bias, stats, dr, parts,
-    N, C, G, D, S, count, g_n, g_r, x_n, x_r, r_n, r_r, y_n, y_r, channel_blocks, position_chunks, steps,
+    N, C, G, D: tl.constexpr, S, count, g_n, g_r, x_n, x_r, r_n, r_r, y_n, y_r, channel_blocks, position_chunks, steps,
     K: tl.constexpr, CH: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Σ dz and Σ dz·x̂ of each channel in this program's chunk, to parts[2, N, position_chunks, C]."""
@@ -420,7 +421,7 @@ def _merge_sums(
 @triton.jit
 def _apply_backward(
     dy, x, residual, weight, bias, stats, terms, dx,
-    N, C, G, D, S, count, g_n, g_r, x_n, x_r, r_n, r_r, y_n, y_r, channel_blocks, position_chunks, steps,
+    N, C, G, D: tl.constexpr, S, count, g_n, g_r, x_n, x_r, r_n, r_r, y_n, y_r, channel_blocks, position_chunks, steps,
     K: tl.constexpr, CH: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     n, first, _, chunk, channel, here, group, member, _ = _place(C, G, D, K, CH, channel_blocks, position_chunks)
@@ -533,6 +534,8 @@ def _plan(samples: int, groups: int, per_group: int, positions: int, last: bool,
     while 2 * k * per_group <= CHANNELS and k < groups:
         k *= 2
     while k > 1 and _power(k * per_group) * _power(positions) > tile and k // 2 * per_group >= fewest:
+        if last and k // 2 * per_group % 8:
+            break  # rows of a tile begin where 16 bytes of two-byte elements do
         k //= 2
     ch, p = _power(k * per_group), _power(positions)
     programs = samples * -(-groups // k)
