@@ -43,10 +43,12 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPart = 32768;       // elements of a part, where a unit has as many
 constexpr int64_t kCache = 768 << 10;  // bytes that a core's own cache holds of a unit
-constexpr int64_t kLine =
-    32;  // channels of which a unit's rows have a multiple: whole vectors, and whole cache lines
+// Channels of which a unit's rows have a multiple: whole vectors, and whole cache lines.
+constexpr int64_t kLine = 32;
 // Bytes of a tensor that the last cache may hold, from which narrow parts of rows come as fast as whole rows.
 constexpr int64_t kNear = 12 << 20;
+// Bytes of a slab's row below which it costs more than a second way through whole rows, if those are long.
+constexpr int64_t kNarrow = 256;
 constexpr int64_t kAhead = 2048;      // bytes that a run is asked for before it is read
 constexpr int64_t kScratch = 131072;  // elements of a unit whose dz a thread keeps to itself, in its cache
 constexpr int64_t kStream = int64_t{4} << 20;  // bytes of a result that bypasses the caches
@@ -90,7 +92,8 @@ struct GroupNorm {
       const int64_t group_bytes = std::max<int64_t>(per_group() * positions * read, 1);
       together = std::max(kCache / group_bytes / line, int64_t{1}) * line;
       if (together > groups || line * group_bytes > 2 * kCache ||
-          samples * channels * positions * size > kNear)
+          samples * channels * positions * size > kNear ||
+          (together * per_group() * size < kNarrow && channels * size >= 4 * kNarrow))
         together = groups;
       slabs = (groups + together - 1) / together;
       rows_per_part = std::max<int64_t>(256, kPart / std::max<int64_t>(width(), 1));
