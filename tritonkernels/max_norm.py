@@ -45,7 +45,7 @@ def _float64(bits):
 
 @triton.jit
 def _power(t, p, ORDER: tl.constexpr):
-    """|t|^p of t ≥ 0; for ORDER == ANY that of NaN is 0."""
+    """|t|^p of t ≥ 0; for ORDER == ANY that of NaN is 0, as its root is."""
     if ORDER == TWO:
         return t * t
     elif ORDER == ANY:
@@ -59,7 +59,7 @@ def _root(total, p, ORDER: tl.constexpr):
     if ORDER == TWO:
         return tl.sqrt(total)
     elif ORDER == ANY:
-        return tl.where(total > 0, tl.exp2(tl.log2(tl.where(total > 0, total, 1.0)) / p), total)  # 0, or NaN
+        return tl.where(total > 0, tl.exp2(tl.log2(tl.where(total > 0, total, 1.0)) / p), 0.0)
     else:
         return total
 

@@ -112,7 +112,7 @@ def _norm_tensors(table, parts, norms, terms, tensors, chunk, p_bits, ORDER: tl.
         total = tl.load(at + 1, mask=mask, other=0.0)
         ratio = tl.load(at, mask=mask, other=0.0) / scale
         sums += tl.sum(tl.where(total < INF, total * _power(ratio, p, ORDER), total), 0)
-    s = _root(sums, p, ORDER)
+    s = tl.where(sums < INF, _root(sums, p, ORDER), sums)
     tl.store(norms + 2 * t, scale)
     tl.store(norms + 2 * t + 1, s)
     norm = scale * s
