@@ -178,8 +178,9 @@ def averaging(device: str) -> Iterator[Call]:
 
 
 def max_norm(device: str) -> Iterator[Call]:
-    """Rows for a warp, for a block, and too long to be held; odd ones, and biases, in one launch."""
-    fresh = [torch.randn(shape, device=device) for shape in ((33, 50), (5, 300), (7, 3, 3, 3), (3, 2049), (2, 9001))]
+    """Rows for a warp, for a block, too long to be held, and in pieces; odd ones, and biases, in one call."""
+    shapes = ((33, 50), (5, 300), (7, 3, 3, 3), (3, 2049), (2, 9001), (2, 40001))
+    fresh = [torch.randn(shape, device=device) for shape in shapes]
     weights = [w.clone() for w in fresh]
     for cap, p in ((5.0, 2), (100.0, 1), (0.9, 2.5)):
 
