@@ -757,7 +757,8 @@ FASTREG_INLINE void store_part(T* to, V v, int64_t valid) {
     store_first(to, v, valid);
 }
 
-// Past the caches, where that is asked for and the address allows it.
+// Past the caches, where that is asked for and the address allows it. Not for rows that end in a vector that
+// reaches back: it would wait for a line that is on its way to memory.
 template <class T, class V>
 FASTREG_INLINE void write_two(T* to, Two<V> v, bool stream) {
 #if FASTREG_VECTOR_BYTES >= 32
@@ -845,6 +846,7 @@ FASTREG_INLINE void apply_rows(Run<const T> x, Run<const T> residual, Run<T> y, 
                                bool stream, Run<const T> ahead, At at) {
   constexpr int64_t L = lanes<A>;
   using M = Math<T>;
+  stream = stream && n % L == 0;
   over_row<A>(
       n,
       [&](int64_t i) {
@@ -1166,6 +1168,7 @@ template <class T, bool kept, class A, class D, class At>
 FASTREG_INLINE void gradient_rows(Run<const T> x, Run<D> dz, Run<T> dx, int64_t rows, int64_t n, bool stream,
                                   int64_t skip, At at) {
   constexpr int64_t L = lanes<A>;
+  stream = stream && n % L == 0;
   const int64_t whole = n - n % L, tail = std::max<int64_t>(n - L, 0), valid = std::min(L, n);
   const auto dz_of = [&](int64_t k, int64_t i, int64_t slot, int64_t valid) {
     if constexpr (kept)
