@@ -663,8 +663,9 @@ def group_norm_backward(
         terms = torch.empty_like(stats)
         cut = (plan.channel_blocks, plan.position_chunks, plan.steps)
         _partial_sums[(plan.programs,)](
-            grad_output, input, residual, weight, bias, stats, dr, parts, *sizes, count, *strides, *cut, **tile
-        )
+            grad_output, input, residual, weight, bias, stats, dr, parts, *sizes, count, *strides, *cut, **tile,
+            maxnreg=min(255, 2048 // plan.warps),  # what there is; unasked ptxas spills where that fits another block
+        )  # fmt: skip
         block = min(_power(per_group), 1024)
         _merge_sums[(samples * num_groups,)](
             parts, weight, sums, terms, *sizes, count, plan.position_chunks, -(-per_group // block),
