@@ -1383,47 +1383,46 @@ def cross_entropy_forward_extra(
     means = reduction == MEAN.value
     flags = call.flags | dict(REDUCTION=reduction, Z_LOSS=z_loss != 0, ZERO_IF_EMPTY=zero_if_empty, ALONE=alone)
     lowest = torch.finfo(accumulate).min
-    with torch.cuda.device_of(input):
-        counted = None
-        if in_forward and means and not alone:
-            # Rows of probabilities all count 1, so that no device has to add them up.
-            counted = call.empty().fill_(math.prod(rows)) if call.probabilities else call.counted()
-        _forward[(call.blocks(tile.rows), tile.splits)](
-            call.x, *call.targets, *call.vectors, counted,
-            loss, lse, denominator, losses, parts_argmax if split else argmax,
-            call.grad if in_forward else None, parts if split else partial,
-            *call.sizes, call.layout.phase, *call.x_units, *call.target_units, *call.pair_strides, *call.grad_units,
-            *call.row_strides, *call.options, z_loss, -(-call.classes // tile.block // tile.splits),
-            ROWS=tile.rows, BLOCK=tile.block, FOLD=tile.fold, WHOLE=tile.whole, SPLIT=split, **call.layout_flags,
-            **flags, LOWEST=lowest, num_warps=tile.warps, maxnreg=tile.registers, sanitize_overflow=False,
+    counted = None
+    if in_forward and means and not alone:
+        # Rows of probabilities all count 1, so that no device has to add them up.
+        counted = call.empty().fill_(math.prod(rows)) if call.probabilities else call.counted()
+    _forward[(call.blocks(tile.rows), tile.splits)](
+        call.x, *call.targets, *call.vectors, counted,
+        loss, lse, denominator, losses, parts_argmax if split else argmax,
+        call.grad if in_forward else None, parts if split else partial,
+        *call.sizes, call.layout.phase, *call.x_units, *call.target_units, *call.pair_strides, *call.grad_units,
+        *call.row_strides, *call.options, z_loss, -(-call.classes // tile.block // tile.splits),
+        ROWS=tile.rows, BLOCK=tile.block, FOLD=tile.fold, WHOLE=tile.whole, SPLIT=split, **call.layout_flags,
+        **flags, LOWEST=lowest, num_warps=tile.warps, maxnreg=tile.registers, sanitize_overflow=False,
+    )  # fmt: skip
+    if split:
+        _merge_splits[(programs,)](
+            call.x, *call.targets, *call.vectors, loss, lse, denominator, losses, argmax, target_logits, partial,
+            parts, parts_argmax, *call.plain_sizes, tile.splits, *call.x_strides, *call.target_strides,
+            *call.pair_strides, *call.row_strides, *call.options, z_loss,
+            ROWS=merge_rows, SPLITS=_power_of_2(tile.splits), **flags, LOWEST=lowest,
+            num_warps=4, sanitize_overflow=False,
         )  # fmt: skip
-        if split:
-            _merge_splits[(programs,)](
-                call.x, *call.targets, *call.vectors, loss, lse, denominator, losses, argmax, target_logits, partial,
-                parts, parts_argmax, *call.plain_sizes, tile.splits, *call.x_strides, *call.target_strides,
-                *call.pair_strides, *call.row_strides, *call.options, z_loss,
-                ROWS=merge_rows, SPLITS=_power_of_2(tile.splits), **flags, LOWEST=lowest,
-                num_warps=4, sanitize_overflow=False,
-            )  # fmt: skip
-        if later:
-            sums = call.dense_sums(lse)
-            _finish_dense[(programs,)](
-                *call.targets, call.vectors[0], sums, loss, lse, denominator, losses, partial,
-                *call.plain_sizes, sums.shape[1], *call.target_strides, *call.pair_strides, *call.row_strides,
-                ignore_index, z_loss, ROWS=merge_rows, SPLITS=_power_of_2(sums.shape[1]),
-                **{name: flags[name] for name in _FINISH}, num_warps=4, sanitize_overflow=False,
-            )  # fmt: skip
-        if partial is not None:
+    if later:
+        sums = call.dense_sums(lse)
+        _finish_dense[(programs,)](
+            *call.targets, call.vectors[0], sums, loss, lse, denominator, losses, partial,
+            *call.plain_sizes, sums.shape[1], *call.target_strides, *call.pair_strides, *call.row_strides,
+            ignore_index, z_loss, ROWS=merge_rows, SPLITS=_power_of_2(sums.shape[1]),
+            **{name: flags[name] for name in _FINISH}, num_warps=4, sanitize_overflow=False,
+        )  # fmt: skip
+    if partial is not None:
 
-            def add(partial, out, programs, last):
-                _sum_partials[(programs,)](
-                    partial, out, loss, denominator, partial.shape[1], LAST=last, BLOCK=SUM_BLOCK,
-                    REDUCTION=reduction, ZERO_IF_EMPTY=zero_if_empty, TYPE=flags["TYPE"], num_warps=4,
-                )  # fmt: skip
+        def add(partial, out, programs, last):
+            _sum_partials[(programs,)](
+                partial, out, loss, denominator, partial.shape[1], LAST=last, BLOCK=SUM_BLOCK,
+                REDUCTION=reduction, ZERO_IF_EMPTY=zero_if_empty, TYPE=flags["TYPE"], num_warps=4,
+            )  # fmt: skip
 
-            _in_stages(add, partial, None)
-        if grad is not None and not in_forward:
-            call.backward(None, reduction, lse, denominator, target_logits)
+        _in_stages(add, partial, None)
+    if grad is not None and not in_forward:
+        call.backward(None, reduction, lse, denominator, target_logits)
     if losses is None:
         losses = lse.new_empty(0)
     if argmax is None:
@@ -1452,8 +1451,7 @@ def cross_entropy_backward(
     if input.numel():
         tensors = (input, target, weight, alpha, logit_adjustment, margin, other_target, share)
         call = _Call(tensors, lse, grad_input, ignore_index, label_smoothing, gamma, alpha_scale, scale, z_loss)
-        with torch.cuda.device_of(input):
-            call.backward(grad_loss, reduction, lse, denominator)
+        call.backward(grad_loss, reduction, lse, denominator)
     return grad_input
 
 
@@ -1463,11 +1461,10 @@ def scale_gradient_(grad, factor):
     elif grad.numel():
         vector = 16 // grad.element_size()
         block = 512 * vector
-        with torch.cuda.device_of(grad):
-            _scale_gradient[(-(-grad.numel() // block),)](
-                grad, factor, grad.numel(), BLOCK=block, VECTOR=vector, TYPE=_triton_type(_accumulate(grad)),
-                num_warps=4, sanitize_overflow=False,
-            )  # fmt: skip
+        _scale_gradient[(-(-grad.numel() // block),)](
+            grad, factor, grad.numel(), BLOCK=block, VECTOR=vector, TYPE=_triton_type(_accumulate(grad)),
+            num_warps=4, sanitize_overflow=False,
+        )  # fmt: skip
 
 
 def _sigmoid_launch(x, target, weight, normalizer, grad_loss, out, alpha, gamma, reduce, factor):
@@ -1475,13 +1472,12 @@ def _sigmoid_launch(x, target, weight, normalizer, grad_loss, out, alpha, gamma,
     vector = 16 // x.element_size()
     block = 512 * vector  # 64 bytes per thread of four warps
     index = target.dim() == 1
-    with torch.cuda.device_of(x):
-        _sigmoid_focal[(-(-x.numel() // block),)](
-            x, target, weight, normalizer, grad_loss, out, x.numel(), gamma, alpha, factor,
-            CLASSES=x.shape[1] if index or weight is not None else 1, BLOCK=block, VECTOR=vector,
-            TYPE=_triton_type(_accumulate(x)), INDEX=index, BACKWARD=grad_loss is not None, REDUCE=reduce,
-            FOCAL=gamma != 0, SQUARE=gamma == 2, BALANCED=alpha >= 0, num_warps=4, sanitize_overflow=False,
-        )  # fmt: skip
+    _sigmoid_focal[(-(-x.numel() // block),)](
+        x, target, weight, normalizer, grad_loss, out, x.numel(), gamma, alpha, factor,
+        CLASSES=x.shape[1] if index or weight is not None else 1, BLOCK=block, VECTOR=vector,
+        TYPE=_triton_type(_accumulate(x)), INDEX=index, BACKWARD=grad_loss is not None, REDUCE=reduce,
+        FOCAL=gamma != 0, SQUARE=gamma == 2, BALANCED=alpha >= 0, num_warps=4, sanitize_overflow=False,
+    )  # fmt: skip
     return block
 
 
@@ -1507,8 +1503,7 @@ def sigmoid_focal_forward(input, target, weight, normalizer, alpha, gamma, reduc
             TYPE=_triton_type(accumulate), num_warps=4,
         )  # fmt: skip
 
-    with torch.cuda.device_of(input):
-        _in_stages(add, partial, loss)
+    _in_stages(add, partial, loss)
     return loss
 
 

@@ -6,9 +6,9 @@ Bytes     each element is read once, if its row has at most 4,096 elements; long
           gradient are read once, or twice if long.
 Launches  1 for all tensors of the plan, whatever their sizes and dtypes; 1 each way out of place. Rows of more than
           SPLIT elements are cut into pieces, a program each, of which a few rows too fill the GPU: 2 launches for
-          them (1 more in the backward),
-          norms of pieces and then what becomes of them, and for p = 1 and 2, in dtypes narrower than fp64, a third,
-          which mends rows that rounding has brought above their caps. (The l1 ball cuts none.)
+          them (1 more in the backward), norms of pieces and then what becomes of them, and for p = 1 and 2, in
+          dtypes narrower than fp64, a third, which mends rows that rounding has brought above their caps. (The l1
+          ball cuts none.)
 Tiles     [rows, elements] in registers, of four widths; a program takes the width that its tensor's rows need.
 Numerics  norms in fp64. Values are scaled by a power of two (by the largest one for other p) where sums of fp64
           or high powers could overflow. Cap after rounding as in the reference.
