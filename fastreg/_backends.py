@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,18 @@ def unusual(*tensors: Tensor | None) -> str | None:
     if forward_ad._current_level >= 0:
         return "the call is inside forward-mode differentiation"
     return None
+
+
+def apply(function: type[torch.autograd.Function], *args: object) -> Any:
+    """`function.apply(*args)`, also where torch.compile traces it, which wants no tensor to come twice."""
+    if torch.compiler.is_compiling():
+        tensors: list[Tensor] = []
+        args = list(args)
+        for i, arg in enumerate(args):
+            if isinstance(arg, Tensor):
+                args[i] = arg.view_as(arg) if any(arg is other for other in tensors) else arg
+                tensors.append(arg)
+    return function.apply(*args)
 
 
 def forced() -> str | None:

@@ -69,7 +69,7 @@ def group_norm(
         return group_norm_reference(input, num_groups, weight, bias, eps, activation=activation, residual=residual)
     index = ACTIVATIONS.index(activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _GroupNorm.apply(input, weight, bias, residual, num_groups, eps, index, backend)
+        return _backends.apply(_GroupNorm, input, weight, bias, residual, num_groups, eps, index, backend)
     return _forward[backend](input, num_groups, weight, bias, eps, index, residual, False)[0]
 
 

@@ -432,7 +432,7 @@ def _small_ready() -> bool:
 def _apply(function: type[torch.autograd.Function], *args: object) -> Any:
     """function.apply without its look around for torch.func transforms, which no kernel serves: 4 µs a call."""
     if _is_compiling():
-        return function.apply(*args)
+        return _backends.apply(function, *args)
     return super(torch.autograd.Function, function).apply(*args)
 
 

@@ -623,15 +623,13 @@ def _run_across(
 def _refuse(backend: str, tensors: list[Tensor], dim: int) -> str | None:
     if torch.compiler.is_compiling():
         return "it works on addresses, which torch.compile does not see"
+    if reason := _backends.unusual(*tensors):
+        return reason
     for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter):
-            return f"one of the tensors is of a subclass, {type(tensor).__name__}"
         if tensor.dim() > _INNER + 1 and len(_box(tensor, dim)) > _INNER:
             return f"a row of a tensor with strides {tensor.stride()} spans more than {_INNER} dimensions of memory"
         if backend == "cuda" and tensor.numel() >= 2**32 and not tensor.is_contiguous():
             return "rows that are no run of memory may have up to 2^32 elements"
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "the call is inside a torch.func transform"
     return None
 
 

@@ -64,7 +64,7 @@ def drop_path(
             x = x.contiguous()
     residual = None if residual is None else _with_strides(x.stride(), residual)
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
-        return _DropPath.apply(x, residual, mask, p, backend)
+        return _backends.apply(_DropPath, x, residual, mask, p, backend)
     return _drop_path[backend](x, mask, p, residual)
 
 

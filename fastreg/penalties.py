@@ -20,6 +20,7 @@ from itertools import chain
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 
 from . import _backends, _checks, _ops, _plan
 from .max_norm import _scaled_norms
@@ -81,8 +82,10 @@ def lp_penalty_backward_(
             for tensor, grad in zip(leaves, grads):
                 if tensor.grad is None:
                     tensor.grad = grad * weight
-                else:
+                elif tensor.grad.layout is torch.strided:
                     tensor.grad.add_(grad * weight)
+                else:  # every row of a weight has a penalty
+                    tensor.grad = grad * weight + tensor.grad
     return penalty.detach()
 
 
@@ -91,12 +94,7 @@ def _refuse(backend: str, tensors: list[Tensor], p: float) -> str | None:
         return "it has no kernel for p = inf"
     if torch.compiler.is_compiling():
         return "it works on addresses, which torch.compile does not see"
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter):
-            return f"one of the tensors is of a subclass, {type(tensor).__name__}"
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "the call is inside a torch.func transform"
-    return None
+    return _backends.unusual(*tensors)
 
 
 def _refuse_in_place(backend: str, tensors: list[Tensor], p: float) -> str | None:
@@ -136,7 +134,7 @@ def _addresses(tensors: list[Tensor | None], device: torch.device) -> Tensor:
 class _LpPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, p, squared, *tensors):
-        ctx.plan, penalty, norms = _forward(backend, p, squared, list(tensors))
+        _, penalty, norms = _forward(backend, p, squared, list(tensors))
         ctx.save_for_backward(norms, *tensors)
         ctx.backend, ctx.p, ctx.squared = backend, p, squared
         return penalty
@@ -145,14 +143,16 @@ class _LpPenalty(torch.autograd.Function):
     def backward(ctx, grad_penalty):
         norms, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():  # create_graph: a second derivative may be asked for
-            penalty = lp_penalty_reference(tensors, ctx.p, squared=ctx.squared)
+        create_graph = torch.is_grad_enabled()  # a second derivative may be asked for
+        if create_graph or _backends.unusual(grad_penalty) or _functorch.is_legacy_batchedtensor(grad_penalty):
+            with torch.enable_grad():
+                penalty = lp_penalty_reference(tensors, ctx.p, squared=ctx.squared)
             needed = [tensor for tensor, needs in zip(tensors, wanted) if needs]
-            made = iter(torch.autograd.grad(penalty, needed, grad_penalty, create_graph=True))
+            made = iter(torch.autograd.grad(penalty, needed, grad_penalty, create_graph=create_graph))
             grads = [next(made) if needs else None for needs in wanted]
         else:
             grads = [torch.empty_like(tensor) if needs else None for tensor, needs in zip(tensors, wanted)]
-            plan, outs = ctx.plan, _addresses(grads, norms.device)
+            plan, outs = _penalty_plan(tensors), _addresses(grads, norms.device)
             grad = grad_penalty.double()
             _backward[ctx.backend](plan.table, plan.chunks, plan.chunk, outs, norms, grad, ctx.p, ctx.squared, False)
         return None, None, None, *grads

@@ -167,6 +167,15 @@ def test_gradient_straight_into_grad(p, squared):
         fastreg.lp_penalty_backward_([a * 2], p)
 
 
+def test_gradient_added_to_a_sparse_one():
+    """Every row has a penalty, so the sum is dense, as where autograd adds the two."""
+    table = nn.Embedding(10, 4, sparse=True)
+    table(torch.tensor([1, 2, 2])).sum().backward()
+    want = table.weight.grad.to_dense() + 0.1 * exact_gradient(table.weight, 2).float()
+    fastreg.lp_penalty_backward_(table.weight, 2, weight=0.1)
+    torch.testing.assert_close(table.weight.grad, want)
+
+
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))

@@ -1,0 +1,149 @@
+"""Every differentiable op inside everyday PyTorch code: transforms, hooks, checkpoints, fake tensors, refusals."""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import fastreg
+
+ROWS, CLASSES = 6, 5
+
+
+def target(x: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device) % CLASSES
+
+
+OPS = {
+    "cross_entropy": lambda x: fastreg.cross_entropy(x, target(x)),
+    "focal_loss": lambda x: fastreg.focal_loss(x, target(x), label_smoothing=0.1, reduction="none"),
+    "sigmoid_focal_loss": lambda x: fastreg.sigmoid_focal_loss(x, target(x)),
+    "linear_cross_entropy": lambda x: fastreg.linear_cross_entropy(x, x.new_ones(3, CLASSES), target(x) % 3),
+    "group_norm": lambda x: fastreg.group_norm(x, 1, activation="silu"),
+    "max_norm": lambda x: fastreg.max_norm(x, 0.5),
+    "row_norms": lambda x: fastreg.row_norms(x),
+    "lp_penalty": lambda x: fastreg.lp_penalty([x]),
+    "drop_path": lambda x: fastreg.drop_path(x, 1.0, residual=x),  # of which nothing is drawn
+    "soft_threshold": lambda x: fastreg.soft_threshold(x, 0.3),
+    "flood": lambda x: fastreg.flood(x[0, 0], 1.0),
+}
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+def logits(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(ROWS, CLASSES, dtype=dtype, requires_grad=True)
+
+
+def gradient(op, x: Tensor) -> Tensor:
+    out = op(x)
+    return torch.autograd.grad(out, x, torch.ones_like(out))[0]
+
+
+@every_op
+def test_forward_derivatives(op):
+    """torch.func.jvp and forward-mode AD agree with the gradient."""
+    x, direction = logits(torch.float64), torch.randn(ROWS, CLASSES, dtype=torch.float64)
+    want = (gradient(op, x) * direction).sum()
+    _, along = torch.func.jvp(op, (x.detach(),), (direction,))
+    torch.testing.assert_close(along.sum(), want)
+    with forward_ad.dual_level():
+        out = op(forward_ad.make_dual(x.detach(), direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent.sum(), want)
+
+
+@every_op
+def test_vmap(op):
+    x = torch.randn(3, ROWS, CLASSES)
+    torch.testing.assert_close(torch.func.vmap(op, randomness="same")(x), torch.stack([op(part) for part in x]))
+
+
+@every_op
+def test_many_gradients_at_once(op):
+    """Both vmaps of PyTorch over a backward: that of torch.autograd.grad itself, and torch.func.vmap around it."""
+    x = logits()
+    out = op(x)
+    grads = torch.stack([torch.ones_like(out), torch.randn_like(out)])
+    want = torch.stack([torch.autograd.grad(out, x, grad, retain_graph=True)[0] for grad in grads])
+    many = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)[0]
+    torch.testing.assert_close(many, want)
+    many = torch.func.vmap(lambda grad: torch.autograd.grad(out, x, grad, retain_graph=True)[0])(grads)
+    torch.testing.assert_close(many, want)
+
+
+@every_op
+def test_checkpointing(op):
+    x = logits()
+    want = gradient(op, x)
+    for reentrant in (False, True):
+        x.grad = None
+        checkpoint(lambda x: op(x * 1), x, use_reentrant=reentrant).sum().backward()
+        torch.testing.assert_close(x.grad, want)
+
+
+@every_op
+def test_what_is_saved_may_be_kept_elsewhere(op):
+    """Under saved-tensor hooks the backward works on what they give back, not on where it was."""
+    x = logits()
+    want = gradient(op, x)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+        inner = x * 1
+        out = op(inner)
+    inner.data.fill_(0.125)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], want)
+
+
+@every_op
+def test_compiles_as_one_graph(op):
+    x = logits()
+    torch._dynamo.reset()
+    compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), op(x))
+    torch.testing.assert_close(gradient(compiled, x), gradient(op, x))
+
+
+def test_a_tensor_that_comes_twice_compiles():
+    x, weight = torch.randn(4, CLASSES, 3, requires_grad=True), torch.rand(CLASSES)
+    calls = {
+        "group_norm": lambda x: fastreg.group_norm(x, 1, residual=x, activation="relu"),
+        "drop_path": lambda x: fastreg.drop_path(x, 1.0, residual=x),
+        "cross_entropy": lambda x: fastreg.cross_entropy(x, torch.zeros(4, 3).long(), weight, alpha=weight),
+    }
+    for op in calls.values():
+        torch._dynamo.reset()
+        compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(gradient(compiled, x), gradient(op, x))
+
+
+@every_op
+def test_fake_tensors(op):
+    with FakeTensorMode():
+        x = logits()
+        out = op(x)
+        assert gradient(op, x).shape == x.shape
+    assert out.shape == op(logits()).shape
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_other_dtypes_are_refused(op, dtype):
+    with pytest.raises(TypeError, match=rf"must have a dtype among float16, bfloat16, float32, float64, got {dtype}"):
+        op(torch.ones(ROWS, CLASSES).to(dtype))
+
+
+@every_op
+def test_what_was_modified_since_is_noticed(op):
+    """A backward either needs nothing of what was modified in place, and is right, or raises PyTorch's error."""
+    x = logits()
+    want = gradient(op, x)
+    inner = x * 1
+    out = op(inner)
+    with torch.no_grad():
+        inner.fill_(0.125)
+    try:
+        got = torch.autograd.grad(out.sum(), x)[0]
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(got, want)
