@@ -8,8 +8,10 @@ install when the build fails. The outcome goes to fastreg/_build.json, which `py
 import json
 import os
 import platform
+import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -99,10 +101,14 @@ def arch_flags() -> list[str]:
 
 
 def cuda_home() -> Path:
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if (nvcc := shutil.which("nvcc")) is not None:  # perhaps a link or a script: it knows where its toolkit is
+        said = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+        candidates += re.findall(r"^#\$ TOP=(.*)$", said.stderr, re.MULTILINE)
+    candidates.append("/usr/local/cuda")
     for home in filter(None, candidates):
         if (Path(home) / "bin" / "nvcc").exists():
-            return Path(home)
+            return Path(home).resolve()
     raise RuntimeError("no nvcc: set CUDA_HOME to a CUDA toolkit")
 
 
@@ -151,7 +157,7 @@ class BuildNative(build_ext):
                 raise RuntimeError(f"torch {torch.__version__} is a build without CUDA")
             told += f" with the CUDA toolkit in {home}"
             include.append(f"-I{home}/include")
-            link += [f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            link += [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         for source in extension.sources:
             target = str(objects_dir / (Path(source).name + ".o"))
             objects.append(target)
@@ -186,6 +192,13 @@ class BuildNative(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
+class InPlace(Distribution):
+    """For `build_ext`, which needs nothing of pyproject.toml: setuptools before 77 cannot read the licence there."""
+
+    def parse_config_files(self, *args: object, **kwargs: object) -> None:
+        pass
+
+
 def sources(kind: str) -> list[str]:
     paths = [*sorted((ROOT / "csrc" / kind).glob("*.c*")), ROOT / "csrc" / "module.cpp"]
     return [str(path.relative_to(ROOT)) for path in paths]
@@ -203,4 +216,5 @@ setup(
     ext_modules=native,
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if native else {},
+    distclass=InPlace if "build_ext" in sys.argv else Distribution,
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,41 @@ def test_a_binary_of_other_sources_is_not_used(stale, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastreg._C_cpu", SimpleNamespace(**stale))
     assert _native._load("cpu").startswith("built from other sources")
     assert _native._load("cpu").endswith("build again")
+
+
+def test_in_place_an_old_setuptools_builds_too(checkout, tmp_path):
+    """One that cannot read pyproject.toml: before 77 its licence is an error."""
+    unreadable = (
+        "import runpy, sys; from setuptools.config import pyprojecttoml as p; p.apply_configuration = None; "
+        "sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    folder = shutil.copytree(checkout, tmp_path / "checkout")
+    environment = {**os.environ, "FASTREG_BUILD_CPU": "0", "FASTREG_BUILD_CUDA": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", unreadable], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "fastreg" / "_build.json").exists()
+
+
+def test_a_toolkit_is_found_through_the_nvcc_on_the_path(checkout, tmp_path, monkeypatch):
+    """Which may be a script somewhere else: nvcc itself says where its toolkit is."""
+    home = tmp_path / "toolkit"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").touch()
+    (tmp_path / "nvcc").write_text(f"#!/bin/sh\necho '#$ TOP={home}' >&2\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.setenv(name, str(tmp_path / "nowhere"))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    assert runpy.run_path(str(checkout / "setup.py"))["cuda_home"]() == home
+
+
+def test_the_sources_name_nothing_that_the_first_torch_lacks():
+    """STABLE_TORCH_ERROR_CODE_CHECK came in 2.12; TORCH_ERROR_CODE_CHECK was there before and is there still."""
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert "STABLE_TORCH_ERROR_CODE_CHECK" not in path.read_text(), path
 
 
 def test_torch_pin_matches_the_declared_minimum():

@@ -29,7 +29,7 @@ inline torch::stable::Tensor new_strided(int64_t dim, const int64_t* sizes, cons
                                          torch::headeronly::ScalarType dtype) {
   AtenTensorHandle handle;
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   const torch::stable::Tensor tensor(handle);
   int64_t bytes = tensor.element_size();

@@ -68,7 +68,7 @@ class __attribute__((visibility("hidden"))) OnDevice {
   Tensor strided(int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype) const {
     AtenTensorHandle handle;
     const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cuda(), device, &handle));
     return Tensor(handle);
   }
@@ -88,11 +88,15 @@ class __attribute__((visibility("hidden"))) OnDevice {
 
   static cudaStream_t current_stream(int32_t device) {
     using Lookup = AOTITorchError (*)(int32_t, void**);
-    static const auto lookup =
-        reinterpret_cast<Lookup>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    static const auto lookup = [] {
+      // Linkers that leave out what is not used leave out libtorch.so, through which it would be found by default.
+      void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+      return reinterpret_cast<Lookup>(
+          dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    }();
     if (!lookup) throw std::runtime_error("fastreg, CUDA: this torch is built without CUDA");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(lookup(device, &stream));
+    TORCH_ERROR_CODE_CHECK(lookup(device, &stream));
     return static_cast<cudaStream_t>(stream);
   }
 };
