@@ -162,7 +162,9 @@ def averaging(device: str) -> Iterator[Call]:
 
     def module() -> tuple[Tensor, ...]:
         net = torch.nn.Module()
-        net.weight, net.steps = torch.nn.Parameter(first.clone()), torch.nn.Buffer(torch.tensor(7, device=device))
+        # torch.tensor(7, device=…) would copy from the host, and wait for that.
+        steps = torch.full((), 7, device=device)
+        net.weight, net.steps = torch.nn.Parameter(first.clone()), torch.nn.Buffer(steps)
         averager = fastreg.WeightAverager(net, {"ema": fastreg.EMA(0.75), "swa": fastreg.SWA()})
         averager.update()
         with torch.no_grad():

@@ -106,13 +106,24 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return _pinned(host).to(device, non_blocking=True)
 
 
-_captured: list[Tensor] = []
+_captured: list[object] = []
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the work for this device goes into a CUDA graph instead of running now. What it writes then is garbage
+    until a replay, and must not be remembered; what it reads must stay, for every replay reads it: see `stays`."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def stays(what: object) -> None:
+    """Keeps what a graph has the addresses of; nothing tells when a graph is gone."""
+    _captured.append(what)
 
 
 def _pinned(host: Tensor) -> Tensor:
     pinned = host.pin_memory()
-    if torch.cuda.is_current_stream_capturing():  # each replay of the graph will read it again: it must stay as it is
-        _captured.append(pinned)
+    if torch.cuda.is_current_stream_capturing():
+        stays(pinned)
     return pinned
 
 
@@ -160,16 +171,21 @@ def plan_for(op: Hashable, tensors: Sequence[Tensor], build: Callable[[], T]) ->
     means, and whatever else `build` depends on."""
     if not isinstance(tensors, list):
         tensors = list(tensors)
+    in_graph = bool(tensors) and capturing(tensors[0].device)
     try:
         key = (op, len(tensors), tensors[0].data_ptr(), tensors[-1].data_ptr()) if tensors else (op,)
         kept = _plans.get(key)
         if kept is not None and unchanged(tensors, kept[0]):
             _plans.move_to_end(key)
+            if in_graph:
+                stays(kept[1])
             return kept[1]
         rows = describe(tensors)
     except (RuntimeError, BufferError, TypeError, AttributeError):  # one without memory of its own, such as a DTensor
         return build()
     plan = build()
+    if in_graph:
+        return plan
     _plans[key] = rows, plan
     _plans.move_to_end(key)
     if len(_plans) > _KEPT:

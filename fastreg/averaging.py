@@ -545,9 +545,14 @@ class _Link:
         if _backends.choose("averaging", home.type, _refuse, rules) == "reference":
             _update_reference(self, range(len(self.names)), rules, clock, found_inf, rounding_seed)
             return clock.advance(found_inf)
-        if self._parts is None or not all(map(is_, self._rules, rules)):
-            self._parts, self._rules = self._parts_for(rules, home), rules
-        for part in self._parts:
+        parts, in_graph = self._parts, _plan.capturing(home)
+        if parts is None or not all(map(is_, self._rules, rules)):
+            parts = self._parts_for(rules, home)
+            if not in_graph:
+                self._parts, self._rules = parts, rules
+        if in_graph:
+            _plan.stays(parts)
+        for part in parts:
             if (backend := part.backend(rules)) == "reference":
                 _must_not_fall_back(part.reason)
                 _update_reference(self, part.entries, rules, clock, found_inf, rounding_seed)
@@ -826,9 +831,9 @@ class AveragedModel(nn.Module):
         self.use_buffers, self.rounding_seed = use_buffers, rounding_seed
         self.update_every, self.start_step = update_every, start_step
         home = next((p.device for p in (*self.module.parameters(), *self.module.buffers())), device)
-        self.register_buffer("n_averaged", torch.tensor(0, device=home))
+        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device=home))
         counts_calls = update_every != 1 or start_step != 0
-        self.register_buffer("calls", torch.tensor(0, device=home), persistent=counts_calls)
+        self.register_buffer("calls", torch.zeros_like(self.n_averaged), persistent=counts_calls)
         self._links: weakref.WeakKeyDictionary[nn.Module, _Link] = weakref.WeakKeyDictionary()
         self._pending: Future | None = None  # an update in the background
         self.register_state_dict_pre_hook(_settle)

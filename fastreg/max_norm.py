@@ -337,7 +337,11 @@ class MaxNorm(_Constraint):
 
     def _project(self, params: list[Tensor], caps: list[Cap], decay: float | Tensor) -> Tensor:
         count = _run("max_norm_", "cap", params, caps, self.p, self.dim, self.tau, decay)
-        self.total = self.total.to(count.device) + count
+        self.total = self.total.to(count.device)
+        if type(count) is Tensor:
+            self.total += count  # in place: so every replay of a CUDA graph adds its own
+        else:
+            self.total = self.total + count  # a DTensor
         return count
 
     def _after(self, optimizer: torch.optim.Optimizer) -> None:
@@ -356,7 +360,7 @@ class MaxNorm(_Constraint):
 
     def state_dict(self) -> dict:
         """The caps, the number of steps seen and the number of rows scaled."""
-        return {"caps": list(self.caps), "steps": self.steps, "total": self.total}
+        return {"caps": list(self.caps), "steps": self.steps, "total": self.total.clone()}
 
     def load_state_dict(self, state: Mapping) -> None:
         caps = state["caps"]
@@ -364,7 +368,7 @@ class MaxNorm(_Constraint):
             raise ValueError(f"the state holds {len(caps)} caps, but {len(self.params)} tensors are constrained")
         caps = [cap.to(param.device) if isinstance(cap, Tensor) else cap for cap, param in zip(caps, self.params)]
         self.caps = _caps(self.params, caps, "caps", self.dim)
-        self.steps, self.total = int(state["steps"]), state["total"].to(self.params[0].device)
+        self.steps, self.total = int(state["steps"]), state["total"].to(self.params[0].device, copy=True)
 
 
 class UnitNorm(_Constraint):
@@ -721,11 +725,17 @@ def _cap_tensor(cap: float, device: torch.device) -> Tensor:
     return _constants((cap,), device)[0]
 
 
-@functools.lru_cache(16)
 def _constants(caps: tuple[float, ...], device: torch.device) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    return (_new_constants if _plan.capturing(device) else _kept_constants)(caps, device)
+
+
+def _new_constants(caps: tuple[float, ...], device: torch.device) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
     if len(set(caps)) == 1:
         return _plan._to_device(np.array(caps[:1]), device), ((0, 0),) * len(caps)
     return _plan._to_device(np.array(caps), device), tuple((index, 0) for index in range(len(caps)))
+
+
+_kept_constants = functools.lru_cache(16)(_new_constants)
 
 
 # ---- reference -------------------------------------------------------------------------------------------

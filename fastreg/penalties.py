@@ -285,6 +285,7 @@ class _Ready:
     plan: _plan.Plan
     grads: _plan.Plan
     wide: bool
+    in_graph: bool  # made while a CUDA graph was captured: nothing of it can be used outside
 
     def serves(self, chosen: dict[str, Tensor]) -> bool:
         if self.forced != _backends.forced() or self.backups.keys() != chosen.keys():
@@ -319,6 +320,8 @@ class Perturbation:
             self._ready = self._prepare(chosen, epsilon)
         if (ready := self._ready) is None:
             return
+        if _plan.capturing(ready.params[0].device):
+            _plan.stays(ready)
         if self.backups is not ready.backups:  # attacked before, with other gradients or parameters
             self.backups = {**self.backups, **ready.backups} if self.backups else ready.backups
         grads, plan = ready.grads, ready.plan
@@ -353,7 +356,8 @@ class Perturbation:
         places = _plan.describe(params + grads)
         plan = self._plan(list(backups.values()), True)
         wide = any(param.dtype == torch.float64 for param in params)
-        return _Ready(backend, _backends.forced(), params, backups, places, plan, _penalty_plan(grads), wide)
+        in_graph = _plan.capturing(device)
+        return _Ready(backend, _backends.forced(), params, backups, places, plan, _penalty_plan(grads), wide, in_graph)
 
     def restore(self) -> None:
         ready, backups = self._ready, self.backups
@@ -364,6 +368,8 @@ class Perturbation:
             torch.autograd.graph.increment_version(ready.params)
         elif backups:
             self._restore(backups)
+        if ready is not None and ready.in_graph:
+            self._ready, self._spare = None, {}
 
     @torch.no_grad()
     def _restore(self, backups: dict[str, _Backup]) -> None:

@@ -397,3 +397,24 @@ def test_a_model_on_two_gpus_whichever_is_current():
     with averager.swapped("ema"):
         for p, e in zip(net.parameters(), exact):
             torch.testing.assert_close(p.detach().double().cpu(), e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_tables_of_a_graph_are_not_used_outside_and_those_that_it_uses_stay(warm, monkeypatch):
+    captured, launches = False, []
+    run = averaging._update_op["cpu"]
+    monkeypatch.setitem(averaging._update_op, "cpu", lambda *args: launches.append(args[0]) if captured else run(*args))
+    monkeypatch.setattr(averaging._plan, "capturing", lambda device: captured)
+    monkeypatch.setattr(averaging._plan, "_captured", [])
+    net = model([5])
+    with fastreg.use_backend("cpu"):
+        averager = WeightAverager(net, {"ema": EMA(0.5)})
+        if warm:
+            averager.update()
+        captured = True
+        averager.update()
+        captured = False
+        averager.update()
+    ((part,),) = averaging._plan._captured
+    assert part.plan.table is launches[0]
+    assert (averager._link._parts[0] is part) == warm

@@ -945,6 +945,7 @@ def test_cuda_has_no_spills_and_wide_accesses():
     sources = ("csrc/cuda/losses.cu", "csrc/cuda/losses_sigmoid.cu")
     for facts in [facts for source in sources for facts in cubin.nvcc_facts(source)]:
         assert facts.spills == 0, facts
+        assert facts.shared <= 8192, facts  # what `allow` in elements.h counts on
         if "<double" in facts.kernel:  # a vector is two elements, and may well be read one by one
             continue
         strided = facts.kernel.startswith("forward_rows") and facts.kernel.split(", ")[2] == "true"
@@ -952,6 +953,23 @@ def test_cuda_has_no_spills_and_wide_accesses():
             assert facts.loads.get(128, 0) >= 4, facts
         if facts.kernel.startswith("backward_rows"):  # four under way, or two where every class has a share; and one
             assert facts.stores.get(128, 0) >= (3 if "(Mode)2" in facts.kernel else 5), facts
+
+
+@needs_cudahost
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+def test_cuda_asks_for_the_shared_memory_that_rows_take(kilobytes, monkeypatch):
+    """Of GPUs with little and with much of it: up to 48 KB, which need not be asked for, then half of it, then all."""
+    monkeypatch.setenv("CUDAHOST_SHARED_BYTES", str(kilobytes << 10))
+    monkeypatch.setattr(losses_cudahost, "SHARED_BYTES", kilobytes << 10)
+    monkeypatch.setattr(losses_cudahost, "MULTIPROCESSORS", 1)  # two rows fill it, and are not split
+    for classes in (12_100, kilobytes * 128 - 600, kilobytes * 256 - 600, kilobytes * 256 + 600):
+        x, target = inputs((2, classes))
+        for options in ({"gamma": 2.0}, {"gamma": 2.0, "label_smoothing": 0.1}):
+            got, exact = (
+                run_extra("host", x, target, torch.empty_like(x), **options),
+                expect(x.double(), target, **options),
+            )
+            torch.testing.assert_close(got.grad.double(), exact.grad, rtol=1e-4, atol=1e-8)
 
 
 # ---- CUDA on the host: memory errors, races ----------------------------------------------------------------

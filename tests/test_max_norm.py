@@ -996,3 +996,15 @@ def test_sharded_rows_and_columns(world, tmp_path, backend):
         pytest.skip("the processes choose their backends themselves")
     whole = torch.randn(7, 10)
     torch.multiprocessing.spawn(project_sharded, (world, str(tmp_path / "store"), whole, 0.3), nprocs=world)
+
+
+def test_rows_are_counted_in_place():
+    """So that each replay of a CUDA graph adds its own; what a state dict holds stays."""
+    constraint = fastreg.MaxNorm([torch.ones(3, 4)], 1.0)
+    total = constraint.total
+    constraint.project()
+    state = constraint.state_dict()
+    constraint.load_state_dict(state)
+    constraint.params[0].fill_(1.0)
+    constraint.project()
+    assert total.item() == 3 and state["total"].item() == 3 and constraint.total.item() == 6

@@ -2,7 +2,11 @@
 
 import gc
 import weakref
+from collections import OrderedDict
+from importlib import import_module
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -210,3 +214,71 @@ def test_what_a_captured_copy_reads_stays(capturing, monkeypatch):
     place = weakref.ref(_plan._pinned(torch.arange(3)))
     gc.collect()
     assert (place() is not None) == capturing
+
+
+@pytest.fixture
+def graph(monkeypatch):
+    """`graph(True)`: from here on as if a CUDA graph were captured. What is made then is written by a replay alone, so
+    the tables are zeros here."""
+    state, made = SimpleNamespace(on=False), _plan._to_device
+    monkeypatch.setattr(_plan, "capturing", lambda device: state.on)
+    monkeypatch.setattr(_plan, "_to_device", lambda *args: made(*args).zero_() if state.on else made(*args))
+    monkeypatch.setattr(_plan, "_captured", [])
+    monkeypatch.setattr(_plan, "_plans", OrderedDict())
+    return lambda on: setattr(state, "on", on)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_plan_of_a_graph_is_not_used_outside_and_one_that_a_graph_uses_stays(warm, graph):
+    tensors, made, cpu = [torch.randn(5)], [], torch.device("cpu")
+
+    def plan():
+        made.append(
+            _plan.plan_for("test", tensors, lambda: _plan.Plan.make(np.ones((1, 1), int), np.ones(1, int), cpu))
+        )
+        return made[-1]
+
+    if warm:
+        plan()
+    graph(True)
+    plan()
+    graph(False)
+    assert plan().table.item() == 1
+    assert (made[0] is made[1]) == warm and (_plan._captured == made[:1]) == warm
+
+
+def test_caps_of_a_graph_are_not_used_outside(graph):
+    constants = import_module("fastreg.max_norm")._constants
+    for caps in ((123.0,), (123.0, 124.0)):
+        graph(True)
+        assert constants(caps, torch.device("cpu"))[0].tolist() == [0.0] * len(caps)
+        graph(False)
+        assert tuple(constants(caps, torch.device("cpu"))[0].tolist()) == caps
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_an_attack_in_a_graph_leaves_nothing_behind_and_what_it_uses_stays(warm, graph, monkeypatch):
+    launches = []
+    for kernels in (penalties._attack_kernels, penalties._restore_kernels):
+        run = kernels["cpu"]
+        monkeypatch.setitem(kernels, "cpu", lambda *args, run=run: launches.append(args) if captured else run(*args))
+    model = torch.nn.ModuleDict({"emb": torch.nn.Embedding(10, 8)})
+    weight, fgm, captured = model["emb"].weight, fastreg.FGM(model), False
+    weight.grad = torch.ones_like(weight)
+    kept = weight.detach().clone()
+
+    def step():
+        fgm.attack()
+        moved = not torch.equal(weight, kept)
+        fgm.restore()
+        return moved and torch.equal(weight, kept)
+
+    with fastreg.use_backend("cpu"):
+        assert not warm or step()
+        graph(captured := True)
+        step()
+        graph(captured := False)
+        assert len(launches) == 2
+        assert step()
+        ready = [kept for kept in _plan._captured if isinstance(kept, penalties._Ready)]
+        assert len(ready) == 1 and (ready[0] is fgm._perturbation._ready) == warm

@@ -18,6 +18,7 @@ Numerics  norms in fp64. Values are scaled by a power of two (by the largest one
 # ruff: noqa: SIM102, SIM109, SIM300
 
 import math
+import struct
 
 import torch
 import triton
@@ -835,7 +836,7 @@ def _matrix_gradients(
 
 
 def _bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float64).view(torch.int64))
+    return struct.unpack("q", struct.pack("d", value))[0]
 
 
 def _order(p: float) -> tl.constexpr:

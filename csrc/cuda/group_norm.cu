@@ -452,7 +452,7 @@ __device__ void activation_gradients(int activation, A (&dy)[V], const A (&z)[V]
 
 // What the elements of a channel are computed with, of a slab: a table in shared memory.
 template <class A>
-struct alignas(sizeof(A) * 4) Channel {
+struct alignas(16) Channel {
   A mean, rstd, weight, bias;
 };
 
@@ -530,6 +530,7 @@ struct Shared {
 
   template <class X>
   __host__ __device__ X* take(int64_t count) {
+    static_assert(alignof(X) <= 16, "what DYN_SMEM promises");
     X* taken = reinterpret_cast<X*>(at);
     at += (count * static_cast<int64_t>(sizeof(X)) + 15) / 16 * 16;
     return taken;

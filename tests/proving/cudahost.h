@@ -6,7 +6,9 @@
 // half and bf16. __syncthreads, __syncwarp, shuffles, votes and atomics are real: a fiber waits until the
 // others have arrived. Errors, with block and thread: a lane that calls a warp operation without being in its
 // mask, a shuffle from a lane outside the mask, a warp operation that some lane of its mask never reaches, a
-// deadlock, a block of more than 1,024 threads. Dynamic shared memory starts as NaN in each block.
+// deadlock, a block of more than 1,024 threads, a grid or shared memory that no GPU has, or shared memory that
+// was not asked for. Dynamic shared memory starts as NaN in each block.
+// CUDAHOST_SHARED_BYTES is what a block may have (227 KB unless given).
 // -fsanitize=address finds accesses out of bounds, -fsanitize=thread missing barriers (__syncthreads orders a
 // block, __syncwarp a warp, shuffles order nothing). CUDAHOST_SEED=n runs the threads of a block in a
 // shuffled order.
@@ -27,6 +29,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <new>
 #include <random>
@@ -310,16 +313,28 @@ const void* address_of(F* function) {
   return reinterpret_cast<const void*>(function);
 }
 
+// What kernels were allowed by cudaFuncSetAttribute, bytes of dynamic shared memory.
+inline std::map<const void*, size_t> allowed;
+constexpr size_t kUnasked = 48 << 10;  // that a block may have, the static part included,
+constexpr size_t kStatic = 8 << 10;    // which is at most this: tests hold the compiled kernels to it
+
 inline void launch(const void* function, dim3 grid, dim3 block, size_t shared_bytes,
                    std::function<void()> body) {
-  (void)function;
   grid_size = grid, block_size = block, kernel = std::move(body);
   error.clear();
   size_t count = size_t(block.x) * block.y * block.z;
   if (count == 0 || count > 1024) throw Error("a block has 1 to 1024 threads, not " + std::to_string(count));
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) throw Error("a grid has at least one block");
   if (grid.y > 65535 || grid.z > 65535) throw Error("gridDim.y and gridDim.z are at most 65535");
-  if (shared_bytes > (227 << 10)) throw Error("a block has at most 227 KB of shared memory");
+  if (grid.x > 0x7fffffff) throw Error("gridDim.x is at most 2^31 - 1");
+  const char* text = std::getenv("CUDAHOST_SHARED_BYTES");
+  const size_t most = text ? size_t(std::atoi(text)) : size_t(227) << 10;
+  if (shared_bytes > most)
+    throw Error("a block has at most " + std::to_string(most) + " bytes of shared memory, not " +
+                std::to_string(shared_bytes));
+  if (shared_bytes + kStatic > kUnasked && allowed[function] < shared_bytes)
+    throw Error("shared memory above 48 KB, the static part included, has to be asked for: " +
+                std::to_string(shared_bytes) + " bytes");
   CUDAHOST_METERED(cudahost_meter_launch(function);)
   threads.resize(count);
   std::vector<int> order(size_t(grid.x) * grid.y * grid.z);
@@ -511,11 +526,14 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __trap() { throw cudahost::Error("__trap" + cudahost::where()); }
 
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
+// The fast ones round in between as the hardware's do, by which their error grows with the exponent.
 inline float __log2f(float x) { return std::log2(x); }
-inline float __powf(float x, float y) { return std::pow(x, y); }
-inline float __fdividef(float x, float y) { return x / y; }
+inline float __logf(float x) { return __log2f(x) * 0.693147181f; }
+inline float __expf(float x) { return std::exp2(x * 1.44269504f); }
+inline float __powf(float x, float y) { return std::exp2(y * __log2f(x)); }
+inline float __fdividef(float x, float y) {
+  return std::fabs(y) > 0x1p126f && std::fabs(x) < HUGE_VALF ? x * 0.0f : x / y;
+}
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
@@ -542,7 +560,10 @@ extern "C" {
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) cudahost::allowed[kernel] = size_t(value);
+  return cudaSuccess;
+}
 // A small GPU: code that sizes its grid by the hardware then takes several turns even for small inputs.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
