@@ -162,9 +162,7 @@ def averaging(device: str) -> Iterator[Call]:
 
     def module() -> tuple[Tensor, ...]:
         net = torch.nn.Module()
-        # torch.tensor(7, device=…) would copy from the host, and wait for that.
-        steps = torch.full((), 7, device=device)
-        net.weight, net.steps = torch.nn.Parameter(first.clone()), torch.nn.Buffer(steps)
+        net.weight, net.steps = torch.nn.Parameter(first.clone()), torch.nn.Buffer(torch.full((), 7, device=device))
         averager = fastreg.WeightAverager(net, {"ema": fastreg.EMA(0.75), "swa": fastreg.SWA()})
         averager.update()
         with torch.no_grad():
@@ -176,7 +174,7 @@ def averaging(device: str) -> Iterator[Call]:
                 seen.append(net.weight.detach().clone())
         return *seen, net.weight.detach(), net.steps.float()
 
-    yield module, lambda: (quarter, (first + second) / 2, second, torch.tensor(7.0, device=device))
+    yield module, lambda: (quarter, (first + second) / 2, second, torch.full((), 7.0, device=device))
 
 
 def max_norm(device: str) -> Iterator[Call]:

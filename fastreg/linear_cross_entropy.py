@@ -137,7 +137,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 shares = index_shares(target, len(linear_weight), options["ignore_index"])
                 counts = row_counts(*shares, weight, compute)
             denominator = mean_denominator(counts, len(input), all_ignored)
-            ctx.denominator = torch.as_tensor(denominator, dtype=compute, device=input.device)
+            if not isinstance(denominator, Tensor):
+                denominator = loss.new_full((), denominator)
+            ctx.denominator = denominator.to(compute)
             loss = loss / ctx.denominator
         return loss, *known
 

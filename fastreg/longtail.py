@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, _plan
 
 Counts = Sequence[int] | Tensor
 
@@ -120,11 +120,14 @@ class ClassStatistics(nn.Module):
 
     def split(self, train_counts: Counts, many: int = 100, few: int = 20) -> dict[str, Tensor]:
         """`split_accuracy` of what has been seen so far."""
-        if not few <= many + 1:
-            raise ValueError(f"few must be at most many + 1, got few {few} and many {many}")
-        counts = check_counts(train_counts).to(self.count.device)
+        counts = _counts_on(self.count.device, train_counts)
         if counts.shape != self.count.shape:
             raise ValueError(f"train_counts must have one number for each of {len(self.count)} classes")
+        return self._split(counts, many, few)
+
+    def _split(self, counts: Tensor, many: int, few: int) -> dict[str, Tensor]:
+        if not few <= many + 1:
+            raise ValueError(f"few must be at most many + 1, got few {few} and many {many}")
 
         def mean_over(classes: Tensor) -> Tensor:
             classes = classes & (self.count > 0)
@@ -153,14 +156,14 @@ def split_accuracy(
         many, few: a class with more than `many` samples is in "many", with fewer than `few` in "few".
 
     Returns:
-        {"all", "many", "medium", "few"} → 0-d tensors on target's device, without a sync: for "all" the share of
-        right samples, for the others the mean of their classes' accuracies, over the classes that occur in target.
-        0 where none does. Source of the split: Liu et al., Large-Scale Long-Tailed Recognition in an Open World,
-        CVPR 2019.
+        {"all", "many", "medium", "few"} → 0-d tensors on target's device, for which the host does not wait (unless
+        train_counts are on a GPU, and have to be checked): for "all" the share of right samples, for the others the
+        mean of their classes' accuracies, over the classes that occur in target. 0 where none does. Source of the
+        split: Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019.
     """
     _checks.is_tensor("pred", pred)
     _checks.is_tensor("target", target)
-    counts = check_counts(train_counts).to(target.device)
+    counts = _counts_on(target.device, train_counts)
     if pred.shape == (*target.shape, len(counts)) and pred.is_floating_point():
         pred = pred.argmax(-1)
     if pred.shape != target.shape:
@@ -172,7 +175,12 @@ def split_accuracy(
     target = target.to(torch.int64)
     known = (target >= 0) & (target < len(counts))
     statistics.update(torch.where(known, target, -1), torch.zeros(target.shape, device=target.device), pred == target)
-    return statistics.split(counts, many, few)
+    return statistics._split(counts, many, few)
+
+
+def _counts_on(device: torch.device, counts: Counts) -> Tensor:
+    counts = check_counts(counts)
+    return _plan._to_device(counts.numpy(), device) if counts.device.type == "cpu" else counts.to(device)
 
 
 def check_counts(counts: Counts) -> Tensor:

@@ -7,9 +7,11 @@ import time
 import pytest
 import torch
 
+import fastreg
 from benchmarks import gpu_check
 from benchmarks.gpu_check import OPS, Stage, agree, main
 from fastreg import _backends
+from tests.machine import needs_interpreter
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -72,13 +74,44 @@ def test_keeps_to_its_budget(tmp_path, monkeypatch):
     assert todo[0].outcome == "stopped after 3 s" and todo[1].outcome == "left out: no time left"
 
 
-def test_every_op_has_a_benchmark_and_calls_that_run_here():
+@pytest.fixture
+def no_copies_of_numbers(monkeypatch):
+    """Within the library and the checks, torch.tensor(number, device="cuda") is an error: it copies from the host, and
+    waits for that."""
+
+    def guarded(make):
+        def call(*args, **options):
+            caller = sys._getframe(1).f_globals["__name__"]
+            assert not caller.startswith(("fastreg", "tritonkernels", "benchmarks.gpu_check")), caller
+            return make(*args, **options)
+
+        return call
+
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, guarded(getattr(torch, name)))
+
+
+def test_every_op_has_a_benchmark_and_calls_that_run_here(no_copies_of_numbers):
     from benchmarks.__main__ import benches
 
     for op, checked in OPS.items():
         assert op in benches() and checked.cases
         for ours, stock in checked.calls("cpu"):
             agree(ours(), stock())
+
+
+def test_the_loss_of_a_linear_layer_copies_no_number(no_copies_of_numbers):
+    x, weight = torch.randn(9, 5), torch.randn(4, 5)
+    for target in (torch.randint(0, 4, (9,)), torch.rand(9, 4)):
+        fastreg.linear_cross_entropy(x, weight, target, chunk_size=4)
+
+
+@needs_interpreter
+def test_no_default_device_gets_the_numbers_that_kernels_take():
+    from tritonkernels.max_norm import _bits
+
+    with torch.device("meta"):  # which, as a GPU, is not asked for a value
+        assert _bits(1.0) == 0x3FF0000000000000
 
 
 def test_stages_on_a_gpu(monkeypatch, tmp_path):
