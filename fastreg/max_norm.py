@@ -341,7 +341,7 @@ class MaxNorm(_Constraint):
         if type(count) is Tensor:
             self.total += count  # in place: so every replay of a CUDA graph adds its own
         else:
-            self.total = self.total + count  # a DTensor
+            self.total = _as_shares(self.total, count) + count
         return count
 
     def _after(self, optimizer: torch.optim.Optimizer) -> None:
@@ -481,6 +481,16 @@ def _check_cap(name: str, cap: Cap, tensor: Tensor, rows: int) -> Cap:
 
 def _no_rows(tensors: list[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=tensors[0].device if tensors else None)
+
+
+def _as_shares(total: Tensor, count: Tensor) -> Tensor:
+    """The number of rows as a DTensor that is summed like `count`. As a plain tensor some versions of torch would sum
+    the count at once, by a collective, and others divide the total among the processes, which makes it a float."""
+    if type(total) is not Tensor:
+        return total
+    mesh, placements = count.device_mesh, count.placements
+    others = [at for at, placement in zip(mesh.get_coordinate(), placements) if placement.is_partial()]
+    return type(count).from_local(total * (not any(others)), mesh, placements, run_check=False)
 
 
 # ---- one launch for all rows of all tensors --------------------------------------------------------------
@@ -768,8 +778,8 @@ def _scaled_norms(rows: Tensor, p: float) -> tuple[Tensor, Tensor]:
     usable = largest.isfinite() & (largest > 0)
     if p == math.inf:
         return torch.ones_like(largest), rows.abs().amax(1)
-    if p in (1, 2):  # a power of two scales exactly
-        scale = torch.exp2(torch.frexp(largest).exponent.clamp(-1021, 1023).to(rows.dtype))
+    if p in (1, 2):  # a power of two scales exactly; DTensors have no frexp before torch 2.12
+        scale = torch.exp2(largest.log2().floor().clamp(-1021, 1023))
     else:
         scale = largest
     scale = torch.where(usable, scale, 1)

@@ -974,6 +974,8 @@ def project_sharded(rank, world, path, whole, thresh):
             torch.testing.assert_close(shard.full_tensor(), expected, rtol=1e-6, atol=0)
             assert (norms64(shard.full_tensor()) <= cap.full_tensor()).all()
         assert count.full_tensor().item() == 2 * rows.item() > 0
+        assert not constraint.total.dtype.is_floating_point
+        assert constraint.total.full_tensor().item() == 2 * rows.item()
     caps = torch.arange(1.0, 8.0)
     for mesh, placements in layouts:
         by_row = [Shard(0) if placement == Shard(0) else Replicate() for placement in placements]
