@@ -440,8 +440,14 @@ def stages(dry: bool, scratch: Path) -> list[Stage]:
     found.append(Stage("backends", 60, [python, "-m", "fastreg"], tail=100))
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu and not slow"]
     if importlib.util.find_spec("xdist"):
-        tests += ["-n", str(min(6, os.cpu_count() or 1))]
-    found.append(Stage("tests", 150, [*tests, "--collect-only"] if dry else tests, tail=12))
+        tests += ["-n", str(min(12, os.cpu_count() or 1))]
+    if dry:
+        tests.append("--collect-only")
+    # First a little of everything; last what waits for Triton's compiler, of which there may be too much for the time.
+    every_op, others = "tests/test_gpu.py", ["--ignore", "tests/test_gpu.py"]
+    found.append(Stage("tests of every op", 60, [*tests, every_op], tail=12))
+    found.append(Stage("tests of cuda", 60, [*tests, *others, "-k", "not triton"], tail=12))
+    found.append(Stage("tests of triton", 60, [*tests, *others, "-k", "triton"], tail=12))
     device = "cpu" if dry else "cuda"
     for op, checked in OPS.items():
         for case in [""] if dry else checked.cases:

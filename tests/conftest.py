@@ -28,7 +28,10 @@ def pytest_collection_modifyitems(items) -> None:
 
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("device") == "cuda" or device_of(str(parameters.get("backend"))) == "cuda":
+        device = parameters.get("device")  # or, where a test takes both from one fixture, (backend, device)
+        if "cuda" in (device, *(device if isinstance(device, tuple) else ())) or (
+            device_of(str(parameters.get("backend"))) == "cuda"
+        ):
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device is present"))
@@ -41,6 +44,26 @@ def seed() -> int:
     np.random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(autouse=True)
+def gpu_is_there(request):
+    """A kernel that goes astray takes the process's GPU with it: all later tests would fail as well, and hide which it
+    was. A worker of xdist, which gets a successor, ends then, and without workers the run does."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        leave_if_the_gpu_is_lost()
+
+
+def leave_if_the_gpu_is_lost() -> None:
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the GPU is lost to this process: {error}", returncode=1)
 
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])

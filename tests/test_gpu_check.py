@@ -11,6 +11,7 @@ import fastreg
 from benchmarks import gpu_check
 from benchmarks.gpu_check import OPS, Stage, agree, main
 from fastreg import _backends
+from tests.conftest import leave_if_the_gpu_is_lost
 from tests.machine import needs_interpreter
 
 
@@ -119,11 +120,26 @@ def test_stages_on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     stages = gpu_check.stages(False, tmp_path)
     names = [stage.name for stage in stages]
-    assert names[:4] == ["machine", "build", "backends", "tests"]
+    tests = ["tests of every op", "tests of cuda", "tests of triton"]
+    assert names[:6] == ["machine", "build", "backends", *tests]
     assert "timing cross_entropy 65536x10" in names and "racecheck cross_entropy triton" in names
     for op in OPS:
         for backend in gpu_check.GPU_BACKENDS:
             assert (f"memcheck {op} {backend}" in names) == (backend in _backends._kernels[OPS[op].registry or op])
     build = stages[1].environment
     assert build["FASTREG_BUILD_CUDA"] == build["FASTREG_BUILD_CPU"] == "1" and build["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    assert sum(stage.limit for stage in stages[:4]) < gpu_check.BUDGET
+    assert sum(stage.limit for stage in stages[:6]) < gpu_check.BUDGET
+
+
+def test_a_lost_gpu_ends_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    leave_if_the_gpu_is_lost()
+
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    with pytest.raises(pytest.exit.Exception, match="illegal memory access"):
+        leave_if_the_gpu_is_lost()
