@@ -1,7 +1,7 @@
 """Argument checks. Every message names the argument, what came and what was expected."""
 
 from collections.abc import Sequence, Sized
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -38,21 +38,40 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 def in_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """low <= value <= high; NaN is outside."""
-    _is_number(name, value)
+    is_number(name, value)
     if not low <= value <= high:
         wanted = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 def finite_at_least(name: str, value: float, low: float) -> None:
-    _is_number(name, value)
+    is_number(name, value)
     if not low <= value < float("inf"):
         raise ValueError(f"{name} must be finite and at least {low:g}, got {value}")
 
 
-def _is_number(name: str, value: object) -> None:
+def finite(name: str, value: float) -> None:
+    is_number(name, value)
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def above_zero(name: str, value: float) -> None:
+    is_number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def is_number(name: str, value: object) -> None:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}")
     if not isinstance(value, Real | Tensor):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def is_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
 
 
 def in_bounds(name: str, target: Tensor, classes: int, ignore_index: int) -> None:

@@ -69,8 +69,7 @@ class EMA(Rule):
         _checks.in_range("decay", self.decay, 0.0, 1.0)
         _checks.choice("warmup", self.warmup, (None, "linear", "power"))
         for name in ("warmup_gamma", "warmup_power"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            _checks.above_zero(name, getattr(self, name))
 
     def weight(self, n: Tensor) -> Tensor:
         weight = torch.full_like(n, 1 - self.decay)
@@ -122,6 +121,7 @@ class PowerEMA(Rule):
     std: float
 
     def __post_init__(self) -> None:
+        _checks.is_number("std", self.std)
         if not 0 < self.std <= 12**-0.5 + 1e-9:
             raise ValueError(f"std must be above 0 and at most {12**-0.5:.6f} (12^-1/2), got {self.std}")
 
@@ -147,7 +147,7 @@ def average_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float
     the weight is not 0. Raises TypeError or ValueError, before anything is written, for lists that do not match,
     dtypes that cannot be averaged, and averages that share memory with each other or with themselves.
     """
-    averages, params = _list(averages), _list(params)
+    averages, params = _list("averages", averages), _list("params", params)
     if len(averages) != len(params):
         raise ValueError(f"averages and params must be of one length, got {len(averages)} and {len(params)}")
     if isinstance(weight, Tensor):
@@ -156,8 +156,8 @@ def average_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float
                 f"weight must be a float or a 0-d floating-point tensor, got {weight.dtype} {tuple(weight.shape)}"
             )
     else:
-        weight = float(weight)
         _checks.in_range("weight", weight, 0.0, 1.0)
+        weight = float(weight)
     if not averages:
         return
     with torch.no_grad():
@@ -193,9 +193,11 @@ def _checked(averages: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[list
     return averages, params
 
 
-def _list(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     if isinstance(tensors, list):
         return tensors
+    if not isinstance(tensors, Iterable):
+        raise TypeError(f"{name} must be a sequence of tensors, got {type(tensors).__name__}")
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
@@ -848,6 +850,7 @@ class AveragedModel(nn.Module):
         `found_inf` is a tensor of one element, such as GradScaler's: where it is not 0 the call does nothing and is
         not counted.
         """
+        _checks.is_module("model", model)
         self.synchronize()
         counters = self._buffers  # by way of `__getattr__` they take twenty times as long
         clock = _Clock(counters["n_averaged"], counters["calls"], self.update_every, self.start_step)
@@ -1046,6 +1049,7 @@ class WeightAverager:
     @torch.no_grad()
     def copy_to(self, model: nn.Module, name: str) -> None:
         """Writes the average `name` into `model`: this model, or another with the same names and shapes."""
+        _checks.is_module("model", model)
         self._refuse_inside("copy_to")
         link = _Link(model, [self._named(name)], self._follows)
         _copy_all(link.sources, link.averages[0])
@@ -1139,6 +1143,8 @@ class WeightAverager:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copies a state dict in. Raises ValueError, before anything is written, if its names or shapes differ."""
         self._refuse_inside("load_state_dict")
+        if absent := {"n_averaged", "calls", "averages"} - set(state_dict):
+            raise ValueError(f"state_dict must be that of a WeightAverager: it misses {sorted(absent)}")
         averages = state_dict["averages"]
         if averages.keys() != self._averages.keys():
             raise ValueError(f"state_dict holds averages {sorted(averages)}, expected {sorted(self._averages)}")

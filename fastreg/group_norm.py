@@ -124,8 +124,7 @@ def _check(input, num_groups, weight, bias, eps, activation, residual) -> None:
     if input.dim() < 2:
         raise ValueError(f"input must have at least 2 dimensions, (N, C, …), got shape {tuple(input.shape)}")
     channels = input.shape[1]
-    if isinstance(num_groups, bool) or not isinstance(num_groups, int | torch.SymInt):
-        raise TypeError(f"num_groups must be an int, got {type(num_groups).__name__}")
+    _checks.is_integer("num_groups", num_groups)
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must be positive and divide the {channels} channels of input, got {num_groups}")
     for name, vector in (("weight", weight), ("bias", bias)):

@@ -46,7 +46,8 @@ def linear_cross_entropy(
 ) -> Tensor | LossOutputs:
     """`fastreg.cross_entropy` of a linear layer's output, with its options, without all logits in memory.
 
-    A superset of `torch.nn.functional.linear_cross_entropy` (torch 2.13).
+    A superset of `torch.nn.functional.linear_cross_entropy` (torch 2.13), whose `options` may be given too: of them
+    `batch_chunk_size` counts, for want of a chunk_size.
 
     Args:
         input: (in,) or (N, in).
@@ -63,6 +64,9 @@ def linear_cross_entropy(
     options), what is returned and what is raised are those of `cross_entropy`. Backward twice is right;
     second derivatives, torch.func transforms, torch.compile and inputs of one chunk take the plain composition.
     """
+    torchs = options.pop("options", None)
+    if chunk_size is None:
+        chunk_size = getattr(torchs, "batch_chunk_size", None)
     _check_linear(input, linear_weight, linear_bias, chunk_size)
     options["ignore_index"] = -100 if ignore_index is None else ignore_index
     classes = linear_weight.shape[0]
@@ -85,6 +89,7 @@ def linear_cross_entropy(
             statistics=statistics,
             **options,
         )
+    options.pop("grad_in_forward", None)  # it is made there anyway
     _checks.choice("reduction", reduction, _ops.REDUCTIONS)
     _checks.choice("all_ignored", all_ignored, ("nan", "zero"))
     check_shapes(

@@ -39,8 +39,7 @@ def log_prior(counts: Counts, tau: float = 1.0) -> Tensor:
     Source: Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021; τ = 1 is the balanced softmax of Ren
     et al., NeurIPS 2020. τ = 0 gives zeros.
     """
-    if not abs(tau) < float("inf"):
-        raise ValueError(f"tau must be finite, got {tau}")
+    _checks.finite("tau", tau)
     n = _at_least_one(counts)
     return (tau * (n.log() - n.sum().log()) + 0.0).to(torch.get_default_dtype())
 
@@ -60,7 +59,9 @@ def long_tailed_counts(n_max: int, num_classes: int, imbalance: float) -> Tensor
     least 1. int64, (C,). Source: Cui et al., CVPR 2019, where CIFAR-100-LT has imbalance 100.
     """
     _checks.in_range("n_max", n_max, 1)
+    _checks.is_integer("num_classes", num_classes)
     _checks.in_range("num_classes", num_classes, 1)
+    _checks.is_number("imbalance", imbalance)
     if not 1 <= imbalance < float("inf"):
         raise ValueError(f"imbalance must be the largest count over the smallest, at least 1, got {imbalance}")
     place = torch.arange(num_classes, dtype=torch.float64) / max(num_classes - 1, 1)
@@ -80,6 +81,7 @@ class ClassStatistics(nn.Module):
 
     def __init__(self, num_classes: int, device: torch.device | str | None = None) -> None:
         super().__init__()
+        _checks.is_integer("num_classes", num_classes)
         _checks.in_range("num_classes", num_classes, 1)
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64, device=device))
         self.register_buffer("correct", torch.zeros(num_classes, dtype=torch.int64, device=device))
@@ -185,7 +187,10 @@ def _counts_on(device: torch.device, counts: Counts) -> Tensor:
 
 def check_counts(counts: Counts) -> Tensor:
     """One whole number >= 0 per class, as int64."""
-    given = torch.as_tensor(counts)
+    try:
+        given = torch.as_tensor(counts)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(f"counts must be a sequence or tensor of numbers, got {type(counts).__name__}") from None
     if given.dim() != 1 or not len(given):
         raise ValueError(f"counts must be one number per class, got shape {tuple(given.shape)}")
     if given.dtype == torch.bool or given.is_complex():

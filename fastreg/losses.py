@@ -123,28 +123,28 @@ def cross_entropy(
 
     Differentiable as often as wanted; a second derivative is taken of the reference.
     """
-    if (
-        (weight is alpha is logit_adjustment is margin is statistics is None)
-        and label_smoothing == gamma == z_loss == 0.0
-        and scale == 1.0
-        and not (grad_in_forward or outputs)
-        and (reduction == "mean" or reduction == "sum")
-        and all_ignored == "nan"
-        and type(input) is type(target) is Tensor
-        and input.requires_grad
-        and input.is_cpu
-        and input.dim() == 2
-        and (dtype := input.dtype) is not _FP16  # there a gradient waits for its scaler's factor
-        and target.dtype is _INT64
-        and input.numel() <= _SMALL
-        and not _is_compiling()
-        and _small_ready()
-    ):
-        widen = dtype is not _FP32 and _is_any_autocast_enabled() and _is_autocast_enabled("cpu")
-        try:
+    try:
+        if (
+            (weight is alpha is logit_adjustment is margin is statistics is None)
+            and label_smoothing == gamma == z_loss == 0.0
+            and scale == 1.0
+            and not (grad_in_forward or outputs)
+            and (reduction == "mean" or reduction == "sum")
+            and all_ignored == "nan"
+            and type(input) is type(target) is Tensor
+            and input.requires_grad
+            and input.is_cpu
+            and input.dim() == 2
+            and (dtype := input.dtype) is not _FP16  # there a gradient waits for its scaler's factor
+            and target.dtype is _INT64
+            and input.numel() <= _SMALL
+            and not _is_compiling()
+            and _small_ready()
+        ):
+            widen = dtype is not _FP32 and _is_any_autocast_enabled() and _is_autocast_enabled("cpu")
             return _small_cross_entropy(input, target, (ignore_index, _REDUCTION[reduction], widen))
-        except (RuntimeError, IndexError, TypeError):
-            pass  # what is wrong is said below in this function's own words
+    except (RuntimeError, IndexError, TypeError):
+        pass  # what is wrong is said below in this function's own words
 
     other_target = share = None
     if isinstance(target, tuple):
@@ -158,9 +158,12 @@ def cross_entropy(
         _check_vector("margin", margin, classes, input)
         if isinstance(alpha, Tensor):
             alpha = _check_vector("alpha", alpha.expand(classes) if alpha.dim() == 0 else alpha, classes, input)
-    plain = gamma == 0.0 and alpha is None and scale == 1.0 and z_loss == 0.0
-    if not plain or label_smoothing != 0.0 or all_ignored != "nan" or reduction not in _ops.REDUCTIONS:
+    plain = type(label_smoothing) is type(gamma) is type(z_loss) is type(scale) is float and alpha is None
+    plain = plain and label_smoothing == gamma == z_loss == 0.0 and scale == 1.0
+    if not plain or all_ignored != "nan" or reduction not in _ops.REDUCTIONS:
         check_options(reduction, label_smoothing, gamma, alpha, scale, z_loss, all_ignored)
+    if type(ignore_index) is not int and not isinstance(ignore_index, Tensor):
+        _checks.is_integer("ignore_index", ignore_index)
     if not indices and ignore_index >= 0:
         raise ValueError(f"ignore_index must not be given with probabilities as target, got {ignore_index}")
 
@@ -355,8 +358,7 @@ def check_options(reduction, label_smoothing, gamma, alpha, scale, z_loss, all_i
     if alpha is not None and not isinstance(alpha, Tensor):
         _checks.finite_at_least("alpha", alpha, 0.0)
     _checks.finite_at_least("scale", scale, 0.0)
-    if scale == 0:
-        raise ValueError("scale must be above 0, got 0")
+    _checks.above_zero("scale", scale)
     _checks.choice("all_ignored", all_ignored, ("nan", "zero"))
 
 
@@ -910,6 +912,7 @@ def _check_sigmoid(inputs, targets, alpha, gamma, reduction, weight, normalizer)
 def check_sigmoid_options(alpha, gamma, reduction) -> None:
     _checks.choice("reduction", reduction, _ops.REDUCTIONS)
     _checks.finite_at_least("gamma", gamma, 0.0)
+    _checks.is_number("alpha", alpha)
     if not alpha <= 1:
         raise ValueError(f"alpha must be at most 1 (negative: no balance), got {alpha}")
 

@@ -27,6 +27,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def max_norm_(
     tensors = _listed(tensors)
     caps = _caps(tensors, max_norm, "max_norm", dim)
     _check_order(p)
-    _checks.in_range("tau", tau, 0.0, _LARGEST)
+    _checks.finite_at_least("tau", tau, 0.0)
     decay = _check_decay(decay)
     return _run("max_norm_", "cap", tensors, caps, p, dim, tau, decay)
 
@@ -101,7 +102,7 @@ def max_norm(input: Tensor, max_norm: Cap, *, p: float = 2.0, dim: int = 0, tau:
     _check_tensor("input", input)
     (cap,) = _caps([input], max_norm, "max_norm", dim)
     _check_order(p)
-    _checks.in_range("tau", tau, 0.0, _LARGEST)
+    _checks.finite_at_least("tau", tau, 0.0)
     cap_grad = isinstance(cap, Tensor) and cap.requires_grad
     backend = _backends.choose("max_norm", input.device.type, _refuse_rows, input, cap)
     if backend == "reference" or not input.numel():
@@ -140,7 +141,7 @@ def tau_normalize_(
     """
     given, tensors = tensors, _listed(tensors)
     _check_order(p)
-    _checks.in_range("tau", tau, 0.0, _LARGEST)
+    _checks.finite_at_least("tau", tau, 0.0)
     _run("tau_normalize_", "normalize", tensors, [math.inf] * len(tensors), p, dim, tau)
     return given if isinstance(given, Tensor) else tensors
 
@@ -165,7 +166,7 @@ def max_norm_threshold(tensor: Tensor, thresh: float, p: float = 2.0, dim: int =
     _check_tensor("tensor", tensor)
     _rows_dim(tensor, dim)
     _check_order(p)
-    _checks.in_range("thresh", thresh, 0.0, _LARGEST)
+    _checks.finite_at_least("thresh", thresh, 0.0)
     return _threshold(tensor, thresh, p, dim).to(_norm_dtype(tensor))
 
 
@@ -262,6 +263,9 @@ class _Constraint(ABC):
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an integer of at least 1, got {every!r}")
 
+        if not hasattr(optimizer, "register_step_post_hook"):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+
         def after_step(optimizer, args, kwargs):
             self.steps += 1
             if self.steps % every == 0:
@@ -313,15 +317,15 @@ class MaxNorm(_Constraint):
         if (max_norm is None) == (thresh is None):
             raise ValueError(f"exactly one of max_norm and thresh must be given, got {max_norm!r} and {thresh!r}")
         _check_order(p)
-        _checks.in_range("tau", tau, 0.0, _LARGEST)
-        _checks.in_range("weight_decay", weight_decay, 0.0, _LARGEST)
+        _checks.finite_at_least("tau", tau, 0.0)
+        _checks.finite_at_least("weight_decay", weight_decay, 0.0)
         named = isinstance(max_norm, Mapping)
         if named and not isinstance(params_or_module, nn.Module):
             raise TypeError("max_norm may map names to caps only where params_or_module is a module")
         super().__init__(params_or_module, max_norm if named else None)
         self.p, self.dim, self.tau, self.weight_decay = p, dim, tau, weight_decay
         if thresh is not None:
-            _checks.in_range("thresh", thresh, 0.0, _LARGEST)
+            _checks.finite_at_least("thresh", thresh, 0.0)
             for index, param in enumerate(self.params):
                 _check_tensor(f"parameter {index}", param)
                 _rows_dim(param, dim, index)
@@ -363,6 +367,8 @@ class MaxNorm(_Constraint):
         return {"caps": list(self.caps), "steps": self.steps, "total": self.total.clone()}
 
     def load_state_dict(self, state: Mapping) -> None:
+        if absent := {"caps", "steps", "total"} - set(state):
+            raise ValueError(f"state must be that of a MaxNorm: it misses {sorted(absent)}")
         caps = state["caps"]
         if len(caps) != len(self.params):
             raise ValueError(f"the state holds {len(caps)} caps, but {len(self.params)} tensors are constrained")
@@ -387,8 +393,6 @@ class UnitNorm(_Constraint):
 
 
 # ---- checks ----------------------------------------------------------------------------------------------
-
-_LARGEST = torch.finfo(torch.float64).max
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -443,7 +447,7 @@ def _check_decay(decay: float | Tensor) -> float | Tensor:
 
 
 def _check_order(p: float) -> None:
-    if not isinstance(p, (int, float)) or not p > 0:
+    if not isinstance(p, Real) or not p > 0:
         raise ValueError(f"p must be a number above 0, or inf, got {p!r}")
 
 
@@ -463,7 +467,7 @@ def _caps(tensors: list[Tensor], caps: Cap | Sequence[Cap], name: str, dim: int)
 
 def _check_cap(name: str, cap: Cap, tensor: Tensor, rows: int) -> Cap:
     if not isinstance(cap, Tensor):
-        if isinstance(cap, bool) or not isinstance(cap, (int, float)):
+        if isinstance(cap, bool) or not isinstance(cap, Real):
             raise TypeError(f"{name} must be a number or a tensor, got {type(cap).__name__}")
         _checks.in_range(name, cap, 0.0)
         return float(cap)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import _checks, longtail, losses
 from .group_norm import ACTIVATIONS, group_norm
 from .max_norm import row_norms
-from .noise import _check_rate, drop_path, soft_threshold
+from .noise import check_drop_path, drop_path, soft_threshold
 
 # ---- losses ----------------------------------------------------------------------------------------------
 
@@ -347,7 +347,7 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob: float = 0.0, mode: str = "row") -> None:
         super().__init__()
-        _check_rate(drop_prob)
+        check_drop_path(drop_prob, mode)
         self.drop_prob, self.mode = drop_prob, mode
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

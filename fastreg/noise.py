@@ -40,8 +40,9 @@ def drop_path(
     Raises TypeError or ValueError for anything else.
     """
     _check_float("x", x)
-    _check_rate(p)
-    _checks.choice("mode", mode, ("row", "batch"))
+    check_drop_path(p, mode)
+    if not isinstance(training, bool):  # torchvision's order of arguments is another
+        raise TypeError(f"training must be True or False, got {training!r}")
     if mode == "row" and not x.dim():
         raise ValueError("x must have a dimension of samples for mode 'row', got a 0-d tensor")
     if residual is not None:
@@ -98,7 +99,7 @@ def linear_drop_rates(depth: int, p: float) -> list[float]:
     """The drop rate of each of `depth` blocks, rising evenly from 0 at the first to p at the last."""
     if not isinstance(depth, int) or depth < 0:
         raise ValueError(f"depth must be an integer of at least 0, got {depth!r}")
-    _check_rate(p)
+    _checks.in_range("p", p, 0.0, 1.0)
     return [p * block / max(depth - 1, 1) for block in range(depth)]
 
 
@@ -200,6 +201,7 @@ def _align_threshold(x: Tensor, tau: Tensor) -> Tensor:
 def flood(loss: Tensor, b: float) -> Tensor:
     """|loss - b| + b: below the flood level b the gradient turns round, so training hovers there."""
     _check_float("loss", loss)
+    _checks.is_number("b", b)
     return (loss - b).abs() + b
 
 
@@ -208,8 +210,9 @@ def _check_float(name: str, value: object) -> None:
     _checks.dtype_in(name, value, _checks.FLOATS)
 
 
-def _check_rate(p: float) -> None:
+def check_drop_path(p: float, mode: str) -> None:
     _checks.in_range("p", p, 0.0, 1.0)
+    _checks.choice("mode", mode, ("row", "batch"))
 
 
 # ---- reference -------------------------------------------------------------------------------------------

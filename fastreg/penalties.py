@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Real
 
 import numpy as np
 import torch
@@ -66,6 +67,7 @@ def lp_penalty_backward_(
     _check_order(p, squared)
     if isinstance(weight, Tensor) and weight.dim():
         raise ValueError(f"weight must be a number or a 0-d tensor, got shape {tuple(weight.shape)}")
+    _checks.is_number("weight", weight)
     leaves = [tensor for tensor in dict.fromkeys(tensors) if tensor.requires_grad]
     for tensor in leaves:
         if not tensor.is_leaf:
@@ -242,6 +244,7 @@ class FGM:
         epsilon: float = 1.0,
         include: str | Iterable[str] | Callable[[str, Tensor], bool] = "emb",
     ):
+        _checks.finite("epsilon", epsilon)
         self.module, self.epsilon, self.include = module, epsilon, include
         self._perturbation = Perturbation()
         self._chosen = _select(module, include)
@@ -311,8 +314,7 @@ class Perturbation:
         self._ready: _Ready | None = None
 
     def attack(self, params: dict[str, Tensor], epsilon: float) -> None:
-        if not math.isfinite(epsilon):
-            raise ValueError(f"epsilon must be finite, got {epsilon}")
+        _checks.finite("epsilon", epsilon)
         chosen = {name: p for name, p in params.items() if p.requires_grad and p.grad is not None and p.numel()}
         if not chosen:
             return
@@ -413,6 +415,8 @@ def _refuse_fgm(backend: str, params: list[Tensor]) -> str | None:
 def _select(module: nn.Module, include: str | Iterable[str] | Callable[[str, Tensor], bool]) -> dict[str, Tensor]:
     """The module's parameters chosen by name; tied ones once."""
     _checks.is_module("module", module)
+    if not callable(include) and not isinstance(include, Iterable):
+        raise TypeError(f"include must be strings or a function, got {type(include).__name__}")
     if not callable(include):
         parts = [include] if isinstance(include, str) else list(include)
         chosen = {name: param for name, param in module.named_parameters() if any(part in name for part in parts)}
@@ -436,7 +440,7 @@ def _check_tensors(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 def _check_order(p: float, squared: bool) -> None:
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not p >= 1:
+    if isinstance(p, bool) or not isinstance(p, Real) or not p >= 1:
         raise ValueError(f"p must be a number of at least 1, got {p!r}")
     if squared and p == math.inf:
         raise ValueError("p must be finite where squared is set: ‖w‖_p^p has no meaning for p = inf")

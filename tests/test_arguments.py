@@ -1,12 +1,19 @@
 """What the objects say of themselves, and what is said of arguments of a wrong kind, throughout the package."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fastreg
+from fastreg import longtail
 
 MODEL = nn.Linear(4, 3)
+X, Y = torch.ones(2, 3), torch.tensor([0, 2])
+
+
+def averager() -> fastreg.WeightAverager:
+    return fastreg.WeightAverager(MODEL, {"swa": fastreg.SWA()})
 
 
 @pytest.mark.parametrize(
@@ -17,7 +24,7 @@ MODEL = nn.Linear(4, 3)
         (lambda: fastreg.Penalty(MODEL, l2=0.1), "Penalty(1 tensor, l1=0.0, l2=0.1)"),
         (lambda: fastreg.FGM(MODEL, include="bias"), "FGM(1 tensor, epsilon=1.0)"),
         (
-            lambda: fastreg.WeightAverager(MODEL, {"swa": fastreg.SWA()}),
+            averager,
             "WeightAverager(2 tensors, {'swa': SWA()})",
         ),
     ],
@@ -38,8 +45,53 @@ def test_objects_say_what_they_hold(made, expected):
         (lambda: fastreg.Penalty(MODEL, l1=[0.1]), "l1 must be a number, got list"),
         (lambda: fastreg.group_norm(torch.ones(2, 4), 2, eps="small"), "eps must be a number, got str"),
         (lambda: fastreg.EMA("0.9"), "decay must be a number, got str"),
+        (lambda: fastreg.EMA(warmup_gamma="1"), "warmup_gamma must be a number, got str"),
+        (lambda: fastreg.PowerEMA("wide"), "std must be a number, got str"),
+        (lambda: fastreg.average_([X], [X], None), "weight must be a number, got NoneType"),
+        (lambda: fastreg.average_(3, [X], 0.5), "averages must be a sequence of tensors, got int"),
+        (lambda: fastreg.AveragedModel(MODEL).update_parameters(None), "model must be a torch.nn.Module, got NoneType"),
+        (lambda: averager().copy_to(None, "swa"), "model must be a torch.nn.Module, got NoneType"),
+        (lambda: fastreg.cross_entropy(X, Y, ignore_index=None), "ignore_index must be an integer, got NoneType"),
+        (lambda: fastreg.cross_entropy(X, Y, gamma=torch.ones(3)), r"gamma must be a number, got a tensor of .*\(3,\)"),
+        (lambda: fastreg.sigmoid_focal_loss(X, Y, alpha=None), "alpha must be a number, got NoneType"),
+        (lambda: fastreg.group_norm(X, 1.0), "num_groups must be an integer, got float"),
+        (
+            lambda: fastreg.drop_path(X, 0.5, "batch"),
+            "training must be True or False, got 'batch'",
+        ),  # torchvision's order
+        (lambda: fastreg.flood(X.sum(), None), "b must be a number, got NoneType"),
+        (lambda: fastreg.MaxNorm(MODEL, 1.0).attach(MODEL), "optimizer must be a torch.optim.Optimizer, got Linear"),
+        (lambda: fastreg.Penalty(MODEL, include=None), "include must be strings or a function, got NoneType"),
+        (lambda: fastreg.FGM(MODEL, "1", include="weight"), "epsilon must be a number, got str"),
+        (lambda: fastreg.lp_penalty_backward_(X, weight="1"), "weight must be a number, got str"),
+        (lambda: longtail.log_prior({0: 3}), "counts must be a sequence or tensor of numbers, got dict"),
+        (lambda: longtail.log_prior([1], tau=None), "tau must be a number, got NoneType"),
+        (lambda: longtail.long_tailed_counts(500, 10.5, 100), "num_classes must be an integer, got float"),
+        (lambda: longtail.ClassStatistics(2.5), "num_classes must be an integer, got float"),
     ],
 )
 def test_wrong_kinds_of_argument_are_named(call, expected):
     with pytest.raises(TypeError, match=expected):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: fastreg.nn.DropPath(0.1, "column"), "mode must be one of 'row', 'batch', got 'column'"),
+        (lambda: fastreg.FGM(MODEL, float("inf"), include="weight"), "epsilon must be finite, got inf"),
+        (lambda: averager().load_state_dict({}), "state_dict must be that of a WeightAverager: it misses"),
+        (lambda: fastreg.MaxNorm(MODEL, 1.0).load_state_dict({}), "state must be that of a MaxNorm: it misses"),
+        (lambda: fastreg.max_norm_(X, 1.0, tau=float("inf")), "tau must be finite and at least 0, got inf"),
+    ],
+)
+def test_wrong_values_are_named(call, expected):
+    with pytest.raises(ValueError, match=expected):
+        call()
+
+
+def test_numbers_of_numpy_are_numbers():
+    x = torch.randn(4, 6)
+    assert torch.equal(fastreg.group_norm(x, np.int64(2)), fastreg.group_norm(x, 2))
+    assert torch.equal(fastreg.max_norm(x, np.float32(0.5)), fastreg.max_norm(x, 0.5))
+    assert torch.equal(fastreg.lp_penalty(x, np.int64(2)), fastreg.lp_penalty(x, 2))

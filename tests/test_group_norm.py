@@ -579,7 +579,7 @@ def test_func_transforms():
         (ValueError, r"input must have at least 2 dimensions.*got shape \(6,\)", {"input": torch.ones(6)}),
         (ValueError, "num_groups must be positive and divide the 6 channels of input, got 4", {"num_groups": 4}),
         (ValueError, "num_groups must be positive .* got 0", {"num_groups": 0}),
-        (TypeError, "num_groups must be an int, got float", {"num_groups": 2.0}),
+        (TypeError, "num_groups must be an integer, got float", {"num_groups": 2.0}),
         (ValueError, r"weight must have shape \(6,\), got \(5,\)", {"weight": torch.ones(5)}),
         (ValueError, r"bias must have shape \(6,\), got \(6, 1\)", {"bias": torch.ones(6, 1)}),
         (TypeError, "bias must have a dtype among .*, got torch.int64", {"bias": torch.ones(6, dtype=torch.long)}),

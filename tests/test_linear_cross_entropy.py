@@ -117,6 +117,22 @@ def test_equals_torch(reduction):
     )
 
 
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch 2.13 has them")
+def test_takes_the_options_of_torch():
+    x, weight, target = torch.randn(6, 4), torch.randn(5, 4), torch.arange(6) % 5
+    want = fastreg.linear_cross_entropy(x, weight, target)
+    for options in (None, torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2, chunking_method=None)):
+        torch.testing.assert_close(fastreg.linear_cross_entropy(x, weight, target, options=options), want)
+
+
+def test_gradient_in_the_forward_may_be_asked_for_with_any_number_of_chunks():
+    x, weight, target = torch.randn(6, 4), torch.randn(5, 4), torch.arange(6) % 5
+    one, three = (
+        fastreg.linear_cross_entropy(x, weight, target, grad_in_forward=True, chunk_size=rows) for rows in (6, 2)
+    )
+    torch.testing.assert_close(one, three)
+
+
 def test_nothing_kept():
     x, w, b, _ = problem(torch.float32)
     y = torch.full((N,), -100)
