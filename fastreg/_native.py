@@ -7,7 +7,7 @@ from pathlib import Path
 from . import _ops
 
 _BUILD = Path(__file__).with_name("_build.json")
-_FUNCTIONS = {"cpu": ("recognise", "describe", "unchanged", "same_values"), "cuda": ()}  # what _plan.py calls
+_FUNCTIONS = {"cpu": ("recognise", "describe_into", "still_as", "same_values"), "cuda": ()}  # what _plan.py calls
 
 
 def build_outcome() -> dict[str, str]:

@@ -245,6 +245,7 @@ _define(
 # ---- penalties -------------------------------------------------------------------------------------------
 # Plans with a row (elements, codes, addresses…) per tensor, see csrc/penalties.h. norms is fp64 (tensors, 2): scale
 # and s, the norm being scale · s. `outs` are the addresses of the gradients, 0 for none; `add` adds to what is there.
+# `wide`: whether one of the tensors is fp64. fgm_attack takes the norms of the gradients itself.
 _define(
     "lp_norms",
     "(Tensor table, Tensor chunks, int chunk, float p, bool squared, bool wide) -> (Tensor penalty, Tensor norms)",
@@ -263,7 +264,7 @@ _define(
 )
 _define(
     "fgm_attack",
-    "(Tensor table, Tensor chunks, int chunk, Tensor norms, float epsilon) -> ()",
+    "(Tensor table, Tensor chunks, int chunk, float epsilon, bool wide) -> ()",
     lambda *args: None,
     "penalties",
 )

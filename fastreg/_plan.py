@@ -46,7 +46,7 @@ def describe(tensors: list[Tensor]) -> np.ndarray:
     """(len(tensors), 2) int64: address, which tells the device too, and a hash of dtype, shape and strides."""
     if _native is not None:
         described = np.empty((len(tensors), 2), np.int64)
-        if _native.describe(tensors, described.ctypes.data):
+        if _native.describe_into(tensors, described):
             return described
     rows = [(t.data_ptr(), hash((t.dtype, t.device, t.shape, t.stride(), t.is_conj()))) for t in tensors]
     return np.array(rows, np.int64).reshape(-1, 2)
@@ -54,11 +54,9 @@ def describe(tensors: list[Tensor]) -> np.ndarray:
 
 def unchanged(tensors: list[Tensor], rows: np.ndarray) -> bool:
     """Whether `describe(tensors)` still gives `rows`."""
-    if len(tensors) != len(rows):
-        return False
-    if _native is not None and _native.unchanged(tensors, rows.ctypes.data):
+    if _native is not None and _native.still_as(tensors, rows):
         return True
-    return np.array_equal(describe(tensors), rows)
+    return len(tensors) == len(rows) and np.array_equal(describe(tensors), rows)
 
 
 class Watch:

@@ -7,9 +7,9 @@ The gradients are sign(w)·(|w| / ‖w‖_p)^(p-1), zero for a tensor of zeros, 
 Source of FGM: Miyato et al., "Adversarial Training Methods for Semi-Supervised Text Classification", ICLR 2017.
 
 Sums run in fp64 over values scaled, where need be, by the tensor's largest one; nothing overflows or vanishes on the
-way. The kernels (csrc/penalties.h, csrc/cpu/penalties.cpp, csrc/cuda/penalties.cu, tritonkernels/penalties.py) read the
-weights once forward, and read and write them once backward, whatever the number of tensors in as many launches as for
-one.
+way. (In C++ up to 32 terms at a time are summed in fp32, where none of the tensors is fp64.) The kernels
+(csrc/penalties.h, csrc/cpu/penalties.cpp, csrc/cuda/penalties.cu, tritonkernels/penalties.py) read the weights once
+forward, and read and write them once backward, whatever the number of tensors in as many launches as for one.
 """
 
 import math
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Real
+from operator import is_
 
 import numpy as np
 import torch
@@ -284,25 +285,24 @@ class _Ready:
     forced: str | None
     params: list[Tensor]
     backups: dict[str, _Backup]
-    places: np.ndarray  # of the parameters, and then of their gradients
+    places: np.ndarray
+    with_grads: np.ndarray  # the places of the gradients behind those
     plan: _plan.Plan
-    grads: _plan.Plan
     wide: bool
     in_graph: bool  # made while a CUDA graph was captured: nothing of it can be used outside
 
-    def serves(self, chosen: dict[str, Tensor]) -> bool:
-        if self.forced != _backends.forced() or self.backups.keys() != chosen.keys():
-            return False
-        if any(now is not then for now, then in zip(chosen.values(), self.params)):
-            return False
-        grads = [param.grad for param in self.params]
-        if any(grad.layout is not torch.strided for grad in grads):
-            return False
-        return _plan.unchanged(self.params + grads, self.places)
+    def serves(self, names: list[str], params: list[Tensor], grads: list[Tensor]) -> bool:
+        return (
+            self.forced == _backends.forced()
+            and list(self.backups) == names
+            and all(map(is_, params, self.params))
+            and all(grad.layout is torch.strided for grad in grads)
+            and _plan.unchanged(params + grads, self.with_grads)
+        )
 
     def stands(self) -> bool:
         """Whether the parameters are where they were, whatever the gradients."""
-        return self.forced == _backends.forced() and _plan.unchanged(self.params, self.places[: len(self.params)])
+        return self.forced == _backends.forced() and _plan.unchanged(self.params, self.places)
 
 
 class Perturbation:
@@ -315,20 +315,24 @@ class Perturbation:
 
     def attack(self, params: dict[str, Tensor], epsilon: float) -> None:
         _checks.finite("epsilon", epsilon)
-        chosen = {name: p for name, p in params.items() if p.requires_grad and p.grad is not None and p.numel()}
+        names, chosen, grads = [], [], []
+        for name, param in params.items():
+            if param.requires_grad and (grad := param.grad) is not None and param.numel():
+                names.append(name)
+                chosen.append(param)
+                grads.append(grad)
         if not chosen:
             return
-        if self._ready is None or not self._ready.serves(chosen):
-            self._ready = self._prepare(chosen, epsilon)
+        if self._ready is None or not self._ready.serves(names, chosen, grads):
+            self._ready = self._prepare(dict(zip(names, chosen)), epsilon)
         if (ready := self._ready) is None:
             return
         if _plan.capturing(ready.params[0].device):
             _plan.stays(ready)
         if self.backups is not ready.backups:  # attacked before, with other gradients or parameters
             self.backups = {**self.backups, **ready.backups} if self.backups else ready.backups
-        grads, plan = ready.grads, ready.plan
-        _, norms = _norms[ready.backend](grads.table, grads.chunks, grads.chunk, 2.0, False, ready.wide)
-        _attack_kernels[ready.backend](plan.table, plan.chunks, plan.chunk, norms, epsilon)
+        plan = ready.plan
+        _attack_kernels[ready.backend](plan.table, plan.chunks, plan.chunk, epsilon, ready.wide)
         torch.autograd.graph.increment_version(ready.params)
 
     @torch.no_grad()
@@ -354,12 +358,11 @@ class Perturbation:
             backups[name] = backup
         self._spare |= backups
         params = list(chosen.values())
-        grads = [param.grad for param in params]
-        places = _plan.describe(params + grads)
+        with_grads = _plan.describe(params + [param.grad for param in params])
         plan = self._plan(list(backups.values()), True)
         wide = any(param.dtype == torch.float64 for param in params)
-        in_graph = _plan.capturing(device)
-        return _Ready(backend, _backends.forced(), params, backups, places, plan, _penalty_plan(grads), wide, in_graph)
+        places, in_graph = with_grads[: len(params)], _plan.capturing(device)
+        return _Ready(backend, _backends.forced(), params, backups, places, with_grads, plan, wide, in_graph)
 
     def restore(self) -> None:
         ready, backups = self._ready, self.backups

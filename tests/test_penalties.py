@@ -96,6 +96,26 @@ def test_huge_and_tiny_weights(p, size):
     torch.testing.assert_close(w.grad.double(), exact_gradient(w, p), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_elements_that_all_round_alike(dtype, p):
+    for size in (1.0, 1.25, 1.2001953125, 0.10009765625, 1 / 3):
+        w = torch.full((5003,), size).to(dtype)
+        torch.testing.assert_close(fastreg.lp_penalty(w, p).double(), exact([w], p), rtol=3 * 2**-23, atol=0)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_whose_squares_fp32_cannot_hold_beside_others(dtype, p):
+    w = torch.randn(9000).to(dtype)
+    w[:4000] = 0
+    w[4000:4100] *= 1e-25
+    for size in (1.0, 1e19, 1e25):
+        w[8000] = size
+        torch.testing.assert_close(fastreg.lp_penalty(w, p).double(), exact([w], p), rtol=1e-6, atol=0)
+        torch.testing.assert_close(fastreg.lp_penalty(w[:5000], p).double(), exact([w[:5000]], p), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("squared", [False, True])
 def test_derivatives(p, squared):
@@ -285,6 +305,24 @@ def test_fgm_errs_no_more_than_twice_what_stock_pytorch_does(dtype):
         fastreg.FGM(model, epsilon).attack()
         error = (model["emb"].detach().double() - exact).abs() - torch.finfo(dtype).eps * exact.abs()
         assert error.max() <= 2 * (stock - exact).abs().max()
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fgm_on_weights_so_large_that_copies_bypass_the_caches(dtype, offset, backend):
+    if backend != "cpu":
+        pytest.skip("the other backends have no such path")
+    w = torch.randn(offset + (1 << 20) + 37).to(dtype)[offset:]
+    model = nn.ParameterDict({"emb": nn.Parameter(w)})
+    before, grad = w.clone(), torch.randn(len(w)).to(dtype)
+    grad[5000:900_000] = 0
+    model["emb"].grad = grad
+    fgm = fastreg.FGM(model, 100.0)
+    fgm.attack()
+    want = before.double() + 100 * grad.double() / grad.double().norm()
+    torch.testing.assert_close(w.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    fgm.restore()
+    assert torch.equal(w, before)
 
 
 def test_fgm_errors():

@@ -42,8 +42,9 @@ def lp_penalty_backward(table, chunks, chunk, outs, norms, grad, p, squared, add
     kernels().lp_penalty_backward(table, chunks, len(chunks), chunk, outs, norms, grad, p, squared, add, *behind)
 
 
-def fgm_attack(table, chunks, chunk, norms, epsilon):
-    kernels().fgm_attack(table, chunks, len(chunks), chunk, norms, epsilon, *behind)
+def fgm_attack(table, chunks, chunk, epsilon, wide):
+    parts, norms = (torch.empty(n, 2, dtype=torch.float64) for n in (len(chunks), len(table)))
+    kernels().fgm_attack(table, chunks, len(chunks), chunk, len(table), epsilon, parts, norms, *behind)
 
 
 def fgm_restore(table, chunks, chunk):
@@ -108,6 +109,7 @@ def test_attack_touches_the_blocks_with_a_gradient_alone(ours):
     behind[:] = [weight, grad]
     with traffic() as log:
         fgm.attack()
+    assert len(log) == 3
     touched = torch.zeros(4800, dtype=torch.int64)
     for row in (3, 77):
         touched[row * 48 // 64 * 64 : -(-(row + 1) * 48 // 64) * 64] = 1
@@ -167,7 +169,7 @@ def compile_all():
         _, norms = triton_kernels.lp_norms(plan.table, plan.chunks, plan.chunk, p, False, p == 2)
         triton_kernels.lp_penalty_backward(plan.table, plan.chunks, plan.chunk, outs, norms, grad, p, False, p == 1)
     rows = torch.zeros(2, 6, dtype=torch.int64)
-    triton_kernels.fgm_attack(rows, plan.chunks, plan.chunk, norms, 1.0)
+    triton_kernels.fgm_attack(rows, plan.chunks, plan.chunk, 1.0, False)
     triton_kernels.fgm_restore(rows, plan.chunks, plan.chunk)
 
 

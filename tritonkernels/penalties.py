@@ -3,7 +3,8 @@ tables' layout in csrc/penalties.h.
 
 Bytes     norms: each weight once. Gradient: the weight once, the gradient written once (and read, to add to it).
           Attack: each gradient once; weight and backup only in the blocks of 64 where the gradient is not zero.
-Launches  norms: 3, whatever the number of tensors: a sum per chunk, a norm per tensor, the penalty. The others: 1.
+Launches  norms: 3, whatever the number of tensors: a sum per chunk, a norm per tensor, the penalty. Attack: the first
+          two of these, for the gradients, and 1. The others: 1.
 Numerics  sums in fp64, in an order that the plan fixes. Where powers could overflow or vanish they are of values
           relative to the largest so far.
 """
@@ -64,12 +65,16 @@ def _sum_typed(address, first, n, p, ORDER: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["p_bits", "chunk"])
-def _norm_chunks(table, chunks, parts, chunk, p_bits, ORDER: tl.constexpr, WIDE: tl.constexpr):
+def _norm_chunks(
+    table, chunks, parts, chunk, p_bits,
+    ORDER: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Of the tensors whose addresses stand in COLUMN of COLUMNS."""
     i = tl.program_id(0).to(tl.int64)
-    row = table + tl.load(chunks + 2 * i) * 3
+    row = table + tl.load(chunks + 2 * i) * COLUMNS
     first = tl.load(chunks + 2 * i + 1)
     n = tl.minimum(tl.load(row) - first, chunk).to(tl.int32)
-    code, address = tl.load(row + 1), tl.load(row + 2)
+    code, address = tl.load(row + 1), tl.load(row + COLUMN)
     p = _float64(p_bits)
     scale = tl.zeros([], tl.float64) + 1
     total = tl.zeros([], tl.float64)
@@ -87,16 +92,20 @@ def _norm_chunks(table, chunks, parts, chunk, p_bits, ORDER: tl.constexpr, WIDE:
 
 
 @triton.jit(do_not_specialize=["p_bits", "chunk", "tensors"])
-def _norm_tensors(table, parts, norms, terms, tensors, chunk, p_bits, ORDER: tl.constexpr, SQUARED: tl.constexpr):
-    """From the sums of a tensor's chunks, in their order, its norm as scale · s and its share in the penalty."""
+def _norm_tensors(
+    table, parts, norms, terms, tensors, chunk, p_bits,
+    ORDER: tl.constexpr, SQUARED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """From the sums of a tensor's chunks, in their order, its norm as scale · s and, if wanted, its share in the
+    penalty."""
     t = tl.program_id(0).to(tl.int64)
     p = _float64(p_bits)
     begin = t * 0
     for start in range(0, t, TENSORS):
         i = start + tl.arange(0, TENSORS)
-        elements = tl.load(table + i.to(tl.int64) * 3, mask=i < t, other=0)
+        elements = tl.load(table + i.to(tl.int64) * COLUMNS, mask=i < t, other=0)
         begin += tl.sum((elements + chunk - 1) // chunk, 0)
-    count = (tl.load(table + t * 3) + chunk - 1) // chunk
+    count = (tl.load(table + t * COLUMNS) + chunk - 1) // chunk
     lanes = tl.arange(0, 256)
     largest = tl.zeros([], tl.float64)
     for start in range(0, count, 256):
@@ -115,13 +124,14 @@ def _norm_tensors(table, parts, norms, terms, tensors, chunk, p_bits, ORDER: tl.
     s = tl.where(sums < INF, _root(sums, p, ORDER), sums)
     tl.store(norms + 2 * t, scale)
     tl.store(norms + 2 * t + 1, s)
-    norm = scale * s
-    if SQUARED:
-        if ORDER == ANY:
-            norm = _power(scale, p, ORDER) * sums
-        else:
-            norm = _power(norm, p, ORDER)
-    tl.store(terms + t, norm)
+    if terms is not None:
+        norm = scale * s
+        if SQUARED:
+            if ORDER == ANY:
+                norm = _power(scale, p, ORDER) * sums
+            else:
+                norm = _power(norm, p, ORDER)
+        tl.store(terms + t, norm)
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -137,18 +147,26 @@ def _order(p):
     return {1.0: ONE, 2.0: TWO}.get(p, ANY)
 
 
-def lp_norms(table, chunks, chunk, p, squared, wide):
-    tensors, device = table.shape[0], table.device
-    norms = torch.empty((tensors, 2), dtype=torch.float64, device=device)
-    penalty = torch.empty((), dtype=torch.float64 if wide else torch.float32, device=device)
-    parts = torch.empty((chunks.shape[0], 2), dtype=torch.float64, device=device)
-    terms = torch.empty(tensors, dtype=torch.float64, device=device)
-    options = dict(ORDER=_order(p))
+def _norms(table, chunks, chunk, column, p, squared, wide, terms):
+    """Of the tensors whose addresses stand in `column`; `terms` is None or gets their shares in the penalty."""
+    tensors = table.shape[0]
+    norms = torch.empty((tensors, 2), dtype=torch.float64, device=table.device)
+    parts = torch.empty((chunks.shape[0], 2), dtype=torch.float64, device=table.device)
+    options = dict(ORDER=_order(p), COLUMNS=table.shape[1])
     if chunks.shape[0]:
         _norm_chunks[(chunks.shape[0],)](
-            table, chunks, parts, chunk, _bits(p), WIDE=wide, num_warps=8 if wide else 4, **options
-        )
+            table, chunks, parts, chunk, _bits(p), WIDE=wide, COLUMN=column, **options,
+            num_warps=8 if wide else 4, maxnreg=128,  # unasked ptxas spills where that fits another block
+        )  # fmt: skip
     _norm_tensors[(tensors,)](table, parts, norms, terms, tensors, chunk, _bits(p), SQUARED=squared, **options)
+    return norms
+
+
+def lp_norms(table, chunks, chunk, p, squared, wide):
+    tensors, device = table.shape[0], table.device
+    penalty = torch.empty((), dtype=torch.float64 if wide else torch.float32, device=device)
+    terms = torch.empty(tensors, dtype=torch.float64, device=device)
+    norms = _norms(table, chunks, chunk, 2, p, squared, wide, terms)
     _total[(1,)](terms, penalty, tensors)
     return penalty, norms
 
@@ -302,8 +320,9 @@ def _attacks(table, chunks, norms, chunk, epsilon_bits):
             _attack_typed(row, first, n, inverse, step, tl.float64)
 
 
-def fgm_attack(table, chunks, chunk, norms, epsilon):
+def fgm_attack(table, chunks, chunk, epsilon, wide):
     if chunks.shape[0]:
+        norms = _norms(table, chunks, chunk, 3, 2.0, False, wide, None)
         _attacks[(chunks.shape[0],)](table, chunks, norms, chunk, _bits(epsilon))
 
 

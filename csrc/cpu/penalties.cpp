@@ -21,13 +21,15 @@
 
 namespace fastreg::penalties {
 struct Passes {
-  double (*reduce)(int64_t code, const void* x, int64_t n, double p, double inverse);
+  // The sum of |x * inverse|^p, or the largest of them; `exact` if its rounding has to be fp64's.
+  double (*reduce)(int64_t code, const void* x, int64_t n, double p, double inverse, bool exact);
   // To out, added to what is there or, where there is much of it, past the caches.
   void (*gradient)(int64_t code, const void* x, void* out, int64_t n, double p, Slope slope, bool add,
                    bool stream);
+  // What is copied goes past the caches too, if `stream`.
   void (*attack)(int64_t code, void* x, const void* g, void* backup, uint8_t* marks, int64_t n,
-                 double inverse, double step);
-  void (*restore)(int64_t code, void* x, const void* backup, uint8_t* marks, int64_t n);
+                 double inverse, double step, bool stream);
+  void (*restore)(int64_t code, void* x, const void* backup, uint8_t* marks, int64_t n, bool stream);
 };
 }  // namespace fastreg::penalties
 
@@ -41,7 +43,7 @@ using torch::stable::Tensor;
 namespace {
 using namespace penalties;
 
-constexpr int64_t kStream = 1 << 20;  // elements of gradients that bypass the caches
+constexpr int64_t kStream = 1 << 20;  // elements of gradients or backups that bypass the caches
 
 int64_t size_of_code(int64_t code) {
   return code == max_norm::kDouble ? 8 : code == max_norm::kFloat ? 4 : 2;
@@ -60,6 +62,7 @@ struct Chunks {
         chunk(chunk) {}
 
   const int64_t* row(int64_t i) const { return table + places[2 * i] * columns; }
+  bool many() const { return count * chunk >= kStream; }
 
   template <class Body>
   void each(const Body& body) const {
@@ -76,17 +79,12 @@ struct Chunks {
 char* element(int64_t address, int64_t index, int64_t code) {
   return reinterpret_cast<char*>(address) + index * size_of_code(code);
 }
-}  // namespace
 
-// Per tensor (scale, s), the norm being scale * s, and the penalty. Chunks are summed in their order.
-std::tuple<Tensor, Tensor> lp_norms(const Tensor& table, const Tensor& chunks, int64_t chunk, double p,
-                                    bool squared, bool wide) {
-  const Chunks all(table, chunks, chunk);
+// Per tensor whose address stands in that column (scale, s), the norm being scale * s. Chunks are summed in
+// their order.
+void norms_of(const Chunks& all, int64_t tensors, int column, double p, bool exact, double* out) {
   const auto passes = FASTREG_PICK(penalty_passes)();
   const max_norm::Order order = max_norm::order_of(p);
-  const int64_t tensors = table.size(0);
-  Tensor norms = new_tensor({tensors, 2}, ScalarType::Double);
-  auto* out = static_cast<double*>(norms.mutable_data_ptr());
   std::vector<double> parts(all.count), sums(tensors), scales(tensors, 1.0);
 
   const auto collect = [&](double with_p, const auto& scale, const auto& wanted, std::vector<double>& into,
@@ -94,7 +92,8 @@ std::tuple<Tensor, Tensor> lp_norms(const Tensor& table, const Tensor& chunks, i
     all.each([&](int64_t i, const int64_t* row, int64_t first, int64_t n) {
       const int64_t t = all.places[2 * i];
       if (wanted(t))
-        parts[i] = passes.reduce(row[kCode], element(row[kWeight], first, row[kCode]), n, with_p, scale(t));
+        parts[i] =
+            passes.reduce(row[kCode], element(row[column], first, row[kCode]), n, with_p, scale(t), exact);
     });
     for (int64_t t = 0; t < tensors; ++t)
       if (wanted(t)) into[t] = 0;
@@ -123,12 +122,19 @@ std::tuple<Tensor, Tensor> lp_norms(const Tensor& table, const Tensor& chunks, i
     }
     collect(p, [&](int64_t t) { return 1 / scales[t]; }, [&](int64_t t) { return unsafe[t]; }, sums, false);
   }
+  for (int64_t t = 0; t < tensors; ++t) out[2 * t] = scales[t], out[2 * t + 1] = max_norm::root(sums[t], p);
+}
+}  // namespace
+
+// The penalty, and the norms.
+std::tuple<Tensor, Tensor> lp_norms(const Tensor& table, const Tensor& chunks, int64_t chunk, double p,
+                                    bool squared, bool wide) {
+  const int64_t tensors = table.size(0);
+  Tensor norms = new_tensor({tensors, 2}, ScalarType::Double);
+  auto* out = static_cast<double*>(norms.mutable_data_ptr());
+  norms_of(Chunks(table, chunks, chunk), tensors, kWeight, p, wide, out);
   double total = 0;
-  for (int64_t t = 0; t < tensors; ++t) {
-    out[2 * t] = scales[t];
-    out[2 * t + 1] = max_norm::root(sums[t], p);
-    total += term(out[2 * t], out[2 * t + 1], p, squared);
-  }
+  for (int64_t t = 0; t < tensors; ++t) total += term(out[2 * t], out[2 * t + 1], p, squared);
   Tensor penalty = new_tensor({}, wide ? ScalarType::Double : ScalarType::Float);
   if (wide)
     *static_cast<double*>(penalty.mutable_data_ptr()) = total;
@@ -160,18 +166,19 @@ void lp_penalty_backward(const Tensor& table, const Tensor& chunks, int64_t chun
 
 // w += epsilon * g / |g| in the blocks where g is not zero, which are backed up first unless they already
 // are.
-void fgm_attack(const Tensor& table, const Tensor& chunks, int64_t chunk, const Tensor& norms,
-                double epsilon) {
+void fgm_attack(const Tensor& table, const Tensor& chunks, int64_t chunk, double epsilon, bool wide) {
   const Chunks all(table, chunks, chunk);
   const auto passes = FASTREG_PICK(penalty_passes)();
-  const auto* norm = static_cast<const double*>(norms.const_data_ptr());
+  std::vector<double> norm(2 * table.size(0));
+  norms_of(all, table.size(0), kGrad, 2, wide, norm.data());
   all.each([&](int64_t i, const int64_t* row, int64_t first, int64_t n) {
     const int64_t t = all.places[2 * i], code = row[kCode];
     const double scale = norm[2 * t], s = norm[2 * t + 1];
     if (!(s > 0 && s < HUGE_VAL)) return;
     passes.attack(code, element(row[kWeight], first, code), element(row[kGrad], first, code),
                   element(row[kBackup], first, code),
-                  reinterpret_cast<uint8_t*>(row[kMarks]) + first / kBlock, n, 1 / scale, epsilon / s);
+                  reinterpret_cast<uint8_t*>(row[kMarks]) + first / kBlock, n, 1 / scale, epsilon / s,
+                  all.many());
   });
 }
 
@@ -181,7 +188,7 @@ void fgm_restore(const Tensor& table, const Tensor& chunks, int64_t chunk) {
   all.each([&](int64_t, const int64_t* row, int64_t first, int64_t n) {
     const int64_t code = row[kCode];
     passes.restore(code, element(row[kWeight], first, code), element(row[kBackup], first, code),
-                   reinterpret_cast<uint8_t*>(row[kMarks]) + first / kBlock, n);
+                   reinterpret_cast<uint8_t*>(row[kMarks]) + first / kBlock, n, all.many());
   });
 }
 }  // namespace fastreg
@@ -200,6 +207,54 @@ STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
 
 namespace fastreg::FASTREG_ISA {
 using penalties::Slope;
+
+#if FASTREG_VECTOR_BYTES > 16
+// The sum of |x|^p of p = 1 or 2. A lane adds eight terms in fp32, and four lanes their sums, before those go
+// on in fp64: at most ten roundings of 2^-24. NaN, or little or much enough that fp32 may have lost some,
+// where it is not safe.
+template <class T, Order kind>
+double sum_in_floats(const T* x, int64_t n) {
+  using V = Vec<float>;
+  constexpr int64_t width = lanes<float>, slots = 4, run = 8 * slots * width;
+  Doubles low = {}, high = {};
+  for (int64_t i = 0; i < n; i += run) {
+    V total[slots] = {};
+    const auto add = [&](V v, int64_t slot) __attribute__((always_inline)) {
+      total[slot] += kind == Order::one ? bits<V>(bits<Int<float> >(v) & 0x7fffffff) : v * v;
+    };
+    if (i + run <= n) {
+      for (int64_t at = i; at < i + run; at += slots * width)
+        for (int64_t slot = 0; slot < slots; ++slot) add(load(x + at + slot * width), slot);
+    } else {
+      for (int64_t at = i, slot = 0; at < n; at += width, slot = (slot + 1) % slots)
+        add(at + width <= n ? load(x + at) : load_first(x + at, n - at, 0.0f), slot);
+    }
+    const V sum = (total[0] + total[1]) + (total[2] + total[3]);
+    HalfFloats halves[2];
+    __builtin_memcpy(halves, &sum, sizeof(sum));
+    low += to_double(halves[0]), high += to_double(halves[1]);
+  }
+  return horizontal_sum(low + high);
+}
+#endif
+
+// `reduce`, but for p = 1 and 2 of the narrow dtypes in fp32 first.
+static double sum_powers(int64_t code, const void* x, int64_t n, double p, double inverse,
+                         [[maybe_unused]] bool exact) {
+#if FASTREG_VECTOR_BYTES > 16
+  if (!exact && inverse == 1 && code != max_norm::kDouble && (p == 1 || p == 2)) {
+    const auto sum = [&]<class T>() {
+      const T* from = static_cast<const T*>(x);
+      return p == 1 ? sum_in_floats<T, Order::one>(from, n) : sum_in_floats<T, Order::two>(from, n);
+    };
+    const double total = code == max_norm::kFloat  ? sum.template operator()<float>()
+                         : code == max_norm::kHalf ? sum.template operator()<Half>()
+                                                   : sum.template operator()<BFloat16>();
+    if (total > 0x1p-80 && total < 0x1p100) return total;
+  }
+#endif
+  return reduce(code, x, n, p, inverse);
+}
 
 enum class Form { linear, sign, power };
 
@@ -340,22 +395,56 @@ FASTREG_INLINE void each_block(int64_t n, const Body& body) {
   if (at < n) body(at, n - at);
 }
 
+// Whether what is written to `to` can go past the caches.
+struct Streaming {
+  bool on = false;
+  Streaming([[maybe_unused]] const void* to, [[maybe_unused]] bool wanted) {
+#if FASTREG_VECTOR_BYTES > 16
+    on = wanted && reinterpret_cast<uintptr_t>(to) % FASTREG_VECTOR_BYTES == 0;
+#endif
+  }
+  ~Streaming() {
+#if FASTREG_VECTOR_BYTES > 16
+    if (on) finish_writing();
+#endif
+  }
+};
+
+// A block, past the caches if `stream` and it is a whole one.
+template <class T, class Count>
+FASTREG_INLINE void copy_block(T* to, const T* from, Count count, bool stream) {
+#if FASTREG_VECTOR_BYTES > 16
+  if constexpr (!std::is_same_v<Count, int64_t>) {
+    if (stream) {
+      for (int64_t i = 0; i < count * int64_t(sizeof(T)) / FASTREG_VECTOR_BYTES; ++i)
+        store_past_caches(reinterpret_cast<float*>(to) + i * lanes<float>,
+                          load_raw<Vec<float> >(reinterpret_cast<const float*>(from) + i * lanes<float>));
+      return;
+    }
+  }
+#endif
+  __builtin_memcpy(to, from, count * sizeof(T));
+}
+
 template <class T>
-void attack_typed(T* x, const T* g, T* backup, uint8_t* marks, int64_t n, double inverse, double step) {
+void attack_typed(T* x, const T* g, T* backup, uint8_t* marks, int64_t n, double inverse, double step,
+                  bool stream) {
+  const Streaming streaming(backup, stream);
   each_block(n, [&](int64_t at, auto count) __attribute__((always_inline)) {
     uint8_t& mark = marks[at / penalties::kBlock];
     if (is_zero(g + at, count)) return;
-    if (!mark) __builtin_memcpy(backup + at, x + at, count * sizeof(T));
+    if (!mark) copy_block(backup + at, x + at, count, streaming.on);
     mark = 1;
     step_block(x + at, g + at, count, inverse, step);
   });
 }
 
 template <class T>
-void restore_typed(T* x, const T* backup, uint8_t* marks, int64_t n) {
+void restore_typed(T* x, const T* backup, uint8_t* marks, int64_t n, bool stream) {
+  const Streaming streaming(x, stream);
   each_block(n, [&](int64_t at, auto count) __attribute__((always_inline)) {
     uint8_t& mark = marks[at / penalties::kBlock];
-    if (mark) __builtin_memcpy(x + at, backup + at, count * sizeof(T));
+    if (mark) copy_block(x + at, backup + at, count, streaming.on);
     mark = 0;
   });
 }
@@ -366,15 +455,15 @@ static void gradient(int64_t code, const void* x, void* out, int64_t n, double p
                   gradient_either(static_cast<const T*>(x), static_cast<T*>(out), n, p, slope, add, stream))
 }
 static void attack(int64_t code, void* x, const void* g, void* backup, uint8_t* marks, int64_t n,
-                   double inverse, double step) {
+                   double inverse, double step, bool stream) {
   FASTREG_BY_CODE(code, attack_typed(static_cast<T*>(x), static_cast<const T*>(g), static_cast<T*>(backup),
-                                     marks, n, inverse, step))
+                                     marks, n, inverse, step, stream))
 }
-static void restore(int64_t code, void* x, const void* backup, uint8_t* marks, int64_t n){
-    FASTREG_BY_CODE(code, restore_typed(static_cast<T*>(x), static_cast<const T*>(backup), marks, n))}
+static void restore(int64_t code, void* x, const void* backup, uint8_t* marks, int64_t n, bool stream){
+    FASTREG_BY_CODE(code, restore_typed(static_cast<T*>(x), static_cast<const T*>(backup), marks, n, stream))}
 
 penalties::Passes penalty_passes() {
-  return {reduce, gradient, attack, restore};
+  return {sum_powers, gradient, attack, restore};
 }
 }  // namespace fastreg::FASTREG_ISA
 #endif

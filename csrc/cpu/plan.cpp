@@ -65,36 +65,48 @@ bool describe_one(AtenTensorHandle tensor, Description* out) {
   return true;
 }
 
-// (list of tensors, address of an array of Description)
-bool parse(PyObject* args, PyObject** tensors, Description** rows) {
-  unsigned long long address;
-  if (!PyArg_ParseTuple(args, "O!K", &PyList_Type, tensors, &address)) return false;
-  *rows = reinterpret_cast<Description*>(address);
-  return true;
-}
+// A list of tensors, and an array of as many Descriptions, which is released in the end.
+struct Described {
+  PyObject* tensors = nullptr;
+  Py_buffer buffer = {};
+  Description* rows = nullptr;
+  Py_ssize_t count = 0;
+
+  bool parse(PyObject* args, const char* format) {
+    if (!PyArg_ParseTuple(args, format, &PyList_Type, &tensors, &buffer)) return false;
+    rows = static_cast<Description*>(buffer.buf);
+    count = PyList_Size(tensors);
+    return true;
+  }
+  bool is_full() const { return buffer.len == count * Py_ssize_t(sizeof(Description)); }
+  ~Described() {
+    if (buffer.obj) PyBuffer_Release(&buffer);
+  }
+};
 
 // Whether each could be described.
-PyObject* describe(PyObject*, PyObject* args) {
-  PyObject* tensors;
-  Description* rows;
-  if (!parse(args, &tensors, &rows)) return nullptr;
-  for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
-    PyObject* object = PyList_GetItem(tensors, i);
-    if (!describable(object) || !describe_one(handle_of(object), rows + i)) Py_RETURN_FALSE;
+PyObject* describe_into(PyObject*, PyObject* args) {
+  Described all;
+  if (!all.parse(args, "O!w*")) return nullptr;
+  if (!all.is_full()) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < all.count; ++i) {
+    PyObject* object = PyList_GetItem(all.tensors, i);
+    if (!describable(object) || !describe_one(handle_of(object), all.rows + i)) Py_RETURN_FALSE;
   }
   Py_RETURN_TRUE;
 }
 
-// Whether each is what it was. What could not be described is known by its dtype, or has no address.
-PyObject* unchanged(PyObject*, PyObject* args) {
-  PyObject* tensors;
-  Description *rows, now;
-  if (!parse(args, &tensors, &rows)) return nullptr;
-  const Py_ssize_t count = PyList_Size(tensors);
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* object = PyList_GetItem(tensors, i);
-    if (!known_class(object) || !describe_one(handle_of(object), &now) || now.address != rows[i].address ||
-        now.layout != rows[i].layout)
+// Whether there are as many as there were, and each is what it was. What could not be described is known by
+// its dtype, or has no address.
+PyObject* still_as(PyObject*, PyObject* args) {
+  Described all;
+  Description now;
+  if (!all.parse(args, "O!y*")) return nullptr;
+  if (!all.is_full()) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < all.count; ++i) {
+    PyObject* object = PyList_GetItem(all.tensors, i);
+    if (!known_class(object) || !describe_one(handle_of(object), &now) ||
+        now.address != all.rows[i].address || now.layout != all.rows[i].layout)
       Py_RETURN_FALSE;
   }
   Py_RETURN_TRUE;
@@ -124,7 +136,7 @@ PyObject* same_values(PyObject*, PyObject* args) {
 }  // namespace
 
 PyMethodDef fastreg_methods[] = {{"recognise", recognise, METH_VARARGS, nullptr},
-                                 {"describe", describe, METH_VARARGS, nullptr},
-                                 {"unchanged", unchanged, METH_VARARGS, nullptr},
+                                 {"describe_into", describe_into, METH_VARARGS, nullptr},
+                                 {"still_as", still_as, METH_VARARGS, nullptr},
                                  {"same_values", same_values, METH_VARARGS, nullptr},
                                  {nullptr, nullptr, 0, nullptr}};

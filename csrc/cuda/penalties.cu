@@ -5,8 +5,9 @@
 // to
 //           it). Attack: each gradient once; weight and backup only in the blocks of 64 where the gradient is
 //           not zero.
-// Launches  norms: 3, whatever the number of tensors: a sum per chunk, a norm per tensor, the penalty. The
-//           others: 1, a block per chunk.
+// Launches  norms: 3, whatever the number of tensors: a sum per chunk, a norm per tensor, the penalty.
+// Attack:
+//           the first two of these, for the gradients, and 1. The others: 1, a block per chunk.
 // Accesses  128 bits where all addresses of a tensor are multiples of 16 bytes; other tensors go by elements.
 // Numerics  sums in fp64, in an order that the plan fixes. Where powers could overflow or vanish they are of
 //           values relative to the largest so far.
@@ -134,12 +135,14 @@ __device__ void sum_run(S& sum, const T* x, int64_t n, bool aligned, double p) {
 
 template <Order ORDER>
 __global__ void __launch_bounds__(kThreads, 2)
-    norm_chunks(const int64_t* table, const int64_t* chunks, int64_t chunk, double p, double* parts) {
+    norm_chunks(const int64_t* table, int columns, int column, const int64_t* chunks, int64_t chunk, double p,
+                double* parts) {
   __shared__ double scales[32], totals[32];
-  const Chunk c = chunk_of(table, chunks, chunk, pn::kPenaltyColumns);
+  const Chunk c = chunk_of(table, chunks, chunk, columns);
+  const int64_t address = c.row[column];
   by_type(c, [&]<class T>() {
     Sum<ORDER, ORDER == Order::any || sizeof(T) == 8> sum;
-    sum_run<T>(sum, c.at<const T>(c.row[pn::kWeight]), c.length, is_aligned(c.row[pn::kWeight]), p);
+    sum_run<T>(sum, c.at<const T>(address), c.length, is_aligned(address), p);
     sum.merge_block(p, scales, totals);
     if (threadIdx.x == 0) {
       parts[2 * int64_t(blockIdx.x)] = sum.scale;
@@ -148,16 +151,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 }
 
-// A warp per tensor: from the sums of its chunks, in their order, its norm and its share in the penalty.
+// A warp per tensor: from the sums of its chunks, in their order, its norm and, unless `terms` is null, its
+// share in the penalty.
 template <Order ORDER>
-__global__ void __launch_bounds__(32) norm_tensors(const int64_t* table, const double* parts, int64_t chunk,
-                                                   double p, bool squared, double* norms, double* terms) {
+__global__ void __launch_bounds__(32)
+    norm_tensors(const int64_t* table, int columns, const double* parts, int64_t chunk, double p,
+                 bool squared, double* norms, double* terms) {
   const int64_t t = blockIdx.x;
   long long begin = 0;
   for (int64_t i = threadIdx.x; i < t; i += 32)
-    begin += (table[i * pn::kPenaltyColumns + pn::kElements] + chunk - 1) / chunk;
+    begin += (table[i * columns + pn::kElements] + chunk - 1) / chunk;
   for (int step = 16; step > 0; step /= 2) begin += __shfl_xor_sync(everyone, begin, step);
-  const int64_t count = (table[t * pn::kPenaltyColumns + pn::kElements] + chunk - 1) / chunk;
+  const int64_t count = (table[t * columns + pn::kElements] + chunk - 1) / chunk;
   Sum<ORDER, true> sum;
   for (int64_t i = threadIdx.x; i < count; i += 32)
     sum.merge(parts[2 * (begin + i)], parts[2 * (begin + i) + 1], p);
@@ -168,7 +173,7 @@ __global__ void __launch_bounds__(32) norm_tensors(const int64_t* table, const d
   const double s = max_norm::root(sum.total, p);
   norms[2 * t] = sum.scale;
   norms[2 * t + 1] = s;
-  terms[t] = pn::term(sum.scale, s, p, squared);
+  if (terms) terms[t] = pn::term(sum.scale, s, p, squared);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -331,6 +336,18 @@ cudaError_t by_order(double p, const Launch& launch) {
 
 bool too_many(int64_t blocks) { return blocks > 0x7fffffff; }
 dim3 grid_of(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
+
+template <Order ORDER>
+void launch_norms(const int64_t* table, int columns, int column, const int64_t* chunks, int64_t chunk_count,
+                  int64_t chunk, int64_t tensors, double p, bool squared, double* parts, double* norms,
+                  double* terms, cudaStream_t stream) {
+  if (chunk_count)
+    LAUNCH(norm_chunks<ORDER>, grid_of(chunk_count), dim3(kThreads), 0, stream, table, columns, column,
+           chunks, chunk, p, parts);
+  if (tensors)
+    LAUNCH(norm_tensors<ORDER>, grid_of(tensors), dim3(32), 0, stream, table, columns, parts, chunk, p,
+           squared, norms, terms);
+}
 }  // namespace
 
 cudaError_t lp_norms(const int64_t* table, const int64_t* chunks, int64_t chunk_count, int64_t chunk,
@@ -338,12 +355,8 @@ cudaError_t lp_norms(const int64_t* table, const int64_t* chunks, int64_t chunk_
                      float* penalty, double* wide_penalty, cudaStream_t stream) {
   if (too_many(chunk_count) || too_many(tensors)) return cudaErrorInvalidValue;
   return by_order(p, [&]<Order ORDER>() {
-    if (chunk_count)
-      LAUNCH(norm_chunks<ORDER>, grid_of(chunk_count), dim3(kThreads), 0, stream, table, chunks, chunk, p,
-             parts);
-    if (tensors)
-      LAUNCH(norm_tensors<ORDER>, grid_of(tensors), dim3(32), 0, stream, table, parts, chunk, p, squared,
-             norms, terms);
+    launch_norms<ORDER>(table, pn::kPenaltyColumns, pn::kWeight, chunks, chunk_count, chunk, tensors, p,
+                        squared, parts, norms, terms, stream);
     LAUNCH(add_terms, dim3(1), dim3(kThreads), 0, stream, terms, tensors, penalty, wide_penalty);
   });
 }
@@ -360,9 +373,11 @@ cudaError_t lp_penalty_backward(const int64_t* table, const int64_t* chunks, int
 }
 
 cudaError_t fgm_attack(const int64_t* table, const int64_t* chunks, int64_t chunk_count, int64_t chunk,
-                       const double* norms, double epsilon, cudaStream_t stream) {
-  if (too_many(chunk_count)) return cudaErrorInvalidValue;
+                       int64_t tensors, double epsilon, double* parts, double* norms, cudaStream_t stream) {
+  if (too_many(chunk_count) || too_many(tensors)) return cudaErrorInvalidValue;
   if (chunk_count == 0) return cudaSuccess;
+  launch_norms<Order::two>(table, pn::kFgmColumns, pn::kGrad, chunks, chunk_count, chunk, tensors, 2, false,
+                           parts, norms, nullptr, stream);
   LAUNCH(attacks, grid_of(chunk_count), dim3(kThreads), 0, stream, table, chunks, chunk, norms, epsilon);
   return cudaGetLastError();
 }

@@ -41,11 +41,13 @@ void lp_penalty_backward(const Tensor& table, const Tensor& chunks, int64_t chun
                                   squared, add, on.stream));
 }
 
-void fgm_attack(const Tensor& table, const Tensor& chunks, int64_t chunk, const Tensor& norms,
-                double epsilon) {
+void fgm_attack(const Tensor& table, const Tensor& chunks, int64_t chunk, double epsilon, bool) {
   const OnDevice on(table);
-  check(cuda::fgm_attack(data_of<int64_t>(table), data_of<int64_t>(chunks), chunks.size(0), chunk,
-                         data_of<double>(norms), epsilon, on.stream));
+  const int64_t tensors = table.size(0);
+  const Tensor parts = on.empty({chunks.size(0), 2}, ScalarType::Double);
+  const Tensor norms = on.empty({tensors, 2}, ScalarType::Double);
+  check(cuda::fgm_attack(data_of<int64_t>(table), data_of<int64_t>(chunks), chunks.size(0), chunk, tensors,
+                         epsilon, data_of<double>(parts), data_of<double>(norms), on.stream));
 }
 
 void fgm_restore(const Tensor& table, const Tensor& chunks, int64_t chunk) {
