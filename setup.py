@@ -18,6 +18,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Semaphore
 
 from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -32,6 +33,8 @@ STABLE_ABI = [
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
              "-fopenmp-simd", "-Wall", "-Wno-psabi"]  # fmt: skip
 DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+JOBS = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+a_job = Semaphore(JOBS)
 
 
 def wish(name: str) -> str:
@@ -73,9 +76,10 @@ def naming(extension: str, source: str) -> list[str]:
 
 
 def run(command: list[str]) -> None:
-    print(shlex.join(command), flush=True)
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        with a_job:
+            print(shlex.join(command), flush=True)
+            done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         raise RuntimeError(f"no {command[0]} on the PATH") from None
     sys.stderr.write(done.stderr)
@@ -85,8 +89,7 @@ def run(command: list[str]) -> None:
 
 
 def compile_all(commands: list[list[str]]) -> None:
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
+    with ThreadPoolExecutor(JOBS) as pool:
         list(pool.map(run, commands))
 
 
@@ -119,10 +122,13 @@ class BuildNative(build_ext):
     def run(self) -> None:
         # A build left over from other sources must not outlive a failure now.
         self.outcome: dict[str, str] = {}
-        for extension in self.extensions:
+        kinds = {extension.name.rsplit("_", 1)[1]: extension for extension in self.extensions}
+        for extension in kinds.values():
             Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
-            kind = extension.name.rsplit("_", 1)[1].upper()
-            self.outcome[kind.lower()] = self.attempt(extension, kind)
+        # Together, for the largest file of each takes minutes, and longer than all others.
+        with ThreadPoolExecutor(max(1, len(kinds))) as pool:
+            told = {kind: pool.submit(self.attempt, extension, kind.upper()) for kind, extension in kinds.items()}
+            self.outcome |= {kind: future.result() for kind, future in told.items()}
         folder = ROOT / "fastreg" if self.inplace else Path(self.build_lib) / "fastreg"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "_build.json").write_text(json.dumps(self.outcome, indent=1) + "\n")
@@ -164,7 +170,7 @@ class BuildNative(build_ext):
             if source.endswith(".cu"):
                 commands.append([str(home / "bin" / "nvcc"), "-c", source, "-o", target, "-O3", "-std=c++20",
                                  "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden",
-                                 f"-I{ROOT}/csrc", *arch_flags()])  # fmt: skip
+                                 f"--split-compile={JOBS}", f"-I{ROOT}/csrc", *arch_flags()])  # fmt: skip
             else:
                 commands.append(
                     [
@@ -200,7 +206,8 @@ class InPlace(Distribution):
 
 
 def sources(kind: str) -> list[str]:
-    paths = [*sorted((ROOT / "csrc" / kind).glob("*.c*")), ROOT / "csrc" / "module.cpp"]
+    paths = [*(ROOT / "csrc" / kind).glob("*.c*"), ROOT / "csrc" / "module.cpp"]
+    paths.sort(key=lambda path: (-path.stat().st_size, path))  # those that take longest first
     return [str(path.relative_to(ROOT)) for path in paths]
 
 
