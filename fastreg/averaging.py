@@ -1125,7 +1125,7 @@ class WeightAverager:
     def state_dict(self) -> dict[str, Any]:
         """{"n_averaged", "calls", "averages": {name: {tensor name: tensor}}}, by reference as in a module's; shards
         of DTensor parameters come as DTensors. Inside `swapped` the tensors that changed places are copies."""
-        _reshard(self._model)
+        self._current_link()  # raises where the model's tensors are no longer those that are averaged
         params, buffers = _tensors_of(self._model)
         return {
             "n_averaged": self._clock.n_averaged.clone(),

@@ -663,6 +663,9 @@ def test_changed_models_are_refused_before_writing(kind, device):
         change(net)
         with pytest.raises(ValueError, match=r"extra|4\.bias|1\.running_mean"):
             update()
+        if kind == "WeightAverager":
+            with pytest.raises(ValueError, match=r"extra|4\.bias|1\.running_mean"):
+                average.state_dict()
         assert_same(held(), before)
 
 

@@ -1,5 +1,7 @@
-"""README tells the truth: its Python snippets run, its commands exist, its table of backends is today's."""
+"""README tells the truth: its Python snippets run, its commands exist, its table of backends is today's, its times are
+those of the committed results."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -36,3 +38,33 @@ def test_table_of_ops_names_every_registered_op_and_its_backends():
         ticks = [cell.strip() for cell in rows[op].split("|")[:4]]
         said = tuple(backend for backend, tick in zip(_backends.BACKENDS, ticks) if tick == "✓")
         assert said == ("reference", *(b for b in _backends.BACKENDS if b in kernels)), op
+
+
+def times_of_readme() -> list[tuple[str, ...]]:
+    """(op, case, time, unit, speed-up, fastest peer) of each row."""
+    number = r"([\d.]+)"
+    return re.findall(rf"^\| (\w+) \| (.+?) \| {number} (µs|ms|s) \| {number} \| (.+?) \|$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("row", times_of_readme(), ids=lambda row: f"{row[0]} {row[1]}")
+def test_times_are_those_of_the_committed_results(row):
+    op, case, time, unit, speedup, peer = row
+    with (ROOT / "benchmarks" / "results" / "cpu" / f"{op}.csv").open(newline="") as file:
+        rows = [
+            r for r in csv.DictReader(file) if (r["case"], r["dtype"], r["provider"]) == (case, "float32", "fastreg")
+        ]
+    measured = next(r for mode in ("both", "forward") for r in rows if r["mode"] == mode)
+    scale = {"µs": 1, "ms": 1e3, "s": 1e6}[unit]
+
+    def is_rounded(shown: str, value: float) -> bool:
+        digits = len(shown.partition(".")[2])
+        return abs(float(shown) - value) <= 0.5001 * 10**-digits
+
+    assert is_rounded(time, float(measured["median_us"]) / scale), measured["median_us"]
+    assert is_rounded(speedup, float(measured["speedup"])), measured["speedup"]
+    assert peer == measured["fastest_peer"]
+    assert measured["threads"] == "1" and measured["contended"] == "no"
+
+
+def test_a_time_stands_in_the_table():
+    assert len(times_of_readme()) > 20
