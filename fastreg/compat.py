@@ -72,28 +72,31 @@ class EMA:
     def register(self) -> None:
         self.shadow = {name: param.clone() for name, param in self._trainable().items()}
 
-    def _matched(self, kept: dict[str, Tensor], call: str) -> tuple[list[Tensor], list[Tensor]]:
+    def _with_shadow(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The trainable parameters, which may have become fewer, and their averages."""
+        if not self.shadow:
+            raise RuntimeError("register() must come first")
         params = self._trainable()
-        if not kept or kept.keys() != params.keys():
-            raise RuntimeError(
-                f"{call} must come first" if not kept else f"the trainable parameters changed since {call}"
-            )
-        return list(kept.values()), list(params.values())
+        if new := sorted(params.keys() - self.shadow.keys()):
+            raise RuntimeError(f"since register() these have become trainable: {new}")
+        return params, [self.shadow[name] for name in params]
 
     def update(self) -> None:
-        shadow, params = self._matched(self.shadow, "register()")
-        averaging.average_(shadow, params, 1 - self.decay)
+        params, shadow = self._with_shadow()
+        averaging.average_(shadow, list(params.values()), 1 - self.decay)
 
     def apply_shadow(self) -> None:
-        shadow, params = self._matched(self.shadow, "register()")
+        params, shadow = self._with_shadow()
         if self.backup:
             raise RuntimeError("apply_shadow() was called already: call restore() first")
-        self.backup = {name: param.clone() for name, param in self._trainable().items()}
-        averaging.average_(params, shadow, 1.0)
+        self.backup = {name: param.clone() for name, param in params.items()}
+        averaging.average_(list(params.values()), shadow, 1.0)
 
     def restore(self) -> None:
-        backup, params = self._matched(self.backup, "apply_shadow()")
-        averaging.average_(params, backup, 1.0)
+        if not self.backup:
+            raise RuntimeError("apply_shadow() must come first")
+        params = dict(self.model.named_parameters())
+        averaging.average_([params[name].detach() for name in self.backup], list(self.backup.values()), 1.0)
         self.backup = {}
 
 

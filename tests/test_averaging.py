@@ -1563,5 +1563,24 @@ def test_article_ema_with_shadow_and_backup(device):
         ema.restore()
 
 
+def test_article_ema_where_layers_are_frozen_and_thawed_during_training():
+    from fastreg import compat
+
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    net[1].requires_grad_(False)
+    ema = compat.EMA(net, 0.9)
+    ema.register()
+    net[0].bias.requires_grad_(False)
+    ema.update()
+    mine = tensors(net)
+    ema.apply_shadow()
+    net[0].requires_grad_(False)
+    ema.restore()
+    assert_same(tensors(net), mine)
+    net.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"have become trainable: \['1.bias', '1.weight'\]"):
+        ema.update()
+
+
 def test_backends_table_names_averaging():
     assert fastreg.backends()["averaging"]["reference"] == "usable"

@@ -2,10 +2,17 @@
 those of the committed results."""
 
 import csv
+import doctest
+import importlib
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+import fastreg
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -15,6 +22,22 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_snippet_runs(number, capsys):
     exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {})
+
+
+@pytest.mark.parametrize("name", ["max_norm", "penalties"])
+def test_examples_in_docstrings_run(name):
+    model = nn.Sequential(OrderedDict(emb=nn.Embedding(5, 4), fc=nn.Linear(4, 3)))
+    given = {
+        "fastreg": fastreg,
+        "model": model,
+        "x": torch.tensor([0, 2, 4]),
+        "loss": lambda output: fastreg.cross_entropy(output, torch.tensor([0, 1, 2])),
+        "fgm": fastreg.FGM(model),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    module = importlib.import_module(f"fastreg.{name}")
+    tried = doctest.testmod(module, extraglobs=given, optionflags=doctest.ELLIPSIS)
+    assert tried.attempted > 0 and tried.failed == 0
 
 
 def test_every_named_file_exists():
