@@ -25,7 +25,11 @@ struct DeviceMath : ScalarMath {
   template <class A>
   static __device__ A log1p(A x) {
     const A sum = 1 + x;  // and what rounding has taken off it
-    return ::log(sum) + (x - (sum - 1)) * (1 / sum);
+    return ::log(sum) + (x - (sum - 1)) * quotient(A(1), sum);
+  }
+  template <class A>
+  static __device__ A quotient(A a, A b) {
+    return fast_quotient(a, b);
   }
   template <class A>
   static __device__ A pow(A base, A exponent) {

@@ -532,7 +532,7 @@ inline float __logf(float x) { return __log2f(x) * 0.693147181f; }
 inline float __expf(float x) { return std::exp2(x * 1.44269504f); }
 inline float __powf(float x, float y) { return std::exp2(y * __log2f(x)); }
 inline float __fdividef(float x, float y) {
-  return std::fabs(y) > 0x1p126f && std::fabs(x) < HUGE_VALF ? x * 0.0f : x / y;
+  return std::fabs(y) > 0x1p126f && std::fabs(x) < HUGE_VALF ? x * 0.0f : x * (1 / y);
 }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fmul_rn(float x, float y) { return x * y; }
