@@ -1,5 +1,8 @@
 """What holds for every op on a CUDA device, whatever it computes. `benchmarks.gpu_check.OPS` lists the calls."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -20,6 +23,11 @@ def skip_what_is_missing(op, backend):
 every_kernel = pytest.mark.parametrize(("op", "backend"), [(op, backend) for op in OPS for backend in GPU_BACKENDS])
 
 
+def copies(tensors):
+    """What a call in place returns is what the next one writes."""
+    return [tensor.clone() for tensor in tensors]
+
+
 @every_kernel
 def test_agrees_with_plain_pytorch(op, backend):
     for ours, stock in OPS[op].calls("cuda"):
@@ -32,7 +40,7 @@ def test_agrees_with_plain_pytorch(op, backend):
 def test_same_input_same_bits(op, backend):
     for ours, _ in OPS[op].calls("cuda"):
         with fastreg.use_backend(backend):
-            first, second = ours(), ours()
+            first, second = copies(ours()), ours()
         for a, b in zip(first, second):
             assert torch.equal(a, b)
 
@@ -80,8 +88,9 @@ def test_runs_on_the_device_of_its_tensors(op, backend):
 def test_can_be_captured_in_a_graph(op, backend):
     for ours, _ in OPS[op].calls("cuda"):
         stream = torch.cuda.Stream()
+        torch.cuda.synchronize()  # what the calls read is made on another stream
         with torch.cuda.stream(stream), fastreg.use_backend(backend):
-            want = ours()
+            want = copies(ours())
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
@@ -92,3 +101,36 @@ def test_can_be_captured_in_a_graph(op, backend):
         torch.cuda.synchronize()
         for a, b in zip(got, want):
             assert torch.equal(a, b)
+
+
+@every_kernel
+def test_can_be_captured_in_a_graph_before_it_ever_ran_and_run_outside_then(op, backend):
+    """On these tensors, that is: kernels are compiled, but tables of addresses are made in the graph."""
+    for (compiles, _), (ours, stock) in zip(OPS[op].calls("cuda"), OPS[op].calls("cuda"), strict=True):
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()  # what the calls read is made on another stream
+        with torch.cuda.stream(stream), fastreg.use_backend(backend):
+            compiles()
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                got = ours()
+            outside = copies(ours())
+        stream.synchronize()
+        want = copies(stock())
+        agree(outside, want)
+        graph.replay()
+        agree(got, want)
+
+
+@pytest.mark.parametrize("op", ["cross_entropy"])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_a_target_out_of_range_is_an_assertion(op, backend):
+    """In a process of its own, which has no use of the GPU afterwards."""
+    program = (
+        "import sys, torch, fastreg; x, y = torch.randn(4, 10, device='cuda'), torch.arange(4, device='cuda') + 7\n"
+        "with fastreg.use_backend(sys.argv[1]): fastreg.cross_entropy(x, y)\n"
+        "torch.cuda.synchronize()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, backend], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "device-side assert" in done.stderr, done.stderr
