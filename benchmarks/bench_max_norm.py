@@ -1,4 +1,5 @@
-"""Max-norm projection, half of the rows over the cap: each element is read once, half of them are written."""
+"""Max-norm projection, half of the rows over the cap: each element is read once, half of them are written. The same of
+the l1 ball, whose projection others find by sorting."""
 
 from types import SimpleNamespace
 
@@ -14,6 +15,11 @@ CASES = {"1000x2048": (1000, 2048), "8142x2048": (8142, 2048), "50257x768": (502
 def weights_and_cap(shape, dtype, device):
     fresh = torch.randn(shape, device=device).to(dtype)
     return SimpleNamespace(fresh=fresh, cap=float(fresh.float().norm(dim=1).median()))
+
+
+def weights_and_radius(shape, dtype, device):
+    fresh = torch.randn(shape, device=device).to(dtype)
+    return SimpleNamespace(fresh=fresh, cap=float(fresh.float().norm(p=1, dim=1).median()) / 2)
 
 
 def projecting(data, project):
@@ -70,3 +76,34 @@ def eager(data):
 @max_norm.peer("torch.compile", compiled=True)
 def compiled(data):
     return projecting(data, torch.compile(masked))
+
+
+l1_ball = Bench("l1_ball", {"1000x2048": CASES["1000x2048"]}, registry="project_lp_ball_", compare=False)
+l1_ball.inputs(weights_and_radius)
+l1_ball.bytes(lambda data: {"forward": 2 * nbytes(data.fresh)})
+
+
+@l1_ball.ours
+def our_ball(data):
+    return projecting(data, lambda weight, radius: fastreg.project_lp_ball_(weight, radius, 1))
+
+
+def by_sorting(weight, radius):
+    """Duchi et al. 2008, figure 1, for all rows at once."""
+    size = weight.abs()
+    ordered = size.sort(1, descending=True).values
+    sums = ordered.cumsum(1) - radius
+    counts = torch.arange(1, weight.shape[1] + 1, device=weight.device)
+    kept = (ordered * counts > sums).sum(1, keepdim=True)
+    theta = (sums.gather(1, kept - 1) / kept).clamp(min=0)
+    weight.copy_(weight.sign() * (size - theta).clamp(min=0))
+
+
+@l1_ball.peer("by sorting")
+def sorting(data):
+    return projecting(data, by_sorting)
+
+
+@l1_ball.peer("torch.compile", compiled=True)
+def compiled_sorting(data):
+    return projecting(data, torch.compile(by_sorting))

@@ -1,5 +1,5 @@
-"""Stochastic depth, with and without the residual it leads to, and soft-thresholding: alone, and in the block of the
-residual shrinkage network, which learns its thresholds."""
+"""Stochastic depth, with and without the residual it leads to; soft-thresholding, alone and in the block of the
+residual shrinkage network, which learns its thresholds; flooding."""
 
 import copy
 import importlib.util
@@ -180,3 +180,35 @@ def eager_block(data):
 def compiled_block(data):
     fc, call = copy.deepcopy(data.block.fc), torch.compile(shrinkage)
     return differentiable(lambda: call(fc, data.x), data.x)
+
+
+# ---- flooding --------------------------------------------------------------------------------------------
+
+# The article's formula is all there is to it: what is shown is that the checks around it cost little.
+flood = Bench("flood", {"a loss": (), "losses of 4096 samples": (4096,)}, dtypes=(torch.float32,))
+
+
+@flood.inputs
+def losses(shape, dtype, device):
+    return SimpleNamespace(loss=torch.rand(shape, device=device, dtype=dtype).requires_grad_())
+
+
+@flood.bytes
+def flood_bytes(data):
+    return {"forward": 2 * nbytes(data.loss), "backward": 3 * nbytes(data.loss)}
+
+
+@flood.ours
+def our_flood(data):
+    return differentiable(lambda: fastreg.flood(data.loss, 0.1), data.loss)
+
+
+@flood.peer("article's formula")
+def article_flood(data):
+    return differentiable(lambda: (data.loss - 0.1).abs() + 0.1, data.loss)
+
+
+@flood.peer("torch.compile", compiled=True)
+def compiled_flood(data):
+    call = torch.compile(lambda loss: (loss - 0.1).abs() + 0.1)
+    return differentiable(lambda: call(data.loss), data.loss)

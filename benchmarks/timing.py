@@ -148,7 +148,8 @@ class Bench:
         registry: str | None = None,
         compare: bool = True,
     ):
-        """`op` names the results' files; `registry` is the op's name in `fastreg.backends()` where that differs.
+        """`op` names the results' files; `registry` is the op's name in `fastreg.backends()` where that differs. What
+        is not there is plain PyTorch: nothing of ours can be forced.
         `quick` names the cases that --quick keeps (default: the first). `compare=False` where peers may differ."""
         self.op, self.cases, self.dtypes, self.compare = op, dict(cases), tuple(dtypes), compare
         self.quick = tuple(quick) or tuple(self.cases)[:1]
@@ -179,8 +180,8 @@ class Bench:
         return add
 
     def providers(self) -> list[Provider]:
-        backends = [name for name in fastreg.backends()[self.registry] if name != "reference"]
-        forced = [Provider(f"fastreg {name}", self._ours, name) for name in (*backends, "reference")]
+        backends = sorted(fastreg.backends().get(self.registry, ()), key="reference".__eq__)  # that one last
+        forced = [Provider(f"fastreg {name}", self._ours, name) for name in backends]
         # What a user gets who forces no backend, which for a tiny call may be another than the kernels.
         return [Provider("fastreg", self._ours, "auto"), *forced, *self.peers]
 
