@@ -450,8 +450,9 @@ def stages(dry: bool, scratch: Path) -> list[Stage]:
     found.append(Stage("tests of cuda", 60, [*tests, *others, "-k", "not triton"], tail=12))
     found.append(Stage("tests of triton", 60, [*tests, *others, "-k", "triton"], tail=12))
     device = "cpu" if dry else "cuda"
-    for op, checked in OPS.items():
-        for case in [""] if dry else checked.cases:
+    cases = [(op, [""] if dry else list(checked.cases)) for op, checked in OPS.items()]
+    for turn in range(max(len(of_op) for _, of_op in cases)):  # every op's most telling case first
+        for op, case in [(op, of_op[turn]) for op, of_op in cases if turn < len(of_op)]:
             # A process per case: an illegal access costs the process its GPU, and should cost one case only.
             command = this("--time", op, "--case", case, "--device", device, "--out", str(scratch))
             found.append(Stage(f"timing {op} {case}".strip(), 60, command, tail=0))

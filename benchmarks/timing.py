@@ -377,6 +377,7 @@ class CudaTimer:
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
         # A backward runs on its forward's stream, and only a side stream can be captured.
         self.stream = torch.cuda.Stream()
+        torch.cuda.synchronize()  # the inputs are made on another stream
         torch.cuda.set_stream(self.stream)
 
     def warm(self, run: Run) -> None:

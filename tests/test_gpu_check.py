@@ -123,6 +123,8 @@ def test_stages_on_a_gpu(monkeypatch, tmp_path):
     tests = ["tests of every op", "tests of cuda", "tests of triton"]
     assert names[:6] == ["machine", "build", "backends", *tests]
     assert "timing cross_entropy 65536x10" in names and "racecheck cross_entropy triton" in names
+    firsts = [f"timing {op} {next(iter(checked.cases))}" for op, checked in OPS.items()]
+    assert names[6 : 6 + len(OPS)] == firsts
     for op in OPS:
         for backend in gpu_check.GPU_BACKENDS:
             assert (f"memcheck {op} {backend}" in names) == (backend in _backends._kernels[OPS[op].registry or op])
