@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import averaging
+from . import _checks, averaging
 from .max_norm import _threshold, max_norm_
 from .noise import drop_path_reference
 from .penalties import Perturbation, lp_penalty
@@ -118,6 +118,9 @@ class MaxNorm_via_PGD:
     """
 
     def __init__(self, thresh: float = 1.0, LpNorm: float = 2, tau: float = 1, layers: Sequence[str] | None = None):
+        _checks.finite_at_least("thresh", thresh, 0.0)
+        _checks.above_zero("LpNorm", LpNorm)
+        _checks.finite_at_least("tau", tau, 0.0)
         self.thresh, self.LpNorm, self.tau, self.layers = thresh, LpNorm, tau, layers
         self.perLayerThresh: list[float | Tensor] = []
 
@@ -160,8 +163,8 @@ class Regularization(nn.Module):
 
     def __init__(self, model: nn.Module, weight_decay: float, p: float = 2):
         super().__init__()
-        if not weight_decay > 0:
-            raise ValueError(f"weight_decay must be above 0, got {weight_decay}")
+        _checks.above_zero("weight_decay", weight_decay)
+        _checks.in_range("p", p, 1.0)
         self.model, self.weight_decay, self.p = model, weight_decay, p
         self.weight_list = self.get_weight(model)
         self.weight_info(self.weight_list)
@@ -209,8 +212,7 @@ def drop_connect(inputs: Tensor, p: float, training: bool) -> Tensor:
 
     Corrected: any number of dimensions; p = 1 gives zeros, not NaN; the mask is drawn in fp32 whatever the dtype.
     """
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must be between 0 and 1, got {p}")
+    _checks.in_range("p", p, 0.0, 1.0)
     if not training:
         return inputs
     keep = torch.floor(1 - p + torch.rand(inputs.shape[0], device=inputs.device))

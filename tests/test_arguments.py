@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fastreg
-from fastreg import longtail
+from fastreg import compat, longtail
 
 MODEL = nn.Linear(4, 3)
 X, Y = torch.ones(2, 3), torch.tensor([0, 2])
@@ -64,6 +64,9 @@ def test_objects_say_what_they_hold(made, expected):
         (lambda: fastreg.Penalty(MODEL, include=None), "include must be strings or a function, got NoneType"),
         (lambda: fastreg.FGM(MODEL, "1", include="weight"), "epsilon must be a number, got str"),
         (lambda: fastreg.lp_penalty_backward_(X, weight="1"), "weight must be a number, got str"),
+        (lambda: compat.MaxNorm_via_PGD("high"), "thresh must be a number, got str"),
+        (lambda: compat.Regularization(MODEL, None), "weight_decay must be a number, got NoneType"),
+        (lambda: compat.drop_connect(X, "p", True), "p must be a number, got str"),
         (lambda: longtail.log_prior({0: 3}), "counts must be a sequence or tensor of numbers, got dict"),
         (lambda: longtail.log_prior([1], tau=None), "tau must be a number, got NoneType"),
         (lambda: longtail.long_tailed_counts(500, 10.5, 100), "num_classes must be an integer, got float"),
@@ -82,6 +85,8 @@ def test_wrong_kinds_of_argument_are_named(call, expected):
         (lambda: fastreg.FGM(MODEL, float("inf"), include="weight"), "epsilon must be finite, got inf"),
         (lambda: averager().load_state_dict({}), "state_dict must be that of a WeightAverager: it misses"),
         (lambda: fastreg.MaxNorm(MODEL, 1.0).load_state_dict({}), "state must be that of a MaxNorm: it misses"),
+        (lambda: compat.MaxNorm_via_PGD(LpNorm=0), "LpNorm must be above 0, got 0"),
+        (lambda: compat.Regularization(MODEL, 0.1, p=0), "p must be at least 1, got 0"),
         (lambda: fastreg.max_norm_(X, 1.0, tau=float("inf")), "tau must be finite and at least 0, got inf"),
     ],
 )
