@@ -38,6 +38,10 @@ def kernels(name: str) -> dict[str, Callable]:
     return {backend: getattr(packet, backend) for backend in packet.overloads()}
 
 
+def autocast_enabled(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 # ---- losses ----------------------------------------------------------------------------------------------
 # input is (N, C) or (N, C, D); a row is one position over which classes are compared, (N) or (N, D) of them.
 # target holds class indices, one per row, or probabilities of input's shape. With other_target (indices too)

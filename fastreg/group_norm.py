@@ -59,7 +59,7 @@ def group_norm(
     Source: Wu & He, Group Normalization, ECCV 2018.
     """
     _check(input, num_groups, weight, bias, eps, activation, residual)
-    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
+    if _ops.autocast_enabled(input.device.type):
         input, residual = _autocast(input, residual)
     if residual is not None and residual.dtype != input.dtype:
         raise TypeError(f"residual must have the dtype of input, {input.dtype}, got {residual.dtype}")

@@ -18,7 +18,6 @@ from .longtail import ClassStatistics
 from .losses import (
     LossOutputs,
     Target,
-    autocast_enabled,
     check_shapes,
     cross_entropy,
     index_shares,
@@ -96,7 +95,7 @@ def linear_cross_entropy(
         input.new_empty(1).expand(input.shape[0], classes), *(target if isinstance(target, tuple) else (target,))
     )
     dtype = input.dtype
-    if autocast_enabled(input.device.type):
+    if _ops.autocast_enabled(input.device.type):
         # What autocast would do to the linear layer in every chunk, once.
         half = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = input.to(half), linear_weight.to(half)
@@ -263,7 +262,7 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
         _checks.is_tensor(name, tensor)
         _checks.dtype_in(name, tensor, _checks.FLOATS)
         _checks.same_device(name, tensor, "input", input)
-        if tensor.dtype != input.dtype and not autocast_enabled(input.device.type):
+        if tensor.dtype != input.dtype and not _ops.autocast_enabled(input.device.type):
             raise TypeError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
     if input.dim() not in (1, 2):
         raise ValueError(f"input must have the shape (in,) or (N, in), got {tuple(input.shape)}")

@@ -220,7 +220,7 @@ def cross_entropy(
         z_loss,
         all_ignored == "zero",
         # Under autocast PyTorch computes this loss in fp32; the kernels do so anyway and only widen the result.
-        autocast_enabled(input.device.type),
+        _ops.autocast_enabled(input.device.type),
         backend,
     )
     if not extra:
@@ -711,7 +711,7 @@ def mean_denominator(counts: Tensor | float, rows: int, all_ignored: str) -> Ten
 
 
 def _reduce(losses: Tensor, counts: Tensor | float, reduction: str, all_ignored: str, input: Tensor) -> Tensor:
-    dtype = losses.dtype if autocast_enabled(input.device.type) else input.dtype
+    dtype = losses.dtype if _ops.autocast_enabled(input.device.type) else input.dtype
     if reduction == "none":
         return losses.to(dtype)
     total = losses.sum()
@@ -794,10 +794,6 @@ def _readable(tensor: Tensor) -> bool:
     )
 
 
-def autocast_enabled(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
 # ---- sigmoid focal loss ----------------------------------------------------------------------------------
 
 _sigmoid_forward = _ops.kernels("sigmoid_focal_forward")
@@ -873,7 +869,7 @@ def sigmoid_focal_loss(
         gamma,
         reduction != "none",
         scale,
-        autocast_enabled(inputs.device.type),
+        _ops.autocast_enabled(inputs.device.type),
         backend,
     ).reshape(inputs.shape if reduction == "none" else ())
 
@@ -1003,7 +999,7 @@ def sigmoid_focal_loss_reference(
         losses = _product(t * alpha + (1 - t) * (1 - alpha), losses)
     if weight is not None:
         losses = _product(weight.to(compute), losses)
-    dtype = compute if autocast_enabled(inputs.device.type) else inputs.dtype
+    dtype = compute if _ops.autocast_enabled(inputs.device.type) else inputs.dtype
     if reduction == "none":
         return losses.to(dtype)
     loss = losses.mean() if reduction == "mean" else losses.sum()

@@ -34,7 +34,8 @@ def drop_path(
         p: between 0 and 1; at 1 everything is dropped (and nothing divided by zero).
         training: if false, or with p = 0, the branch passes unchanged.
         mode: "row" draws for each sample, "batch" once for all.
-        residual: of x's shape and dtype, added to the result in the same pass.
+        residual: of x's shape and dtype, added to the result in the same pass. Under autocast the dtypes may differ:
+            the result has that of their sum.
 
     The mask comes from torch's generator for the device, by the draws of `torchvision.ops.stochastic_depth`.
     Raises TypeError or ValueError for anything else.
@@ -47,6 +48,9 @@ def drop_path(
         raise ValueError("x must have a dimension of samples for mode 'row', got a 0-d tensor")
     if residual is not None:
         _check_float("residual", residual)
+        if residual.dtype != x.dtype and _ops.autocast_enabled(x.device.type):  # as for the sum of the two
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
         if residual.shape != x.shape or residual.dtype != x.dtype:
             raise ValueError(
                 f"residual must have x's shape and dtype, {tuple(x.shape)} and {x.dtype}, "

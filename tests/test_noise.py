@@ -134,6 +134,21 @@ def test_drop_path_module():
     assert "drop_prob=0.5" in repr(layer)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_drop_path_under_autocast_adds_to_a_wider_residual(training):
+    """The branch ends in a bf16 product there, while what it is added to has stayed in fp32."""
+    torch.manual_seed(0)
+    branch, residual = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    module = fastreg.nn.DropPath(1.0).train(training)
+    with torch.autocast(branch.device.type, torch.bfloat16):
+        out = module(branch.bfloat16(), residual)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, residual if training else residual + branch.bfloat16())
+    out.sum().backward()
+    assert torch.equal(residual.grad, torch.ones_like(residual))
+    assert torch.equal(branch.grad, torch.full_like(branch, 0.0 if training else 1.0))
+
+
 def test_linear_drop_rates():
     assert fastreg.linear_drop_rates(5, 0.2) == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
     assert fastreg.linear_drop_rates(1, 0.2) == [0.0] and fastreg.linear_drop_rates(0, 0.2) == []
