@@ -170,7 +170,8 @@ class BuildNative(build_ext):
             if source.endswith(".cu"):
                 commands.append([str(home / "bin" / "nvcc"), "-c", source, "-o", target, "-O3", "-std=c++20",
                                  "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden",
-                                 f"--split-compile={JOBS}", f"-I{ROOT}/csrc", *arch_flags()])  # fmt: skip
+                                 f"--threads={JOBS}", f"-Xptxas=-split-compile={JOBS}", f"-I{ROOT}/csrc",
+                                 *arch_flags()])  # fmt: skip
             else:
                 commands.append(
                     [

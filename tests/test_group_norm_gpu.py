@@ -164,6 +164,7 @@ def check_cuda(shape, groups, layout, dtype=torch.float32, activation="silu", re
 
 def small_gpu(monkeypatch, shared_bytes):
     """Of many multiprocessors with little shared memory: calls are cut into slabs, as many as there can be."""
+    monkeypatch.setenv("CUDAHOST_SHARED_BYTES", str(shared_bytes))
     monkeypatch.setattr(group_norm_cudahost, "MULTIPROCESSORS", 1000)
     monkeypatch.setattr(group_norm_cudahost, "SHARED_BYTES", shared_bytes)
 
