@@ -200,7 +200,7 @@ class BuildNative(build_ext):
 
 
 class InPlace(Distribution):
-    """For `build_ext`, which needs nothing of pyproject.toml: setuptools before 77 cannot read the licence there."""
+    """Takes nothing from pyproject.toml, for `build_ext --inplace`: setuptools before 77 cannot read its licence."""
 
     def parse_config_files(self, *args: object, **kwargs: object) -> None:
         pass
@@ -224,5 +224,5 @@ setup(
     ext_modules=native,
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if native else {},
-    distclass=InPlace if "build_ext" in sys.argv else Distribution,
+    distclass=InPlace if {"build_ext", "--inplace"} <= set(sys.argv) else Distribution,
 )
