@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import fastreg
 from fastreg import _backends, cross_entropy, linear_cross_entropy
 from fastreg.testing import assert_accurate
+from tests.machine import needs_cuda, no_sync
 
 N, IN, C = 37, 11, 13
 OPTION_SETS = {
@@ -245,3 +246,26 @@ def test_peak_memory_is_a_chunk_of_logits(chunk):
     gradients = 2 * (x.numel() + w.numel())  # the sums, and what is handed out
     ideal = 4 * ((1 if one_pass else 2) * chunk * classes + x.numel() + w.numel())
     assert 0.9 * ideal <= peak <= 1.1 * max(ideal, 4 * gradients)  # below it nothing was measured
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_without_waiting_for_it(dtype, kind):
+    """Where products of 16-bit matrices come in fp32."""
+    x, w, b, target = problem(dtype, kind)
+    leaves = [leaf.detach().to("cuda").requires_grad_() for leaf in (x, w, b)]
+    there = tuple(t.cuda() for t in target) if isinstance(target, tuple) else target.cuda()
+
+    def step():
+        loss = linear_cross_entropy(leaves[0], leaves[1], there, linear_bias=leaves[2], chunk_size=8)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    step()
+    with no_sync():
+        got = step()
+    exact = [leaf.detach().double().requires_grad_() for leaf in (x, w, b)]
+    loss = composed(exact[0], exact[1], target, linear_bias=exact[2])
+    eps = torch.finfo(dtype).eps  # of the logits and of their gradients, each rounded
+    for ours, theirs in zip(got, (loss.detach(), *torch.autograd.grad(loss, exact)), strict=True):
+        torch.testing.assert_close(ours.double().cpu(), theirs, rtol=0, atol=16 * eps * theirs.abs().max().item())
