@@ -732,6 +732,21 @@ def test_focal_is_finite_everywhere(backend, gamma):
         assert second.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gamma", [1.0, 2.0, 3.5])
+def test_smoothed_focal_terms_of_likely_classes(backend, gamma, dtype):
+    """Any class may be the likely one, the target or another, in whatever vector of the row."""
+    classes = 331
+    x = torch.randn(6, classes, generator=torch.Generator().manual_seed(5))
+    for row, p in enumerate((0.3, 0.5, 0.6, 0.7, 0.99, 0.999999)):
+        x[row, 37 * row] = math.log(p / (1 - p)) + torch.logsumexp(x[row], 0)
+    target = torch.tensor([0, 37, 74, 5, 148, 185])
+    weight = torch.linspace(0.5, 1.5, classes)
+    weight[100] = 0.0
+    for w in (None, weight):
+        check(backend, x.to(dtype), target, w, label_smoothing=0.1, gamma=gamma, reduction="none")
+
+
 def test_focal_with_gamma_0_is_cross_entropy(backend):
     x, y = torch.randn(6, 9), torch.randint(9, (6,))
     plain, focal = (serve(backend, call) for call in (lambda: cross_entropy(x, y), lambda: focal_loss(x, y, gamma=0)))

@@ -47,8 +47,8 @@ struct PerClass {
 };
 
 // What multiplies the term of each class in a row's loss: nothing but the target has a term; factors that all
-// rows have in common (label smoothing); or factors of each row's own (probabilities, or smoothing with
-// gamma).
+// rows have in common (label smoothing), beside that of the target; or factors of each row's own
+// (probabilities; in columns smoothing with gamma, too).
 enum class Factors { none, of_class, of_row };
 
 // The target classes of a row with their shares. -1 is no class; two that are alike are one.
@@ -104,9 +104,9 @@ struct CrossEntropy {
   std::vector<A> block_factors;                     // the sum of the factors in each block of classes
   int64_t ignore_index;
   A smoothing, gamma, alpha_scale, scale, z_loss, total_factors;
-  bool plain;  // z is the input
-  bool zero_factors = false;
-  bool columns;  // which kernel
+  bool plain;                // z is the input
+  bool odd_factors = false;  // 0 or not finite, some of them
+  bool columns;              // which kernel
   Elements loss, grad_loss;
   A *high, *log_sum;          // the softmax of each row
   A* slopes = nullptr;        // as Found::slope, of each row
@@ -131,16 +131,19 @@ struct CrossEntropy {
   A z(A x, int64_t c) const { return plain ? x : scale * x + (adjustment ? adjustment.data[c] : A(0)); }
   A z_target(A x, int64_t y, A share) const { return margin ? z(x, y) - share * margin.data[y] : z(x, y); }
 
+  // The share of each class's weights, and whether those are the weights of focal terms.
+  A spread() const { return smoothing == 0 ? A(0) : alpha_scale * smoothing / static_cast<A>(classes); }
+  bool focal_spread() const { return smoothing != 0 && gamma != 0; }
+
   // The gradient that comes in for a row.
   A grad_of(int64_t o, int64_t i) const {
     return grad_loss.data ? grad_loss.get<A>(grad_loss.at(o, i)) * grad_scale : grad_scale;
   }
 
-  // The terms of a row for its k-th target class.
+  // The terms of a row for its k-th target class, without the focal ones of the others.
   RowTerms<A> terms(const RowTargets<A>& targets, int k) const {
-    const A spread = smoothing == 0 ? A(0) : alpha_scale * smoothing / static_cast<A>(classes);
     const A target = (1 - smoothing) * alpha_scale * targets.share[k] * factors.at(targets.y[k]);
-    return {target, spread, total_factors, gamma, z_loss, scale};
+    return {target, gamma == 0 ? spread() : A(0), total_factors, gamma, z_loss, scale};
   }
 
   // Whether y is a class. Remembers the first row where it is neither that nor to be ignored.
@@ -232,8 +235,8 @@ Elements per_row(const Tensor& tensor) {
   return elements_of(tensor, tensor.stride(0), tensor.dim() == 2 ? tensor.stride(1) : 0);
 }
 
-// Whether the loss has a term for every class, with a factor of each row's own.
-bool factors_of_row(const Options& options) {
+// Whether the slope of a row's loss is a sum over its classes, which the backward has from the forward.
+bool keeps_slopes(const Options& options) {
   return is_floating(options.target.scalar_type()) || (options.smoothing != 0 && options.gamma != 0);
 }
 
@@ -282,28 +285,29 @@ void prepare(CrossEntropy<A>& call, const Options& options, const Tensor& lse) {
   call.gamma = static_cast<A>(options.gamma);
   call.alpha_scale = static_cast<A>(options.alpha_scale);
   call.z_loss = static_cast<A>(options.z_loss);
-  call.factors_are = factors_of_row(options) ? Factors::of_row
-                     : call.smoothing != 0   ? Factors::of_class
-                                             : Factors::none;
-  call.total_factors = 0;
-  if (call.factors_are == Factors::of_class) {
-    double total = 0;
-    call.block_factors.resize(call.blocks());
-    for (int64_t b = 0; b < call.blocks(); ++b) {
-      double sum = 0;
-      const int64_t begin = b * kBlock, end = std::min(begin + kBlock, call.classes);
-      for (int64_t c = begin; c < end; ++c) {
-        sum += call.factors.at(c);
-        call.zero_factors |= call.factors.at(c) == 0;
-      }
-      call.block_factors[b] = static_cast<A>(sum);
-      total += sum;
-    }
-    call.total_factors = static_cast<A>(total);
-  }
+  call.factors_are = keeps_slopes(options) ? Factors::of_row
+                     : call.smoothing != 0 ? Factors::of_class
+                                           : Factors::none;
   call.high = static_cast<A*>(lse.data_ptr());
   call.log_sum = call.high + call.rows();
-  if (call.factors_are == Factors::of_row) call.slopes = call.log_sum + call.rows();
+  if (keeps_slopes(options)) call.slopes = call.log_sum + call.rows();
+}
+
+template <class A>
+void sum_factors(CrossEntropy<A>& call) {
+  double total = 0;
+  call.block_factors.resize(call.blocks());
+  for (int64_t b = 0; b < call.blocks(); ++b) {
+    double sum = 0;
+    const int64_t begin = b * kBlock, end = std::min(begin + kBlock, call.classes);
+    for (int64_t c = begin; c < end; ++c) {
+      sum += call.factors.at(c);
+      call.odd_factors |= call.factors.at(c) == 0 || call.factors.at(c) * 0 != 0;
+    }
+    call.block_factors[b] = static_cast<A>(sum);
+    total += sum;
+  }
+  call.total_factors = static_cast<A>(total);
 }
 
 template <class A>
@@ -329,6 +333,10 @@ void choose_kernel(CrossEntropy<A>& call) {
       std::swap(each->outer, each->inner);
   }
   call.parts = 1;
+  if (!call.columns && !call.probabilities && call.factors_are == Factors::of_row)
+    call.factors_are = Factors::of_class;
+  call.total_factors = 0;
+  if (call.factors_are == Factors::of_class) sum_factors(call);
   if (!call.columns) {
     call.rows_per_task = std::max<int64_t>(1, kTask / std::max<int64_t>(1, call.classes));
     call.tasks = (call.rows() + call.rows_per_task - 1) / call.rows_per_task;
@@ -390,7 +398,7 @@ std::tuple<Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor> forward(const Optio
   auto per_row = [&](ScalarType dtype) {
     return three ? new_tensor({sizes[0], sizes[2]}, dtype) : new_tensor({sizes[0]}, dtype);
   };
-  const int64_t known = factors_of_row(options) ? 3 : 2;
+  const int64_t known = keeps_slopes(options) ? 3 : 2;
   Tensor lse =
       three ? new_tensor({known, sizes[0], sizes[2]}, arithmetic) : new_tensor({known, sizes[0]}, arithmetic);
   Tensor loss = each ? per_row(loss_dtype) : new_tensor({}, loss_dtype);
@@ -425,7 +433,7 @@ std::tuple<Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor> forward(const Optio
     call.partials.resize(call.rows() * blocks);
     run(call.rows() * blocks, elements,
         [&](int64_t begin, int64_t end) { FASTREG_PICK(reduce_blocks<A>)(call, begin, end); });
-    if (call.factors_are == Factors::of_row && call.gamma != 0) {
+    if (call.factors_are != Factors::none && call.gamma != 0) {
       call.block_sums.resize(call.rows() * blocks);
       run(call.rows() * blocks, elements,
           [&](int64_t begin, int64_t end) { FASTREG_PICK(sum_blocks<A>)(call, begin, end); });
@@ -624,6 +632,34 @@ FASTREG_INLINE V share(V factor, V term) {
   return factor == 0 ? V{} : factor * term;
 }
 
+// u^(gamma - 1), of which most calls have u itself.
+struct Same {
+  template <class V>
+  FASTREG_INLINE_MEMBER V operator()(V u) const {
+    return u;
+  }
+};
+template <class A>
+struct Power {
+  A exponent;
+  FASTREG_INLINE_MEMBER Vec<A> operator()(Vec<A> u) const { return VectorMath<A>::pow(u, exponent); }
+};
+
+// p, u = 1 - p, u^(gamma - 1) and p * -log p in the digits of Digits, for gamma >= 1 where no class is nearly
+// certain: there u has its digits without expm1.
+struct QuickFocal {
+  Vec<float> p, u, power, inner;
+
+  static FASTREG_INLINE_MEMBER bool serves(Vec<float> log_p) { return all_at_most(log_p, -0.5f); }
+};
+
+template <class Digits, class Raise>
+FASTREG_INLINE QuickFocal quick_focal(Vec<float> log_p, const Raise& raise) {
+  log_p = larger(splat(ExpConstants<float>::lowest), log_p);  // 0 * -inf would be NaN
+  const Vec<float> p = quick_exp<Digits>(log_p), u = 1.0f - p;
+  return {p, u, raise(u), p * -log_p};
+}
+
 // The sum of term(j) over the vectors [j, j + lanes) of [0, n).
 template <class A, class F>
 FASTREG_INLINE A sum_over(int64_t n, const F& term) {
@@ -688,19 +724,28 @@ struct IndexGradient {
   A slope, spread, at[2];
 };
 
+// `sum`: Found::slope.
 template <class T, class A>
 FASTREG_INLINE IndexGradient<A> index_gradient(const CrossEntropy<A>& call, const T* x, int64_t r,
-                                               const RowTargets<A>& targets, const Softmax<A>& softmax,
+                                               const RowTargets<A>& targets, const Softmax<A>& softmax, A sum,
                                                A grad) {
   const RowTerms<A> terms[2] = {call.terms(targets, 0), call.terms(targets, targets.y[1] < 0 ? 0 : 1)};
   auto z_of_target = [&](int k) {
     return call.target_z.empty() ? z_of(call, x, targets, k) : call.target_z[2 * r + k];
   };
-  A z[2] = {z_of_target(0), 0}, others[2] = {0, 0};
-  if (targets.y[1] >= 0) {
-    z[1] = z_of_target(1);
-    for (int k = 0; k < 2; ++k) others[k] = target_slope(terms[1 - k].target, call.gamma, softmax, z[1 - k]);
+  A z[2] = {z_of_target(0), targets.y[1] < 0 ? A(0) : z_of_target(1)}, others[2] = {0, 0};
+  if (call.focal_spread()) {
+    grad *= call.scale;
+    if (call.z_loss != 0) sum += 2 * call.z_loss * (softmax.high + softmax.log_sum);
+    auto of = [&](int k) {  // as Row::differentiate_own
+      const auto term = focal(softmax.log_p(z[k]), call.gamma);
+      const A d = (terms[k].target + call.spread() * call.factors.at(targets.y[k])) * term.slope;
+      return grad * (term.p * (sum - d) - d * term.u);
+    };
+    return {grad * sum, grad * call.spread(), {of(0), targets.y[1] < 0 ? A(0) : of(1)}};
   }
+  if (targets.y[1] >= 0)
+    for (int k = 0; k < 2; ++k) others[k] = target_slope(terms[1 - k].target, call.gamma, softmax, z[1 - k]);
   auto of = [&](int k) {
     return row_gradient(terms[k], softmax, z[k], call.factors.at(targets.y[k]), grad, others[k]);
   };

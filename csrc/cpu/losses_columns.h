@@ -189,7 +189,7 @@ struct Columns {
       if constexpr (are == Factors::of_row) {
         spread[i] = incoming * call.scale;  // what all is multiplied by, see below
       } else {
-        const IndexGradient<A> row = index_gradient(call, x + i, 0, targets[i], softmax, incoming);
+        const IndexGradient<A> row = index_gradient(call, x + i, 0, targets[i], softmax, A(0), incoming);
         slope[i] = row.slope, spread[i] = row.spread;
         at_target[0][i] = row.at[0], at_target[1][i] = row.at[1];
       }

@@ -35,10 +35,15 @@ int64_t first_of(const T* x, int64_t n, A value) {
   return j;
 }
 
+// Vectors to fetch ahead where arrays of all classes come beside a row: the processor does not follow it
+// then.
+constexpr int64_t kAhead = 8 * kDepth;
+
 // ---- where the z of a block come from
 // From memory. two() may hand out the elements in another order, and put_two() takes them so.
 template <class T, class A>
 struct Direct {
+  using Element = T;
   static constexpr bool two_arrays = false;
   const T* x;
 
@@ -68,6 +73,7 @@ struct Direct {
 // From memory, scaled and, with an adjustment, moved.
 template <class T, class A, bool moved>
 struct Adjusted {
+  using Element = T;
   static constexpr bool two_arrays = moved;
   const T* x;
   const A* adjustment;
@@ -100,18 +106,30 @@ struct Adjusted {
 // ---- what multiplies the terms of a block
 template <class A>
 struct Ones {
+  static constexpr bool odd = false, array = false;
+  FASTREG_INLINE_MEMBER Vec<A> at(int64_t) const { return splat(A(1)); }
+  template <class T>
+  FASTREG_INLINE_MEMBER Two<Vec<A>> two(int64_t) const {
+    return {splat(A(1)), splat(A(1))};
+  }
   FASTREG_INLINE_MEMBER Vec<A> times(int64_t, Vec<A> term) const { return term; }
   FASTREG_INLINE_MEMBER Vec<A> times_first(int64_t, int64_t n, Vec<A> term) const {
     return is_first<A>(n) ? term : Vec<A>{};
   }
 };
 
-// `zeros`: there may be some among them, and they mean 0 also of an infinite term.
-template <class A, bool zeros>
+// `odd`: they may be infinite, or NaN, or 0, which means 0 also of an infinite term.
+template <class A, bool may_be_odd>
 struct FactorsOf {
+  static constexpr bool odd = may_be_odd, array = true;
   const A* factors;
+  FASTREG_INLINE_MEMBER Vec<A> at(int64_t j) const { return load(factors + j); }
+  template <class T>
+  FASTREG_INLINE_MEMBER Two<Vec<A>> two(int64_t j) const {
+    return load_two_as<T>(factors + j);
+  }
   FASTREG_INLINE_MEMBER Vec<A> times(int64_t j, Vec<A> term) const {
-    return zeros ? share(load(factors + j), term) : load(factors + j) * term;
+    return odd ? share(load(factors + j), term) : load(factors + j) * term;
   }
   FASTREG_INLINE_MEMBER Vec<A> times_first(int64_t j, int64_t n, Vec<A> term) const {
     return share(load_first(factors + j, n, A(0)), term);
@@ -139,9 +157,9 @@ Partial<A> reduce(const Z& z, int64_t n) {
     Two<Vec<A>> top = z.two(j), kept[kDepth / 2];  // of two arrays
     kept[0] = top;
     for (int64_t k = j + step, i = 1; k < end; k += step, ++i) {
-      if constexpr (Z::two_arrays) {  // which the processor follows less well
-        z.prefetch(k + 8 * kDepth * lanes<A>);
-        z.prefetch(k + (8 * kDepth + 1) * lanes<A>);
+      if constexpr (Z::two_arrays) {
+        z.prefetch(k + kAhead * lanes<A>);
+        z.prefetch(k + (kAhead + 1) * lanes<A>);
       }
       const auto here = z.two(k);
       if constexpr (Z::two_arrays) kept[i] = here;
@@ -209,6 +227,60 @@ Partial<A> reduce_linear(const Z& z, int64_t n, const F& factors) {
   return {high, horizontal_sum(sum.total), horizontal_sum(weighted.total)};
 }
 
+// f(what raises u to gamma - 1) for a call to which QuickFocal may serve.
+template <class A, class F>
+auto with_power(A gamma, const F& f) {
+  return gamma == 2 ? f(Same{}) : f(Power<A>{gamma - 1});
+}
+
+// The sums of factor * focal term and of factor * its slope.
+template <bool quick, class A, class Z, class F, class Raise>
+TermSums sum_terms_by(const Z& z, int64_t n, const Softmax<A>& softmax, A gamma, const F& factors,
+                      const Raise& raise) {
+  LongSum<A> losses, slopes, inners;
+  auto log_p_of = [&](Vec<A> at)
+                      __attribute__((always_inline)) { return (at - softmax.high) - softmax.log_sum; };
+  const int64_t whole = n / lanes<A> * lanes<A>;
+  for (int64_t j = 0; j < whole;) {
+    Vec<A> loss{}, slope{}, inner{};
+    for (const int64_t end = std::min(j + kDepth * lanes<A>, whole); j < end; j += lanes<A>) {
+      const Vec<A> log_p = log_p_of(z.at(j));
+      if constexpr (quick)
+        if (QuickFocal::serves(log_p)) {
+          const auto terms = quick_focal<A>(log_p, raise);
+          const Vec<A> power = factors.at(j) * terms.power, more = power * terms.u;
+          loss -= F::odd ? share(more, log_p) : more * log_p;
+          slope += more;
+          inner += power * terms.inner;
+          continue;
+        }
+      const auto term = focal<VectorMath<A>>(log_p, gamma);
+      loss += factors.times(j, term.term);
+      slope += factors.times(j, term.slope);
+    }
+    losses.add(loss);
+    slopes.add(slope);
+    if constexpr (quick) inners.add(inner);
+  }
+  if (whole < n) {
+    const auto term = focal<VectorMath<A>>(log_p_of(z.first(whole, n - whole, A(0))), gamma);
+    losses.add(factors.times_first(whole, n - whole, term.term));
+    slopes.add(factors.times_first(whole, n - whole, term.slope));
+  }
+  return {static_cast<double>(horizontal_sum(losses.total)),
+          static_cast<double>(horizontal_sum(slopes.total)) +
+              gamma * static_cast<double>(horizontal_sum(inners.total))};
+}
+
+template <class A, class Z, class F>
+TermSums sum_terms(const Z& z, int64_t n, const Softmax<A>& softmax, A gamma, const F& factors) {
+  if constexpr (std::is_same_v<A, float>)
+    if (gamma >= 1)
+      return with_power(
+          gamma, [&](const auto& raise) { return sum_terms_by<true>(z, n, softmax, gamma, factors, raise); });
+  return sum_terms_by<false>(z, n, softmax, gamma, factors, Same{});
+}
+
 // ---- slope * p
 template <class A>
 struct Careful {
@@ -226,11 +298,10 @@ template <class Digits>
 struct Quick {
   using K = ExpConstants<float>;
   static constexpr bool coarse = sizeof(Digits) == 2;
-  static constexpr int degree = std::is_same_v<Digits, BFloat16> ? 3 : coarse ? 4 : 5;
   static constexpr int lift = 64;  // 2^(n + lift) is a normal number, also for p that vanish
   static constexpr float log2_e = K::one_over_ln2;
   float center, lowest, magic;
-  Exp2NearZero<degree> times_slope;
+  Exp2NearZero<exp_degree<Digits>> times_slope;
 
   // For 16 bits the center may be 0, where no z is so large that this would show.
   static bool serves(const Softmax<float>& softmax, float slope) {
@@ -259,34 +330,96 @@ struct Quick {
   }
 };
 
-// grad = slope * p, less factors * share (factors all 1 if there are none). `finite` says that no gradient
-// can be NaN.
-template <bool spread, bool finite, class A, class Z, class P, class T>
-FASTREG_INLINE void write_gradient(const Z& z, int64_t n, const P& p, const A* factors, A share, T* grad) {
+// grad = slope * p and, if it is to `spread`, less factors * share. `finite` says that no gradient can be
+// NaN.
+template <bool spread, bool finite, class A, class Z, class P, class F, class T>
+FASTREG_INLINE void write_gradient(const Z& z, int64_t n, const P& p, const F& factors, A share, T* grad) {
   int64_t j = 0;
-  if constexpr (!spread)
-    for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
-      const auto here = z.two(j);
-      Z::template put_two<finite>(grad + j, Two<Vec<A>>{p(here.first), p(here.second)});
+  for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
+    if constexpr (Z::two_arrays || F::array) {
+      z.prefetch(j + kAhead * lanes<A>);
+      z.prefetch(j + (kAhead + 1) * lanes<A>);
     }
+    const auto here = z.two(j);
+    Two<Vec<A>> g{p(here.first), p(here.second)};
+    if constexpr (spread) {
+      const auto by = factors.template two<typename Z::Element>(j);
+      g.first -= by.first * share, g.second -= by.second * share;
+    }
+    Z::template put_two<finite>(grad + j, g);
+  }
   for (; j + lanes<A> <= n; j += lanes<A>) {
     Vec<A> g = p(z.at(j));
-    if constexpr (spread) g -= factors ? load(factors + j) * share : splat(share);
+    if constexpr (spread) g -= factors.at(j) * share;
     store<finite>(grad + j, g);
   }
   if (j < n) {
     Vec<A> g = p(z.first(j, n - j, A(0)));
-    if constexpr (spread) g -= factors ? load_first(factors + j, n - j, A(0)) * share : splat(share);
+    if constexpr (spread) g -= factors.times_first(j, n - j, splat(share));
     store_first(grad + j, g, n - j);
   }
 }
 
-template <bool spread, class A, class Z, class T>
-void gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A slope, const A* factors, A share, T* grad) {
+// The digits of p where something is taken from it, which may be nearly as large.
+template <class T>
+using DigitsBesides = std::conditional_t<sizeof(T) == 2, Half, T>;
+
+// The same with a focal term for each class: grad = p * sum - d, where d is the slope of a class's own term.
+// Where p is near 1 that is p * (sum - d) - (1 - p) * d.
+template <bool quick, class A, class Z, class F, class Raise, class T>
+void write_focal_gradient_by(const Z& z, int64_t n, const Softmax<A>& softmax, A gamma, A sum,
+                             const F& factors, A share, const Raise& raise, T* grad) {
+  auto log_p_of = [&](Vec<A> at)
+                      __attribute__((always_inline)) { return (at - softmax.high) - softmax.log_sum; };
+  auto of = [&](const auto& term, Vec<A> d) __attribute__((always_inline)) {
+    d *= share;
+    return term.p * (sum - d) - term.u * d;
+  };
+  auto quick_of = [&](auto log_p, auto factor) __attribute__((always_inline)) {
+    const auto terms = quick_focal<DigitsBesides<T>>(log_p, raise);
+    return terms.p * sum - factor * share * (terms.power * (terms.u + gamma * terms.inner));
+  };
+  int64_t j = 0;
+  for (; j + lanes<A> <= n; j += lanes<A>) {
+    if constexpr (quick)
+      for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
+        if constexpr (Z::two_arrays || F::array) {
+          z.prefetch(j + kAhead * lanes<A>);
+          z.prefetch(j + (kAhead + 1) * lanes<A>);
+        }
+        const auto here = z.two(j), by = factors.template two<typename Z::Element>(j);
+        const Vec<A> first = log_p_of(here.first), second = log_p_of(here.second);
+        if (!QuickFocal::serves(first) || !QuickFocal::serves(second)) break;
+        Z::template put_two<!F::odd>(grad + j,
+                                     Two<Vec<A>>{quick_of(first, by.first), quick_of(second, by.second)});
+      }
+    if (j + lanes<A> > n) break;
+    const auto term = focal<VectorMath<A>>(log_p_of(z.at(j)), gamma);
+    store(grad + j, of(term, factors.times(j, term.slope)));
+  }
+  if (j < n) {
+    const auto term = focal<VectorMath<A>>(log_p_of(z.first(j, n - j, A(0))), gamma);
+    store_first(grad + j, of(term, factors.times_first(j, n - j, term.slope)), n - j);
+  }
+}
+
+template <class A, class Z, class F, class T>
+void write_focal_gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A gamma, A sum, const F& factors,
+                          A share, T* grad) {
+  if constexpr (std::is_same_v<A, float>)
+    if (gamma >= 1 && sum * 0 == 0 && share * 0 == 0)
+      return with_power(gamma, [&](const auto& raise) {
+        write_focal_gradient_by<true>(z, n, softmax, gamma, sum, factors, share, raise, grad);
+      });
+  write_focal_gradient_by<false>(z, n, softmax, gamma, sum, factors, share, Same{}, grad);
+}
+
+template <bool spread, class A, class Z, class F, class T>
+void gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A slope, const F& factors, A share, T* grad) {
   if constexpr (std::is_same_v<A, float>) {
-    using Digits = std::conditional_t<spread, float, T>;
-    if (Quick<Digits>::serves(softmax, slope))
-      return write_gradient<spread, !spread>(z, n, Quick<Digits>(softmax, slope), factors, share, grad);
+    using Digits = std::conditional_t<spread, DigitsBesides<T>, T>;
+    if (Quick<Digits>::serves(softmax, slope) && share * 0 == 0)
+      return write_gradient<spread, !F::odd>(z, n, Quick<Digits>(softmax, slope), factors, share, grad);
   }
   write_gradient<spread, false>(z, n, Careful<A>{softmax, slope}, factors, share, grad);
 }
@@ -360,42 +493,42 @@ struct Row {
     if (!call.plain || call.input_class != 1) gather(begin, n);
     factors = own_factors;
     const A every = call.smoothing / static_cast<A>(call.classes), rest = 1 - call.smoothing;
-    if (call.probabilities) {
-      const int64_t at = call.target.at(o, i) + begin * call.target_class;
-      const bool bare = call.smoothing == 0 && call.alpha_scale == 1 && !call.factors.data;
-      const bool there = std::is_same_v<A, float> ? call.target.dtype == ScalarType::Float
-                                                  : call.target.dtype == ScalarType::Double;
-      if (bare && there && call.target_class == 1 && !call.margin) {
-        factors = reinterpret_cast<const A*>(call.target.data) + at;
-        return;
-      }
-      read_as(call.target, at, call.target_class, n, own_factors);
-      if (call.margin)
-        for (int64_t j = 0; j < n; ++j) z[j] -= own_factors[j] * call.margin.data[begin + j];
-      if (bare) return;
-      for (int64_t j = 0; j < n; ++j) own_factors[j] = (rest * own_factors[j] + every) * call.alpha_scale;
-    } else {
-      for (int64_t j = 0; j < n; ++j) own_factors[j] = every * call.alpha_scale;
-      for (int k = 0; k < 2; ++k)
-        if (targets.y[k] >= begin && targets.y[k] < begin + n)
-          own_factors[targets.y[k] - begin] = (rest * targets.share[k] + every) * call.alpha_scale;
+    const int64_t at = call.target.at(o, i) + begin * call.target_class;
+    const bool bare = call.smoothing == 0 && call.alpha_scale == 1 && !call.factors.data;
+    const bool there = std::is_same_v<A, float> ? call.target.dtype == ScalarType::Float
+                                                : call.target.dtype == ScalarType::Double;
+    if (bare && there && call.target_class == 1 && !call.margin) {
+      factors = reinterpret_cast<const A*>(call.target.data) + at;
+      return;
     }
+    read_as(call.target, at, call.target_class, n, own_factors);
+    if (call.margin)
+      for (int64_t j = 0; j < n; ++j) z[j] -= own_factors[j] * call.margin.data[begin + j];
+    if (bare) return;
+    for (int64_t j = 0; j < n; ++j) own_factors[j] = (rest * own_factors[j] + every) * call.alpha_scale;
     if (call.factors.data)
       for (int64_t j = 0; j < n; ++j)
         own_factors[j] = own_factors[j] == 0 ? A(0) : own_factors[j] * call.factors.data[begin + j];
   }
 
+  // f(what multiplies the terms of the block that with_block has come to)
+  template <class F>
+  auto with_factors(const F& f) const {
+    if constexpr (are == Factors::none) return f(Ones<A>{});
+    if constexpr (are == Factors::of_class) {
+      if (factors == nullptr) return f(Ones<A>{});
+      if (!call.odd_factors) return f(FactorsOf<A, false>{factors});
+    }
+    return f(FactorsOf<A, true>{factors});
+  }
+
   Weighted<A> reduce_part(int64_t block) {
     const int64_t begin = block * kBlock, n = size(block);
     return with_block(begin, n, [&](const auto& z) -> Weighted<A> {
-      if constexpr (are == Factors::none) return {reduce<A>(z, n), 0};
-      if constexpr (are == Factors::of_class) {
-        const A weight = call.block_factors[block];
-        if (factors == nullptr) return {reduce_linear<A>(z, n, Ones<A>{}), weight};
-        if (call.zero_factors) return {reduce_linear<A>(z, n, FactorsOf<A, true>{factors}), weight};
-        return {reduce_linear<A>(z, n, FactorsOf<A, false>{factors}), weight};
-      }
-      if (call.gamma != 0) return {reduce<A>(z, n), 0};  // see sums_of
+      if (are == Factors::none || call.gamma != 0) return {reduce<A>(z, n), 0};  // see sums_of
+      if constexpr (are == Factors::of_class)
+        return {with_factors([&](const auto& by) { return reduce_linear<A>(z, n, by); }),
+                call.block_factors[block]};
       return {reduce_linear<A>(z, n, FactorsOf<A, true>{factors}),
               sum_over<A>(n, [&](int64_t j) { return load_at(factors, j, n); })};
     });
@@ -441,28 +574,23 @@ struct Row {
 
   TermSums sums_of_block(const Softmax<A>& softmax, int64_t block) {
     const int64_t n = size(block);
-    return with_block(block * kBlock, n, [&](const auto& z) -> TermSums {
-      LongSum<A> losses, slopes;
-      for (int64_t j = 0; j < n;) {
-        Vec<A> loss{}, slope{};
-        for (const int64_t end = std::min(j + kDepth * lanes<A>, n); j < end; j += lanes<A>) {
-          const Vec<A> at = j + lanes<A> <= n ? z.at(j) : z.first(j, n - j, A(0));
-          const auto term = focal<VectorMath<A>>((at - softmax.high) - softmax.log_sum, call.gamma);
-          const Vec<A> factor = load_at(factors, j, n);
-          loss += share(factor, term.term);
-          slope += share(factor, term.slope);
-        }
-        losses.add(loss);
-        slopes.add(slope);
-      }
-      return {static_cast<double>(horizontal_sum(losses.total)),
-              static_cast<double>(horizontal_sum(slopes.total))};
+    return with_block(block * kBlock, n, [&](const auto& z) {
+      return with_factors([&](const auto& by) { return sum_terms(z, n, softmax, call.gamma, by); });
     });
   }
 
   // Also sets found.slope.
   A loss(Found<A>& found) {
-    if constexpr (are != Factors::of_row) return index_loss(call, x, targets, found);
+    if constexpr (are != Factors::of_row) {
+      const A loss = index_loss(call, x, targets, found);
+      if (!call.focal_spread()) return loss;
+      const TermSums sums = sums_of(found.softmax);
+      found.slope = call.spread() * static_cast<A>(sums.slope);
+      for (int k = 0; k < 2 && targets.y[k] >= 0; ++k)
+        found.slope +=
+            target_slope(call.terms(targets, k).target, call.gamma, found.softmax, z_of(call, x, targets, k));
+      return call.spread() == 0 ? loss : loss + call.spread() * static_cast<A>(sums.loss);
+    }
     A terms;
     if (call.gamma == 0) {
       terms = found.weight * found.softmax.log_sum - found.linear, found.slope = found.weight;
@@ -478,14 +606,20 @@ struct Row {
     const A incoming = call.grad_of(o, i);
     if constexpr (are == Factors::of_row)
       return differentiate_own(softmax, slope, incoming * call.scale, grad, begin, end);
-    const IndexGradient<A> row = index_gradient(call, x, r, targets, softmax, incoming);
+    const IndexGradient<A> row = index_gradient(call, x, r, targets, softmax, slope, incoming);
     constexpr bool spread = are == Factors::of_class;
     for (int64_t c = begin; c < end;) {
       const bool whole = call.grad_class == 1 && call.input_class == 1 && !has_margin(begin, end - begin);
       const int64_t n = whole ? end - begin : std::min(kBlock, end - c);
       with_block(c, n, [&](const auto& z) {
-        write(grad, c, n,
-              [&](T* out) { gradient<spread>(z, n, softmax, row.slope, factors, row.spread, out); });
+        write(grad, c, n, [&](T* out) {
+          with_factors([&](const auto& by) {
+            if constexpr (spread)
+              if (call.gamma != 0)
+                return write_focal_gradient(z, n, softmax, call.gamma, row.slope, by, row.spread, out);
+            gradient<spread>(z, n, softmax, row.slope, by, row.spread, out);
+          });
+        });
       });
       c += n;
     }
@@ -494,22 +628,18 @@ struct Row {
         grad[targets.y[k] * call.grad_class] = static_cast<T>(row.at[k]);
   }
 
-  // With d the slope of a class's own term and `sum` that of all, it is p * (sum - d) - (1 - p) * d.
   void differentiate_own(const Softmax<A>& softmax, A sum, A incoming, T* grad, int64_t first, int64_t last) {
     if (call.z_loss != 0) sum += 2 * call.z_loss * (softmax.high + softmax.log_sum);
     for (int64_t begin = first; begin < last; begin += kBlock) {
       const int64_t n = std::min(kBlock, last - begin);
       with_block(begin, n, [&](const auto& z) {
         write(grad, begin, n, [&](T* out) {
-          if (call.gamma == 0) return gradient<true>(z, n, softmax, sum * incoming, factors, incoming, out);
-          for (int64_t j = 0; j < n; j += lanes<A>) {
-            const bool whole = j + lanes<A> <= n;
-            const Vec<A> at = whole ? z.at(j) : z.first(j, n - j, A(0));
-            const auto term = focal<VectorMath<A>>((at - softmax.high) - softmax.log_sum, call.gamma);
-            const Vec<A> d = share(load_at(factors, j, n), term.slope);
-            const Vec<A> g = incoming * (term.p * (sum - d) - d * term.u);
-            whole ? store(out + j, g) : store_first(out + j, g, n - j);
-          }
+          with_factors([&](const auto& by) {
+            if (call.gamma == 0)
+              gradient<true>(z, n, softmax, sum * incoming, by, incoming, out);
+            else
+              write_focal_gradient(z, n, softmax, call.gamma, sum * incoming, by, incoming, out);
+          });
         });
       });
     }
@@ -560,7 +690,7 @@ void reduce_blocks_of(CrossEntropy<A>& call, int64_t begin, int64_t end) {
 
 template <Factors are, class T, class A>
 void sum_blocks_of(CrossEntropy<A>& call, int64_t begin, int64_t end) {
-  if constexpr (are == Factors::of_row) {
+  if constexpr (are != Factors::none) {
     Row<are, T, A> row(call);
     for (int64_t at = begin; at < end; ++at) {
       const int64_t r = at / call.blocks();

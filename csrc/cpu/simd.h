@@ -346,6 +346,17 @@ FASTREG_INLINE bool any_above(V v, A value) {
 #endif
 }
 
+// Whether all lanes are at most `value`, and none NaN.
+FASTREG_INLINE bool all_at_most(Vec<float> v, float value) {
+#if FASTREG_VECTOR_BYTES == 64
+  return _mm512_cmp_ps_mask(bits<__m512>(v), bits<__m512>(splat(value)), _CMP_NLE_UQ) == 0;
+#elif FASTREG_VECTOR_BYTES == 32
+  return _mm256_movemask_epi8(bits<__m256i>(v <= value)) == -1;
+#else
+  return horizontal_sum(v <= value) == -lanes<float>;
+#endif
+}
+
 // a / b for b of ordinary size, within two units in the last place. (A division takes 16 cycles or more.)
 FASTREG_INLINE Vec<float> quotient_of(Vec<float> a, Vec<float> b) {
 #if FASTREG_VECTOR_BYTES == 64
@@ -463,6 +474,22 @@ FASTREG_INLINE Vec<float> plus_exp(Vec<float> sum, Vec<float> x) {
 
 FASTREG_INLINE Vec<double> plus_exp(Vec<double> sum, Vec<double> x) { return sum + exp_of<double>(x); }
 
+// exp(x) for -104 <= x <= 0 and NaN, subnormal or not, in the digits of Digits, fp32 or less; relative to it
+// the error is that of Exp2NearZero and 2e-8 * |x|.
+template <class Digits>
+constexpr int exp_degree = std::is_same_v<Digits, BFloat16> ? 3
+                           : sizeof(Digits) == 2            ? 4
+                                                            : 5;
+
+template <class Digits>
+FASTREG_INLINE Vec<float> quick_exp(Vec<float> x) {
+  using K = ExpConstants<float>;
+  constexpr float magic = K::magic + K::lifted_bias;
+  const Vec<float> shifted = x * K::one_over_ln2 + magic, r = x * K::one_over_ln2 - (shifted - magic);
+  return Exp2NearZero<exp_degree<Digits>>(K::lowered)(r) *
+         bits<Vec<float>>(bits<Int<float>>(shifted) << K::mantissa);
+}
+
 template <class V>
 struct Exps {
   V exp, expm1;
@@ -527,6 +554,7 @@ struct VectorMath {
   FASTREG_INLINE V log1p(V x) { return log1p_of(x); }
   FASTREG_INLINE V quotient(V a, V b) { return quotient_of(a, b); }
   FASTREG_INLINE V pow(V base, A exponent) {
+    if (exponent == 1) return base;
     if (exponent == 2) return base * base;
     if (exponent <= 6 && 2 * exponent == static_cast<A>(static_cast<int>(2 * exponent))) {
       const int whole = static_cast<int>(exponent);
