@@ -5,9 +5,9 @@
 //   dx = rstd·(weight·dz − m1 − x̂·m2),  m1 = Σ weight·dz / n,  m2 = Σ weight·dz·x̂ / n  over the n of a group
 //
 // The CPU includes this once per instruction set, with scalars or with vectors for V (see cpu/simd.h); hence
-// no include guard. M says how: M::Scalar is the type of a lane, M::exp(V) the exponential, finite for every
-// finite argument (it may stop growing at e⁸⁷ and falling at e⁻⁸⁷ in float), M::reciprocal(V) is 1 / V, and
-// M::brief says that results of 16 bits are all that is asked for.
+// no include guard. M says how: M::Scalar is the type of a lane, M::exp(V) the exponential (it may stop
+// growing at e⁸⁷ and falling at e⁻⁸⁷ in float), M::quotient(a, b) is a / b, and M::brief says that results of
+// 16 bits are all that is asked for.
 #if defined(__CUDACC__) || defined(CUDAHOST)
 #define GN_INLINE __host__ __device__ __forceinline__
 #else
@@ -44,16 +44,10 @@ GN_INLINE Moments<A> merge(Moments<A> a, Moments<A> b) {
   return {count, a.mean + delta * share, a.m2 + (b.m2 + delta * delta * (a.count * share))};
 }
 
-// s = 1 / (1 + exp(−z)) and 1 − s, both without cancellation.
-template <class V>
-struct Sigmoid {
-  V s, rest;
-};
-
+// x·sigmoid(z)
 template <class M, class V>
-GN_INLINE Sigmoid<V> sigmoid(V z) {
-  const V e = M::exp(-z), s = M::reciprocal(e + typename M::Scalar(1));
-  return {s, e * s};
+GN_INLINE V times_sigmoid(V x, V z) {
+  return M::quotient(x, M::exp(-z) + typename M::Scalar(1));
 }
 
 // The tail of the normal distribution: 1 − Φ(a) = exp(−a²/2)·p(u) / (a + c), with u = (a − c) / (a + c) and p
@@ -112,7 +106,7 @@ GN_INLINE Normal<V> normal(V z) {
   V a = z < A(0) ? -z : z;
   a = a > A(40) ? V{} + A(40) : a;  // where the tail is 0 in double too
   const V e = M::exp(a * a * A(-0.5));
-  const V inverse = M::reciprocal(a + T::c), u = (a - T::c) * inverse;
+  const V inverse = M::quotient(V{} + A(1), a + T::c), u = (a - T::c) * inverse;
   V p = V{} + T::p(T::degree);
 #ifdef __CUDACC__
 #pragma unroll
@@ -134,9 +128,9 @@ template <int act, class M, class V>
 GN_INLINE V activate(V z) {
   using A = typename M::Scalar;
   if constexpr (act == kRelu) return z < A(0) ? V{} : z;
-  if constexpr (act == kSilu) return z * sigmoid<M>(z).s;
+  if constexpr (act == kSilu) return times_sigmoid<M>(z, z);
   if constexpr (act == kGelu) return z * normal<M>(z).cdf;
-  if constexpr (act == kGeluTanh) return z * sigmoid<M>(z * (z * z * GeluTanh<A>::k3 + GeluTanh<A>::k)).s;
+  if constexpr (act == kGeluTanh) return times_sigmoid<M>(z, z * (z * z * GeluTanh<A>::k3 + GeluTanh<A>::k));
   return z;
 }
 
@@ -146,18 +140,18 @@ GN_INLINE V activation_gradient(V dy, V z) {
   using A = typename M::Scalar;
   if constexpr (act == kRelu) return z > A(0) ? dy : V{};
   if constexpr (act == kSilu) {
-    const Sigmoid<V> of = sigmoid<M>(z);
-    return dy * (of.s * (z * of.rest + A(1)));
+    const V s = times_sigmoid<M>(V{} + A(1), z);
+    return dy * (z * s * (A(1) - s) + s);
   }
   if constexpr (act == kGelu) {
     const Normal<V> of = normal<M>(z);
     return dy * (z * of.density + of.cdf);
   }
   if constexpr (act == kGeluTanh) {
-    z = z > A(100) ? V{} + A(100) : z < A(-100) ? V{} + A(-100) : z;  // flat there; z² must not overflow
-    const V square = z * z;
-    const Sigmoid<V> of = sigmoid<M>(z * (square * GeluTanh<A>::k3 + GeluTanh<A>::k));
-    return dy * (of.s * (z * of.rest * (square * (3 * GeluTanh<A>::k3) + GeluTanh<A>::k) + A(1)));
+    z = z > A(10) ? V{} + A(10) : z < A(-10) ? V{} + A(-10) : z;  // flat there; exp must not overflow
+    const V square = z * z, e = M::exp(-z * (square * GeluTanh<A>::k3 + GeluTanh<A>::k));
+    const V s = M::quotient(V{} + A(1), e + A(1));  // and 1 − s = e·s, without cancellation
+    return dy * (s * (z * (e * s) * (square * (3 * GeluTanh<A>::k3) + GeluTanh<A>::k) + A(1)));
   }
   return dy;
 }

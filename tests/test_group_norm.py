@@ -167,6 +167,15 @@ def test_activation_gradients_with_random_affine(dtype, activation, layout):
     check(x, 4, *affine(12, dtype), activation=activation, residual=residual)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_activations_far_from_zero(activation, dtype):
+    """Where the exponential overflows and slopes are 0 or 1, and on the way there."""
+    x, (weight, bias) = tensor(2, 6, 7, 9, dtype=dtype), affine(6, dtype)
+    for size in (8, 40, 300):
+        check(x, 2, weight * size, bias * size, activation=activation)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("per_group", [1, 2, 3, 5, 10, 12, 40])
 def test_channels_per_group(per_group, layout):

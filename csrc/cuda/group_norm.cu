@@ -41,10 +41,10 @@ struct Maths {
     if constexpr (brief) return __expf(x);
     return ::expf(x);
   }
-  static __device__ Scalar reciprocal(Scalar x) {
-    if constexpr (sizeof(T) == 8) return 1 / x;
-    if constexpr (brief) return __fdividef(1.0f, x);
-    return __frcp_rn(x);
+  static __device__ Scalar quotient(Scalar a, Scalar b) {
+    if constexpr (sizeof(T) == 8) return a / b;
+    if constexpr (brief) return __fdividef(a, b);
+    return a * __frcp_rn(b);
   }
 };
 
