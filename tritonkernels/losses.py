@@ -1282,6 +1282,8 @@ class _Call:
         self.flags = dict(
             TYPE=_triton_type(lse.dtype), PROBS=self.probabilities,
             SMOOTH=label_smoothing != 0, FOCAL=gamma != 0, SCALED=scale != 1,
+            # Else scale·x − high would be one instruction, and its product another than the rounded one in high.
+            enable_fp_fusion=scale == 1,
         )  # fmt: skip
         self.layout_flags = dict(FAST=layout.fast, UNIT=layout.unit, PEEL=layout.peel)
 

@@ -40,6 +40,10 @@ __device__ T nearest(double x) {
 
 __device__ inline float fast_exp(float x) { return __expf(x); }
 __device__ inline double fast_exp(double x) { return exp(x); }
+// Rounded before anything is added: where the compiler makes one instruction of a product and a sum, the sum
+// is not one of the product that others have.
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 // For b up to 2^126, subnormal ones included.
 __device__ inline float fast_quotient(float a, float b) {
   const float up = b < 0x1p-64f ? 0x1p64f : 1.0f;

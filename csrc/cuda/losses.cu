@@ -149,8 +149,8 @@ struct Row {
         share = p.share[p.at(r, p.share_stride_n, p.share_stride_d)];
     }
     if (MODE != plain && p.margin) {
-      margin = share * p.margin[y];
-      if (other >= 0) other_margin = (1 - share) * p.margin[other];
+      margin = rounded_product(share, p.margin[y]);
+      if (other >= 0) other_margin = rounded_product(1 - share, p.margin[other]);
     }
     if (MODE == dense) return;
     if (MODE != plain && p.target_logits) {
@@ -172,10 +172,10 @@ struct Row {
   __device__ A logit(const Problem<A>& p, A x, int64_t c) const {
     if constexpr (MODE == plain) return x;
     if (p.adjustment) x += p.adjustment[c];
-    if (MODE == dense && p.margin && p.target_bytes == 0) x -= p.margin[c] * probability(p, c);
+    if (MODE == dense && p.margin && p.target_bytes == 0) x -= rounded_product(p.margin[c], probability(p, c));
     if (c == y) x -= margin;
     if (c == other) x -= other_margin;
-    return p.scale * x;
+    return rounded_product(p.scale, x);
   }
 
   // As if `c`, with this share of the row, were the only target.

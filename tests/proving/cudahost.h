@@ -535,7 +535,15 @@ inline float __fdividef(float x, float y) {
   return std::fabs(y) > 0x1p126f && std::fabs(x) < HUGE_VALF ? x * 0.0f : x * (1 / y);
 }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
-inline float __fmul_rn(float x, float y) { return x * y; }
+// Never fused with a sum; the rest is compiled so that it is, as nvcc does.
+inline float __fmul_rn(float x, float y) {
+  volatile float product = x * y;
+  return product;
+}
+inline double __dmul_rn(double x, double y) {
+  volatile double product = x * y;
+  return product;
+}
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __frcp_rn(float x) { return 1 / x; }
 inline float __saturatef(float x) { return x > 0 ? std::min(x, 1.0f) : 0.0f; }
