@@ -676,7 +676,7 @@ def _piece(length: int) -> int:
 def _build(tensors: list[Tensor], dim: int, places: tuple[tuple[int, int], ...], split: bool = True) -> _plan.Plan:
     """A chunk is a run of short rows or, after all of those, a piece of a row of more than `_SPLIT` elements."""
     _check_written(tensors, dim)
-    table, whole, pieces = [], [], []
+    table, whole, pieces, longest = [], [], [], 0
     seen: set[tuple] = set()
     for tensor, (cap, step) in zip(tensors, places):
         where = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -694,25 +694,26 @@ def _build(tensors: list[Tensor], dim: int, places: tuple[tuple[int, int], ...],
         else:
             per_chunk = max(1, _CHUNK // length)
             firsts, chunks = np.arange(0, rows, per_chunk, dtype=np.int64), whole
+            longest = max(longest, length)
         chunks.append(np.stack([np.full_like(firsts, len(table)), firsts], 1))
         table.append([tensor.data_ptr(), code, rows, stride, length, *sum(box, ()), per_chunk, cap, step])
     device = tensors[0].device
     columns = np.array(table, np.int64).reshape(len(table), 8 + 2 * _INNER)
     entries = np.concatenate([np.empty((0, 2), np.int64), *whole, *pieces])
-    traits = _traits(columns) | sum(map(len, pieces)) << 12
+    traits = _traits(columns, longest) | sum(map(len, pieces)) << 12
     return _plan.Plan(_plan._to_device(columns, device), _plan._to_device(entries, device), traits)
 
 
-def _traits(table: np.ndarray) -> int:
+def _traits(table: np.ndarray, longest: int) -> int:
     """What the Triton kernel is compiled for: bits 0 to 3 the dtypes' codes, 4 whether elements of a row lie apart, 5
-    whether all rows are multiples of 16 bytes, 8 to 11 the number of widths that the longest row reaches. The bits
-    above hold the number of chunks that are pieces of rows."""
+    whether all rows are multiples of 16 bytes, 8 to 11 the number of widths that the longest row reaches of those that
+    are not cut. The bits above hold the number of chunks that are pieces of rows."""
     if not len(table):
         return 0
     address, code, stride, length, inner = (table[:, i] for i in (0, 1, 3, 4, 5))
     apart = (length > 1) & ((inner != length) | (table[:, 6] != 1))
     aligned = (address % 16 == 0) & (stride % 8 == 0) & (length % 8 == 0)
-    widths = 1 + int(np.searchsorted(_WIDTHS, length.max()))
+    widths = 1 + int(np.searchsorted(_WIDTHS, longest))
     return int(np.bitwise_or.reduce(1 << code)) | bool(apart.any()) << 4 | bool(aligned.all()) << 5 | widths << 8
 
 

@@ -155,6 +155,11 @@ def test_a_row_has_at_most_1024_pieces():
         assert piece & (piece - 1) == 0 and (piece == 8192 or 512 < -(-length // piece) <= 1024)
 
 
+def test_rows_in_pieces_widen_no_tile():
+    tensors = [torch.randn(64, 100), torch.randn(2, 40_000)]
+    assert [max_norm._build(tensors, 0, ((0, 0),) * 2, split).chunk >> 8 & 15 for split in (True, False)] == [1, 5]
+
+
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("shape", [(33, 50), (5, 300), (3, 2049)], ids=str)
 def test_out_of_place_reads_and_writes_once_each_way(ours, shape, p):
@@ -261,6 +266,9 @@ def compile_all():
     plan = max_norm._build(mixed, 0, ((0, 0),) * 3)
     for p, decay in ((2.0, 0.0), (3.0, 0.1)):
         triton_kernels.max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, p, 1.0, decay, None, 0)
+    narrow = [torch.empty(64, 100), torch.empty(64, 100, dtype=torch.bfloat16)]
+    plan = max_norm._build(narrow, 0, ((0, 0),) * 2)
+    triton_kernels.max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, 3.0, 1.0, 0.1, None, 0)
     plan = max_norm._build([torch.empty(64, 1 << 16)], 0, ((0, 0),), False)
     triton_kernels.max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, 1.0, 1.0, 0.0, None, 2)  # the l1 ball
 

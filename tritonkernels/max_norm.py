@@ -866,7 +866,8 @@ def max_norm_rows(table, chunks, traits, caps, p, tau, decay, decay_tensor, kind
     if whole:
         _max_norm_rows[(whole,)](
             table, chunks, caps, p_bits=_bits(p), tau_bits=_bits(tau), **options,
-            KIND=kind, ORDER=_order(p), TAU=tau != 1.0, WIDEST=widest, num_warps=4 if widest <= 2 else 8,
+            KIND=kind, ORDER=_order(p), TAU=tau != 1.0, WIDEST=widest,
+            num_warps=4 if widest <= 2 and _order(p) != ANY else 8,  # powers in fp64 want twice the registers
         )  # fmt: skip
     if pieces:
         mends = kind == CAP.value and p in (1.0, 2.0) and tau == 1.0 and codes & 7 != 0
