@@ -128,7 +128,7 @@ def project_lp_ball_(
     tensors = _listed(tensors)
     caps = _caps(tensors, radius, "radius", dim)
     if p not in (1, 2, math.inf):
-        raise ValueError(f"p must be 1, 2 or inf, got {p}")
+        raise ValueError(f"p must be 1, 2 or inf, got {p!r}")
     return _run("project_lp_ball_", _BALLS[p], tensors, caps, p, dim)
 
 
@@ -418,6 +418,8 @@ def _check_written(tensors: list[Tensor], dim: int, name: str = "tensors") -> No
         _rows_dim(tensor, dim, index)
         if tensor.device != tensors[0].device:
             raise ValueError(f"{name} must be on one device, got {tensors[0].device} and {tensor.device}")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{name}[{index}] must be a dense tensor, got one of layout {tensor.layout}")
         if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
             raise ValueError(
                 f"{name}[{index}] must not be expanded: it is written in place, and elements of shape "

@@ -367,11 +367,19 @@ class ChannelShrinkage(nn.Module):
     def __init__(self, channels: int, hidden: int | None = None) -> None:
         super().__init__()
         hidden = channels if hidden is None else hidden
+        for name, value in (("channels", channels), ("hidden", hidden)):
+            _checks.is_integer(name, value)
+            _checks.above_zero(name, value)
+        self.channels = channels
         self.fc = nn.Sequential(
             nn.Linear(channels, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid()
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        _checks.is_tensor("x", x)
+        _checks.dtype_in("x", x, _checks.FLOATS)
+        if x.dim() < 2 or x.shape[1] != self.channels:
+            raise ValueError(f"x must be (N, {self.channels}, ...), got shape {tuple(x.shape)}")
         if x.dim() > 2:  # the mean of |x| is a norm, which takes one read
             size = row_norms(x.flatten(2).flatten(0, 1), 1.0) / x.shape[2:].numel()
             size = size.to(x.dtype).reshape(x.shape[:2])

@@ -422,6 +422,8 @@ def _select(module: nn.Module, include: str | Iterable[str] | Callable[[str, Ten
         raise TypeError(f"include must be strings or a function, got {type(include).__name__}")
     if not callable(include):
         parts = [include] if isinstance(include, str) else list(include)
+        if odd := [part for part in parts if not isinstance(part, str)]:
+            raise TypeError(f"include must be strings or a function, got {type(odd[0]).__name__}")
         chosen = {name: param for name, param in module.named_parameters() if any(part in name for part in parts)}
     else:
         chosen = {name: param for name, param in module.named_parameters() if include(name, param)}
