@@ -136,8 +136,12 @@ class MaxNorm_via_PGD:
         return max_norm_(self._parameters(model), self.perLayerThresh, p=self.LpNorm, tau=self.tau)
 
     def _parameters(self, model: nn.Module) -> list[Tensor]:
+        _checks.is_module("model", model)
         if self.layers is not None:
-            layers = [model.get_submodule(name) for name in self.layers]
+            named = dict(model.named_modules())
+            if absent := [name for name in self.layers if name not in named]:
+                raise ValueError(f"layers names {absent}, which are no modules of the model: {list(named)[1:]}")
+            layers = [named[name] for name in self.layers]
         elif hasattr(model, "encoder") and hasattr(model.encoder, "fc"):
             layers = [model.encoder.fc]
         else:
@@ -163,6 +167,7 @@ class Regularization(nn.Module):
 
     def __init__(self, model: nn.Module, weight_decay: float, p: float = 2):
         super().__init__()
+        _checks.is_module("model", model)
         _checks.above_zero("weight_decay", weight_decay)
         _checks.in_range("p", p, 1.0)
         self.model, self.weight_decay, self.p = model, weight_decay, p
@@ -194,11 +199,14 @@ class FGM:
     """
 
     def __init__(self, model: nn.Module):
+        _checks.is_module("model", model)
         self.model = model
         self._perturbation = Perturbation()
 
     @torch.no_grad()
     def attack(self, epsilon: float = 1.0, emb_name: str = "emb.") -> None:
+        if not isinstance(emb_name, str):
+            raise TypeError(f"emb_name must be a string, got {type(emb_name).__name__}")
         chosen = {name: param for name, param in self.model.named_parameters() if emb_name in name}
         self._perturbation.attack(chosen, epsilon)
 
@@ -212,6 +220,7 @@ def drop_connect(inputs: Tensor, p: float, training: bool) -> Tensor:
 
     Corrected: any number of dimensions; p = 1 gives zeros, not NaN; the mask is drawn in fp32 whatever the dtype.
     """
+    _checks.is_tensor("inputs", inputs)
     _checks.in_range("p", p, 0.0, 1.0)
     if not training:
         return inputs

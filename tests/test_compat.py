@@ -153,6 +153,23 @@ def test_regularization_refuses_a_weight_decay_of_zero_or_less(weight_decay):
         compat.Regularization(article_net(), weight_decay)
 
 
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: compat.MaxNorm_via_PGD().PGD([1]), "model must be a torch.nn.Module, got list"),
+        (lambda: compat.MaxNorm_via_PGD(layers=["fc"]).PGD(article_net()), "which are no modules of the model"),
+        (lambda: compat.Regularization(3, 0.1), "model must be a torch.nn.Module, got int"),
+        (lambda: compat.Regularization(article_net(), "0.1"), "weight_decay must be a number, got str"),
+        (lambda: compat.FGM(3), "model must be a torch.nn.Module, got int"),
+        (lambda: compat.FGM(TextNet()).attack(1.0, 3), "emb_name must be a string, got int"),
+        (lambda: compat.drop_connect(3, 0.5, True), "inputs must be a tensor, got int"),
+    ],
+)
+def test_wrong_arguments_are_named(call, expected):
+    with pytest.raises((TypeError, ValueError), match=expected):
+        call()
+
+
 class TextNet(nn.Module):
     def __init__(self):
         super().__init__()

@@ -400,9 +400,11 @@ def test_layouts_and_dims(layout, dim, dtype):
         assert torch.equal(w._base[:, 5:], whole[:, 5:])
 
 
-def test_expanded_is_refused():
+def test_expanded_and_sparse_are_refused():
     with pytest.raises(ValueError, match="expanded"):
         fastreg.max_norm_(torch.ones(3, 1).expand(3, 4), 1.0)
+    with pytest.raises(ValueError, match=r"tensors\[0\] must be a dense tensor, got one of layout torch.sparse_coo"):
+        fastreg.max_norm_(torch.eye(3).to_sparse(), 1.0)
 
 
 def test_threshold_where_all_norms_are_equal():

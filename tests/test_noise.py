@@ -232,6 +232,11 @@ def test_channel_shrinkage():
     out.sum().backward()
     assert x.grad is not None and all(p.grad is not None for p in block.parameters())
     assert fastreg.nn.ChannelShrinkage(6, hidden=2)(torch.randn(5, 6)).shape == (5, 6)
+    for bad in (torch.ones(6), torch.ones(2, 5, 4)):
+        with pytest.raises(ValueError, match=r"x must be \(N, 6, ...\), got shape"):
+            block(bad)
+    with pytest.raises(ValueError, match="channels must be above 0, got 0"):
+        fastreg.nn.ChannelShrinkage(0)
 
 
 # ---- flooding --------------------------------------------------------------------------------------------

@@ -227,6 +227,8 @@ def test_penalty_include_and_errors():
     assert fastreg.Penalty(model)().item() == 0
     with pytest.raises(ValueError, match="include must match"):
         fastreg.Penalty(model, include="conv")
+    with pytest.raises(TypeError, match="include must be strings or a function, got int"):
+        fastreg.Penalty(model, include=[3])
     with pytest.raises(ValueError, match="l1 must be at least 0"):
         fastreg.Penalty(model, l1=-1.0)
     with pytest.raises(TypeError, match="module"):
