@@ -833,6 +833,14 @@ def test_rows_of_several_blocks_with_everything(backend, kind):
             check(backend, x.bfloat16(), target, **options_named(name, classes))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_probabilities_that_are_those_of_the_logits(backend, dtype):
+    """Where nothing is left to learn the gradient is the rounding of p alone, for one class exactly 0."""
+    for shape, weight in (((3, 1), torch.tensor([1.0791])), ((4, 65), None), ((2, 65, 3), None)):
+        x = torch.randn(shape).to(dtype)
+        check(backend, x, x.to(torch.promote_types(dtype, torch.float32)).softmax(1), weight)
+
+
 def test_probabilities(backend):
     x = torch.randn(4, 7)
     sharp = F.one_hot(torch.randint(7, (4,)), 7).float()
@@ -1411,6 +1419,13 @@ X, Y = torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64)
         (ValueError, "target must be on the device", (X, Y.to("meta")), {}),
         (ValueError, "alpha must have the shape", (X, Y), {"alpha": torch.zeros(4)}),
         (ValueError, "alpha", (X, Y), {"alpha": -0.1}),
+        (TypeError, "alpha must be a number or a tensor of one per class, got str", (X, Y), {"alpha": "0.25"}),
+        (
+            TypeError,
+            r"target must be a tensor or a tuple \(target_a, target_b, share\), got list",
+            (X, [Y, Y, 0.5]),
+            {},
+        ),
         (ValueError, "margin must have the shape", (X, Y), {"margin": torch.zeros(1, 5)}),
         (ValueError, "logit_adjustment must have", (X, Y), {"logit_adjustment": torch.zeros(4)}),
         (ValueError, "reduction", (X, Y), {"reduction": "avg"}),
@@ -1419,7 +1434,8 @@ X, Y = torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64)
         (ValueError, "gamma", (X, Y), {"gamma": -1.0}),
         (ValueError, "gamma", (X, Y), {"gamma": INF}),
         (ValueError, "scale", (X, Y), {"scale": 0.0}),
-        (ValueError, "scale", (X, Y), {"scale": -1.0}),
+        (ValueError, "scale must be above 0, got -1", (X, Y), {"scale": -1.0}),
+        (ValueError, "scale must be finite", (X, Y), {"scale": INF}),
         (ValueError, "z_loss", (X, Y), {"z_loss": -1.0}),
         (ValueError, "all_ignored", (X, Y), {"all_ignored": "one"}),
     ],

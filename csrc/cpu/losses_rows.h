@@ -360,9 +360,10 @@ FASTREG_INLINE void write_gradient(const Z& z, int64_t n, const P& p, const F& f
   }
 }
 
-// The digits of p where something is taken from it, which may be nearly as large.
-template <class T>
-using DigitsBesides = std::conditional_t<sizeof(T) == 2, Half, T>;
+// The digits of p where a share of each class is taken from it, which may be nearly as large; all digits
+// where it may be p itself, as a probability.
+template <class T, class F>
+using DigitsBesides = std::conditional_t<sizeof(T) == 2, std::conditional_t<F::odd, float, Half>, T>;
 
 // The same with a focal term for each class: grad = p * sum - d, where d is the slope of a class's own term.
 // Where p is near 1 that is p * (sum - d) - (1 - p) * d.
@@ -376,7 +377,7 @@ void write_focal_gradient_by(const Z& z, int64_t n, const Softmax<A>& softmax, A
     return term.p * (sum - d) - term.u * d;
   };
   auto quick_of = [&](auto log_p, auto factor) __attribute__((always_inline)) {
-    const auto terms = quick_focal<DigitsBesides<T>>(log_p, raise);
+    const auto terms = quick_focal<DigitsBesides<T, F>>(log_p, raise);
     return terms.p * sum - factor * share * (terms.power * (terms.u + gamma * terms.inner));
   };
   int64_t j = 0;
@@ -417,7 +418,7 @@ void write_focal_gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A ga
 template <bool spread, class A, class Z, class F, class T>
 void gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A slope, const F& factors, A share, T* grad) {
   if constexpr (std::is_same_v<A, float>) {
-    using Digits = std::conditional_t<spread, DigitsBesides<T>, T>;
+    using Digits = std::conditional_t<spread, DigitsBesides<T, F>, T>;
     if (Quick<Digits>::serves(softmax, slope) && share * 0 == 0)
       return write_gradient<spread, !F::odd>(z, n, Quick<Digits>(softmax, slope), factors, share, grad);
   }
