@@ -199,7 +199,7 @@ def check_counts(counts: Counts) -> Tensor:
     if given.is_meta:
         return whole
     if given.is_floating_point() and not (whole == given).all():
-        raise ValueError("counts must be whole numbers")
+        raise ValueError(f"counts must be whole numbers, got {float(given[whole != given][0]):g}")
     if (whole < 0).any():
         raise ValueError(f"counts must not be negative, got {int(whole.min())}")
     return whole

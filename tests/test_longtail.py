@@ -81,7 +81,7 @@ def test_counts_come_in_any_form(counts):
     ("error", "match", "call"),
     [
         (ValueError, "negative", lambda: log_prior([1, -1])),
-        (ValueError, "whole", lambda: log_prior([1.5])),
+        (ValueError, "whole numbers, got 1.5", lambda: log_prior([1, 1.5])),
         (TypeError, "whole", lambda: log_prior([True, False])),
         (ValueError, "one number per class", lambda: log_prior([])),
         (ValueError, "one number per class", lambda: log_prior([[1]])),
