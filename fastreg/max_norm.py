@@ -709,7 +709,11 @@ def _build(tensors: list[Tensor], dim: int, places: tuple[tuple[int, int], ...],
 def _traits(table: np.ndarray, longest: int) -> int:
     """What the Triton kernel is compiled for: bits 0 to 3 the dtypes' codes, 4 whether elements of a row lie apart, 5
     whether all rows are multiples of 16 bytes, 8 to 11 the number of widths that the longest row reaches of those that
-    are not cut. The bits above hold the number of chunks that are pieces of rows."""
+    are not cut. The bits above hold the number of chunks that are pieces of rows.
+
+    One tensor whose rows are no multiples of 16 bytes (a first convolution, a bias) makes Triton access all of the plan
+    element by element, which coalesces but takes more instructions: a launch for those that are would be a second one
+    of what is promised to be one. The CUDA kernels decide row by row."""
     if not len(table):
         return 0
     address, code, stride, length, inner = (table[:, i] for i in (0, 1, 3, 4, 5))
