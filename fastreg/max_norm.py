@@ -529,6 +529,12 @@ def _run(
             count = _run_across(op, tensors, shards, p, dim, tau, decay)
         torch.autograd.graph.increment_version(tensors)
         return shards.of_all(count)
+    if kind in ("l1_ball", "linf_ball") and (wholes := _with_whole_rows(tensors, dim)) is not None:
+        count = _run(op, kind, wholes, caps, p, dim)
+        for tensor, whole in zip(tensors, wholes):
+            tensor.detach().to_local().copy_(whole.redistribute(placements=tensor.placements).to_local())
+        torch.autograd.graph.increment_version(tensors)
+        return count
     backend = _backends.choose(op, tensors[0].device.type, _refuse, tensors, dim)
     if backend == "reference":
         _check_written(tensors, dim)
@@ -609,6 +615,24 @@ def _shards(tensors: list[Tensor], caps: list[Cap], dim: int, kind: str) -> _Sha
         lambda count: DTensor.from_local(count, mesh, counted, run_check=False),
         gather if across else None,
     )
+
+
+def _with_whole_rows(tensors: list[Tensor], dim: int) -> list[Tensor] | None:
+    """DTensors of which some lie in parts of rows, gathered so that none does; None if there is nothing to gather."""
+    if torch.compiler.is_compiling() or not all(hasattr(tensor, "to_local") for tensor in tensors):
+        return None
+    from torch.distributed.tensor import Replicate
+
+    placements = [
+        [
+            Replicate() if placement.is_shard() and placement.dim != _rows_dim(tensor, dim) else placement
+            for placement in tensor.placements
+        ]
+        for tensor in tensors
+    ]
+    if all(list(tensor.placements) == wanted for tensor, wanted in zip(tensors, placements)):
+        return None
+    return [tensor.detach().redistribute(placements=wanted) for tensor, wanted in zip(tensors, placements)]
 
 
 def _run_across(
@@ -783,18 +807,19 @@ def _write_rows(tensor: Tensor, which: Tensor, rows: Tensor, dim: int) -> None:
 
 
 def _scaled_norms(rows: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """(scale, s), one each per row: the norm is scale · s, and s neither overflows nor vanishes. A row with NaN or
-    Inf has such an s; a row of zeros has s = 0."""
-    largest = rows.detach().abs().amax(1)
+    """(scale, s), one each per row, of however many dimensions: the norm is scale · s, and s neither overflows nor
+    vanishes. A row with NaN or Inf has such an s; a row of zeros has s = 0."""
+    within = tuple(range(1, rows.dim()))
+    largest = rows.detach().abs().amax(within)
     usable = largest.isfinite() & (largest > 0)
     if p == math.inf:
-        return torch.ones_like(largest), rows.abs().amax(1)
+        return torch.ones_like(largest), rows.abs().amax(within)
     if p in (1, 2):  # a power of two scales exactly; DTensors have no frexp before torch 2.12
         scale = torch.exp2(largest.log2().floor().clamp(-1021, 1023))
     else:
         scale = largest
     scale = torch.where(usable, scale, 1)
-    return scale, torch.linalg.vector_norm(rows / scale.unsqueeze(1), p, dim=1)
+    return scale, torch.linalg.vector_norm(rows / scale.reshape(-1, *(1 for _ in within)), p, dim=within)
 
 
 def _slack(length: int, p: float) -> tuple[float, float]:

@@ -455,8 +455,9 @@ def _check_order(p: float, squared: bool) -> None:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """(1, numel), in the widest dtype of the device."""
-    return tensor.reshape(1, -1).to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    """(1, numel), in the widest dtype of the device; of a DTensor, whose parts may differ in size, (1, *shape)."""
+    rows = tensor.unsqueeze(0) if hasattr(tensor, "to_local") and tensor.dim() else tensor.reshape(1, -1)
+    return rows.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 def lp_penalty_reference(tensors: list[Tensor], p: float, *, squared: bool = False) -> Tensor:
