@@ -62,11 +62,11 @@ def max_norm_(
     Args:
         tensors: one tensor or several, of any strides, dtypes fp16, bf16, fp32, fp64; none may be expanded. A DTensor
             is projected by the kernels where it lies: sharded by rows without communication, otherwise with one
-            gathering of the norms of all tensors' parts.
-            Rows are the slices along `dim`; in a tensor of one dimension or none, each element is a row. A tensor
-            listed twice is projected once, under its first cap.
+            gathering of the norms of all tensors' parts. Rows are the slices along `dim`; in a tensor of one dimension
+            or none, each element is a row. A tensor listed twice is projected once, under its first cap.
         max_norm: the cap, at least 0: a number, a 0-d tensor, a tensor with one cap per row, or a list with one of
-            these per tensor. Caps in a CUDA tensor are not checked; a row whose cap is NaN or negative stays.
+            these per tensor. Caps in a CUDA tensor are not checked; a row whose cap is NaN or negative stays. For a
+            DTensor, a plain tensor holds the caps of all rows, the same in every process.
         p: the norm's order, above 0; `inf` is the largest absolute value.
         tau: at least 0. Only tau = 1 bounds the norm by the cap.
         decay: decoupled weight decay in the same pass: every row is multiplied by 1 - decay (learning rate times
@@ -594,11 +594,11 @@ def _shards(tensors: list[Tensor], caps: list[Cap], dim: int, kind: str) -> _Sha
         return None
     here: list[Cap] = []
     for cap in caps:
+        if isinstance(cap, Tensor) and cap.dim() and not isinstance(cap, DTensor):  # of all rows, in each process
+            cap = DTensor.from_local(cap.detach(), mesh, [Replicate()] * len(placements), run_check=False)
         if isinstance(cap, DTensor):
             places = [Shard(0) if sharded else Replicate() for sharded in by_row]
             cap = cap.redistribute(mesh, places).to_local() if cap.dim() else cap.full_tensor()
-        elif isinstance(cap, Tensor) and cap.dim():
-            return None
         here.append(cap)
     counted = [Partial() if sharded else Replicate() for sharded in by_row]
     parts = [Shard(0) if index in across else Replicate() for index in range(len(placements))]

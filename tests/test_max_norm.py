@@ -991,7 +991,7 @@ def project_sharded(rank, world, path, whole, thresh):
             count = fastreg.max_norm_(shards, distribute_tensor(caps, mesh, by_row) / 3, **options)
             assert count.full_tensor().item() == fastreg.max_norm_(expected, caps / 3, **options).item() > 0
             torch.testing.assert_close(shards.full_tensor(), expected, rtol=1e-6, atol=0, equal_nan=True)
-        for p, radius in ((1, 2.0), (2, 1.0), (math.inf, 0.5)):
+        for p, radius in ((1, 2.0), (1, caps / 2), (2, 1.0), (2, caps / 3), (math.inf, 0.5)):
             shards, expected = distribute_tensor(whole.clone(), mesh, placements), whole.clone()
             count = fastreg.project_lp_ball_(shards, radius, p)
             assert count.full_tensor().item() == fastreg.project_lp_ball_(expected, radius, p).item() > 0
