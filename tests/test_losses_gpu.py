@@ -922,21 +922,22 @@ def test_no_spills_and_wide_accesses(calls, architectures):
 
 
 def compile_rows(classes):
-    _compile_call((4096, int(classes)), torch.bfloat16)
+    _compile_call((4096, int(classes)), torch.bfloat16, fp32_loss=True)
 
 
 @needs_ptxas
 @pytest.mark.parametrize("even", [1000, pytest.param(32000, marks=pytest.mark.slow)])
 def test_odd_rows_take_at_most_two_loads_more(even):
-    """For what lies before the first and behind the last multiple of 16 bytes. Logits alone have 16 bits; the targets'
-    are loaded once more for the ends, as everything that there is of a row."""
+    """For what lies before the first and behind the last multiple of 16 bytes: one for both ends, and one for the
+    target's logit, which they want too where the row is longer than a tile. Here logits alone have 16 bits; of other
+    widths are the numbers of a row, which are loaded once more for the ends from where they have just been."""
     calls = [f"tests.test_losses_gpu:compile_rows:{classes}" for classes in (even, even + 1)]
     aligned, odd = cubin.launch_facts(*calls, architectures=(90,)).values()
     for one, other in zip(aligned, odd, strict=True):
         assert one.kernel == other.kernel
         assert other.loads.get(128, 0) <= one.loads.get(128, 0), (one, other)
-        assert other.loads.get(16, 0) <= 2 * one.loads.get(16, 0) + 2, (one, other)
-        assert sum(other.stores.values()) <= sum(one.stores.values()) + 2, (one, other)
+        assert other.loads.get(16, 0) <= one.loads.get(16, 0) + 2, (one, other)
+        assert sum(other.stores.values()) <= sum(one.stores.values()) + 1, (one, other)
 
 
 @needs_nvcc
