@@ -11,7 +11,6 @@ Numerics  fp32 (fp64 where either side is), one rounding; the weights in fp64.
 
 import struct
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -213,17 +212,10 @@ def _swap(row, first, length, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 # ---- launchers -----------------------------------------------------------------------------------------------
 
 
-def _on_device(kernel, tensor, grid, *args, **constants):
-    if tensor.is_cuda:  # Triton launches on the current device, whatever its tensors' one is
-        with torch.cuda.device(tensor.device):
-            return kernel[grid](*args, **constants)
-    kernel[grid](*args, **constants)
-
-
 def average_update(table, chunks, chunk, kinds, rules, n_averaged, calls, ticket, found_inf, update_every,
                    start_step, rounding_seed):  # fmt: skip
-    _on_device(
-        _average_update, table, (max(1, len(chunks)),), table, chunks, rules, n_averaged, calls, ticket, found_inf,
+    _average_update[(max(1, len(chunks)),)](
+        table, chunks, rules, n_averaged, calls, ticket, found_inf,
         update_every, start_step, rounding_seed or 0, CHUNKS=len(chunks) > 0, CHUNK=chunk,
         KINDS=kinds, K=len(rules), BLOCK=BLOCK, STOCHASTIC=rounding_seed is not None,
     )  # fmt: skip
@@ -232,12 +224,11 @@ def average_update(table, chunks, chunk, kinds, rules, n_averaged, calls, ticket
 def average_lerp(table, chunks, chunk, kinds, weight, weight_tensor):
     if len(chunks):
         (bits,) = struct.unpack("q", struct.pack("d", weight))
-        _on_device(
-            _average_lerp, table, (len(chunks),), table, chunks, weight_tensor, bits, CHUNK=chunk,
-            KINDS=kinds, BLOCK=BLOCK,
+        _average_lerp[(len(chunks),)](
+            table, chunks, weight_tensor, bits, CHUNK=chunk, KINDS=kinds, BLOCK=BLOCK
         )  # fmt: skip
 
 
 def average_swap(table, chunks, chunk):
     if len(chunks):
-        _on_device(_average_swap, table, (len(chunks),), table, chunks, CHUNK=chunk, BLOCK=4 * BLOCK)
+        _average_swap[(len(chunks),)](table, chunks, CHUNK=chunk, BLOCK=4 * BLOCK)
