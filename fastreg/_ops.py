@@ -13,15 +13,21 @@ from collections.abc import Callable
 import torch
 
 KERNEL_BACKENDS = ("cpu", "cuda", "triton")
+_BY_ADDRESS = None
 _declared: list[str] = []
 
 
-def _define(name: str, schema: str, fake: Callable, module: str, backends: tuple[str, ...] = KERNEL_BACKENDS) -> None:
+def _define(
+    name: str, schema: str, fake: Callable | None, module: str, backends: tuple[str, ...] = KERNEL_BACKENDS
+) -> None:
+    """`fake` is None (`_BY_ADDRESS`) for an operator that works on addresses. A graph knows nothing of what it reads
+    and writes there, and would leave it out or move it: without a fake kernel torch.compile ends its graph before."""
     for backend in backends:
         overload = f"fastreg::{name}.{backend}"
-        torch.library.define(overload, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.define(overload, schema, tags=() if fake is None else (torch.Tag.pt2_compliant_tag,))
         _declared.append(overload + schema)
-        torch.library.register_fake(overload, fake)
+        if fake is not None:
+            torch.library.register_fake(overload, fake)
         if backend == "triton":
 
             def launch(*args, **kwargs):
@@ -176,7 +182,7 @@ _define(
     "max_norm_rows",
     "(Tensor table, Tensor chunks, int traits, Tensor caps, float p, float tau, float decay, Tensor? decay_tensor, "
     "int kind) -> Tensor",
-    lambda table, *rest: table.new_empty((), dtype=torch.int64),
+    _BY_ADDRESS,
     "max_norm",
 )
 
@@ -253,26 +259,23 @@ _define(
 _define(
     "lp_norms",
     "(Tensor table, Tensor chunks, int chunk, float p, bool squared, bool wide) -> (Tensor penalty, Tensor norms)",
-    lambda table, chunks, chunk, p, squared, wide: (
-        table.new_empty((), dtype=torch.float64 if wide else torch.float32),
-        table.new_empty((table.shape[0], 2), dtype=torch.float64),
-    ),
+    _BY_ADDRESS,
     "penalties",
 )
 _define(
     "lp_penalty_backward",
     "(Tensor table, Tensor chunks, int chunk, Tensor outs, Tensor norms, Tensor grad, float p, bool squared, bool add)"
     " -> ()",
-    lambda *args: None,
+    _BY_ADDRESS,
     "penalties",
 )
 _define(
     "fgm_attack",
     "(Tensor table, Tensor chunks, int chunk, float epsilon, bool wide) -> ()",
-    lambda *args: None,
+    _BY_ADDRESS,
     "penalties",
 )
-_define("fgm_restore", "(Tensor table, Tensor chunks, int chunk) -> ()", lambda *args: None, "penalties")
+_define("fgm_restore", "(Tensor table, Tensor chunks, int chunk) -> ()", _BY_ADDRESS, "penalties")
 
 
 # ---- noise -----------------------------------------------------------------------------------------------
@@ -307,13 +310,11 @@ _define(
     "average_update",
     f"({_PLAN}, int kinds, Tensor rules, Tensor(a!) n_averaged, Tensor(b!) calls, Tensor(c!) ticket, "
     "Tensor? found_inf, int update_every, int start_step, int? rounding_seed) -> ()",
-    lambda *args: None,
+    _BY_ADDRESS,
     "averaging",
 )
-_define(
-    "average_lerp", f"({_PLAN}, int kinds, float weight, Tensor? weight_tensor) -> ()", lambda *args: None, "averaging"
-)
-_define("average_swap", f"({_PLAN}) -> ()", lambda *args: None, "averaging")
+_define("average_lerp", f"({_PLAN}, int kinds, float weight, Tensor? weight_tensor) -> ()", _BY_ADDRESS, "averaging")
+_define("average_swap", f"({_PLAN}) -> ()", _BY_ADDRESS, "averaging")
 
 # ---- what was built --------------------------------------------------------------------------------------
 CAPABILITIES = ("baseline", "AVX2", "AVX-512")

@@ -14,7 +14,7 @@ import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from itertools import chain
 from operator import is_
 from types import ModuleType
@@ -25,6 +25,21 @@ import torch
 from torch import Tensor, nn
 
 from ._native import missing
+
+F = TypeVar("F", bound=Callable)
+
+
+def eagerly(function: F) -> F:
+    """For what makes plans: torch.compile is not to trace how, and calls the function as it is."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 

@@ -167,7 +167,7 @@ def average_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float
             if weight.device.type != "cpu":
                 raise ValueError(f"weight must be on the device of averages, {device}, got {weight.device}")
             weight = float(weight)
-        if _backends.choose("averaging", device.type, _refuse, ()) == "reference":
+        if _backends.choose("averaging", device.type, _refuse_traced) == "reference":
             return average_reference_(*_checked(averages, params), weight)
         for part in _plan.plan_for("average", averages + params, lambda: _pair_parts(*_checked(averages, params))):
             if (backend := part.backend()) == "reference":
@@ -189,7 +189,8 @@ def _checked(averages: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[list
     for i, (average, param) in enumerate(zip(averages, params)):
         _check_pair(f"averages[{i}]", average, f"params[{i}]", param)
         _checks.same_device(f"averages[{i}]", average, f"params[{i}]", param)
-    _refuse_overlap(averages)
+    if not torch.compiler.is_compiling():  # it looks at addresses
+        _refuse_overlap(averages)
     return averages, params
 
 
@@ -250,6 +251,10 @@ def _refuse(backend: str, rules: Sequence[Rule]) -> str | None:
         if rule._row() is None:
             return f"it has no kernel for the rule {rule}"
     return None
+
+
+def _refuse_traced(backend: str) -> str | None:
+    return "it works on addresses, which torch.compile does not see" if torch.compiler.is_compiling() else None
 
 
 def _must_not_fall_back(reason: str | None) -> None:
@@ -350,7 +355,7 @@ def _increment_versions(tensors: list[Tensor]) -> None:
 
 def average_reference_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: float | Tensor) -> None:
     """The formula in plain PyTorch, on any device."""
-    if isinstance(weight, Tensor) and weight.device.type == "cpu":
+    if isinstance(weight, Tensor) and weight.device.type == "cpu" and not torch.compiler.is_compiling():
         weight = float(weight)
     if isinstance(weight, Tensor):
         for average, param in zip(averages, params):
@@ -844,6 +849,7 @@ class AveragedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
+    @_plan.eagerly
     def update_parameters(self, model: nn.Module, *, found_inf: Tensor | None = None) -> None:
         """Takes the model's present parameters into the average.
 
@@ -1040,12 +1046,14 @@ class WeightAverager:
         """The number of updates made, a 0-d int64 tensor."""
         return self._clock.n_averaged
 
+    @_plan.eagerly
     def update(self, *, found_inf: Tensor | None = None) -> None:
         """Takes the model's present parameters into every average. `found_inf` as in `AveragedModel`."""
         self._refuse_inside("update")
         _check_found_inf(found_inf, self._clock)
         self._current_link().update(list(self.rules.values()), self._clock, found_inf, self.rounding_seed)
 
+    @_plan.eagerly
     @torch.no_grad()
     def copy_to(self, model: nn.Module, name: str) -> None:
         """Writes the average `name` into `model`: this model, or another with the same names and shapes."""
@@ -1081,6 +1089,7 @@ class WeightAverager:
         finally:
             self._swap_in(name)
 
+    @_plan.eagerly
     @torch.no_grad()
     def _swap_in(self, name: str) -> None:
         link = self._current_link()
@@ -1092,6 +1101,7 @@ class WeightAverager:
         _swap_all([(source, average) for key, source, average in pairs if key not in aside])
         self._swapped, self._aside = name, aside
 
+    @_plan.eagerly
     @torch.no_grad()
     def _swap_out(self) -> None:
         link, aside = self._current_link(), self._aside

@@ -147,7 +147,9 @@ class _LpPenalty(torch.autograd.Function):
         norms, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         create_graph = torch.is_grad_enabled()  # a second derivative may be asked for
-        if create_graph or _backends.unusual(grad_penalty) or _functorch.is_legacy_batchedtensor(grad_penalty):
+        # One gradient of many, under a vmap of either kind; traced, where addresses mean nothing.
+        many = _functorch.is_legacy_batchedtensor(grad_penalty) or _backends.unusual(grad_penalty) is not None
+        if create_graph or many or torch.compiler.is_compiling():
             with torch.enable_grad():
                 penalty = lp_penalty_reference(tensors, ctx.p, squared=ctx.squared)
             needed = [tensor for tensor, needs in zip(tensors, wanted) if needs]
@@ -313,6 +315,7 @@ class Perturbation:
         self._spare: dict[str, _Backup] = {}
         self._ready: _Ready | None = None
 
+    @_plan.eagerly
     def attack(self, params: dict[str, Tensor], epsilon: float) -> None:
         _checks.finite("epsilon", epsilon)
         names, chosen, grads = [], [], []
@@ -364,6 +367,7 @@ class Perturbation:
         places, in_graph = with_grads[: len(params)], _plan.capturing(device)
         return _Ready(backend, _backends.forced(), params, backups, places, with_grads, plan, wide, in_graph)
 
+    @_plan.eagerly
     def restore(self) -> None:
         ready, backups = self._ready, self.backups
         self.backups = {}

@@ -1,9 +1,12 @@
 """Every differentiable op inside everyday PyTorch code: transforms, hooks, checkpoints, fake tensors, refusals."""
 
+import copy
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -101,6 +104,80 @@ def test_compiles_as_one_graph(op):
     compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), op(x))
     torch.testing.assert_close(gradient(compiled, x), gradient(op, x))
+
+
+@every_op
+def test_compiled_autograd(op):
+    """A graph of the backward must not leave out what a kernel writes by address."""
+    x = logits()
+    want = gradient(op, x)
+    out = op(x).sum()
+    torch._dynamo.reset()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        out.backward()
+    torch.testing.assert_close(x.grad, want)
+
+
+class TestCompiledByAddress:
+    """What works on the addresses of parameters does it in compiled code too, in its turn."""
+
+    @pytest.fixture(autouse=True)
+    def model(self):
+        torch._dynamo.reset()
+        self.model = torch.nn.Sequential(torch.nn.Embedding(9, CLASSES), torch.nn.Linear(CLASSES, 4))
+        self.x = torch.arange(8)
+
+    def test_averages(self):
+        averager = fastreg.WeightAverager(self.model, {"ema": fastreg.EMA(0.5)})
+        averaged = fastreg.AveragedModel(self.model, fastreg.EMA(0.5))
+
+        @torch.compile(backend="aot_eager")
+        def step(add):
+            with torch.no_grad():
+                for param in self.model.parameters():
+                    param.add_(add)
+            averager.update()
+            averaged.update_parameters(self.model)
+
+        start = copy.deepcopy(self.model)
+        step(0.0)
+        step(1.0)
+        copied = copy.deepcopy(start)
+        torch.compile(lambda: averager.copy_to(copied, "ema"), backend="aot_eager")()
+        for got in (copied, averaged.module):
+            for param, old in zip(got.parameters(), start.parameters()):
+                torch.testing.assert_close(param, old + 0.5)
+        own = [param.clone() for param in self.model.parameters()]
+
+        @torch.compile(backend="aot_eager")
+        def evaluate():
+            with averager.swapped("ema"):
+                return self.model(self.x)
+
+        torch.testing.assert_close(evaluate(), copied(self.x))
+        assert all(map(torch.equal, self.model.parameters(), own))
+
+    def test_fgm(self):
+        fgm, table = fastreg.FGM(self.model, include="0."), self.model[0].weight
+        self.model(self.x).square().sum().backward()
+        old = table.detach().clone()
+        for _ in range(2):
+            torch.compile(fgm.attack, backend="aot_eager")()
+            torch.testing.assert_close(table.detach(), old + table.grad / table.grad.norm())
+            torch.compile(fgm.restore, backend="aot_eager")()
+            assert torch.equal(table, old)
+
+    @pytest.mark.parametrize("weight", [0.5, torch.tensor(0.5), 1.0])
+    def test_average_in_one_graph(self, weight):
+        def change(average, half, param):
+            average.add_(1)
+            fastreg.average_([average, half], [param, param], weight)
+            return average * 1
+
+        got, want = ([torch.zeros(3), torch.zeros(3).half()] for _ in range(2))
+        returned = torch.compile(change, backend="aot_eager", fullgraph=True)(*got, torch.full((3,), 4.0))
+        change(*want, torch.full((3,), 4.0))
+        assert all(map(torch.equal, got, want)) and torch.equal(returned, want[0])
 
 
 def test_a_tensor_that_comes_twice_compiles():
