@@ -802,7 +802,8 @@ class AveragedModel(nn.Module):
 
     Parameters are matched by name, wrappers' `module.` and `_orig_mod.` left out. `update_parameters` raises
     ValueError, before anything is written, if one is missing, new or resized. DTensor parameters are averaged shard
-    by shard; a model after `fully_shard`, which cannot be copied, is one for `WeightAverager`.
+    by shard; a model after `fully_shard`, which cannot be copied, is one for `WeightAverager`. torch.compile ends its
+    graph before an update, which works on addresses.
     """
 
     n_averaged: Tensor
@@ -987,7 +988,8 @@ class WeightAverager:
         update_every, start_step, rounding_seed: as in `AveragedModel`.
 
     The averages start as copies of the model, on its devices; for an average on the host of a model on a GPU there is
-    `AveragedModel(model, rule, device="cpu")`. DTensor parameters (FSDP2) are averaged shard by shard.
+    `AveragedModel(model, rule, device="cpu")`. DTensor parameters (FSDP2) are averaged shard by shard. As there,
+    torch.compile ends its graph before an update or a swap.
     """
 
     def __init__(

@@ -234,6 +234,7 @@ class FGM:
     After a backward pass, `attack()` adds epsilon · g / ‖g‖_2 to each of the parameters with a gradient g; a zero or
     non-finite gradient leaves its parameter alone. `restore()` puts back, bit for bit, what was there before;
     several attacks before it add up. The host never waits for the device. Sparse gradients are taken as they are.
+    torch.compile ends its graph before either.
 
     Example:
         >>> loss(model(x)).backward()

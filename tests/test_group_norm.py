@@ -213,6 +213,27 @@ def test_results_too_large_for_the_caches(layout, activation, backend):
     check(x.double(), 8, *affine(72), activation=activation)
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("shape", [(22, 256, 196), (44, 512, 49), (6, 64, 3249), (1, 64, 17689)])
+def test_vectors_that_belong_to_two_channels(shape, activation, backend):
+    """The bits are those of channels that lie apart, whichever thread writes a channel."""
+    if backend != "cpu":
+        pytest.skip("about the CPU kernels, which write large results past the caches in whole vectors")
+    x, groups, parameters, results = tensor(*shape), 2 if shape[0] == 1 else 32, affine(shape[1]), []
+    assert x.nbytes >= 4 << 20
+    apart = [tensor(*shape[:2], shape[2] + 1, seed=seed)[..., 1:] for seed in (1, 2)]
+    together, threads = [t.contiguous() for t in apart], torch.get_num_threads()
+    for count, (grad, residual) in ((1, together), (5, together), (1, apart)):
+        torch.set_num_threads(count)
+        try:
+            results.append(run(ours, grad, x, groups, *parameters, 1e-5, activation, residual))
+        finally:
+            torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    check(x, groups, *parameters, activation=activation)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_more_than_two_to_the_31_elements(layout, backend):
@@ -555,7 +576,7 @@ def test_number_of_threads_changes_no_bit(format, backend):
 def test_every_instruction_set(level, backend):
     if backend != "cpu" or "FASTREG_CPU_CAPABILITY" in os.environ:
         pytest.skip("about the CPU kernels, once")
-    chosen = "cpu and (activation or per_group or positions or mean or overflows or nan or slices)"
+    chosen = "cpu and (activation or per_group or positions or mean or overflows or nan or slices or two_channels)"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
     done = subprocess.run(
         command, env=os.environ | {"FASTREG_CPU_CAPABILITY": level}, capture_output=True, text=True, timeout=600

@@ -774,6 +774,17 @@ FASTREG_INLINE void write_two(T* to, Two<V> v, bool stream) {
   store_two<false>(to, v);
 }
 
+template <class A>
+FASTREG_INLINE void stream_one(A* to, Vec<A> v) {
+#if FASTREG_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits<__m512i>(v));
+#elif FASTREG_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits<__m256i>(v));
+#else
+  store(to, v);
+#endif
+}
+
 // Orders what bypassed the caches before what other threads are told.
 inline void finish_writing() {
 #if FASTREG_VECTOR_BYTES >= 32
@@ -826,11 +837,49 @@ struct Tables {
   }
 };
 
+// The first n lanes of a, the others of b.
+template <class A>
+FASTREG_INLINE Vec<A> joined(Vec<A> a, Vec<A> b, int64_t n) {
+  Int<A> lane;
+  for (int64_t i = 0; i < lanes<A>; ++i) lane[i] = i;
+  return lane < static_cast<std::decay_t<decltype(lane[0])> >(n) ? a : b;
+}
+
 template <class A>
 struct Affine {
   Vec<A> mean, scale, bias;
   __attribute__((always_inline)) Vec<A> operator()(Vec<A> x) const { return (x - mean) * scale + bias; }
+  __attribute__((always_inline)) Affine until(int64_t n, const Affine& next) const {
+    return {mean, joined<A>(scale, next.scale, n), joined<A>(bias, next.bias, n)};
+  }
 };
+
+// Whether a group of channels that are no whole number of vectors lies end to end in `read` and in what is
+// written from `to` on, and makes whole vectors itself: then vectors that belong to two channels let it
+// bypass the caches.
+template <class T, class A>
+bool end_to_end(const GroupNorm<A>& call, bool stream, std::initializer_list<Rows> read, const Rows& written,
+                const T* to) {
+  constexpr int64_t L = lanes<A>;
+  const int64_t n = call.positions;
+  if (FASTREG_VECTOR_BYTES < 32 || sizeof(T) != sizeof(A) || !stream || call.pieces > 1) return false;
+  if (n < L || n % L == 0 || call.per_group() * n % L || written.row != n) return false;
+  for (const Rows& rows : read)
+    if (rows.data && rows.row != n) return false;
+  return reinterpret_cast<uintptr_t>(to) % FASTREG_VECTOR_BYTES == 0;
+}
+
+// f(i, terms) for the vectors that begin in the k-th of a group's channels, which lie end to end. terms(k)
+// are a channel's; the last vector may reach into the next channel.
+template <class A, class Terms, class F>
+FASTREG_INLINE void vectors_of_channel(int64_t k, int64_t n, Terms terms, F f) {
+  constexpr int64_t L = lanes<A>;
+  const int64_t end = (k + 1) * n;
+  const auto own = terms(k);
+  int64_t i = slots_for<A>(k * n);
+  for (; i + L <= end; i += L) f(i, own);
+  if (i < end) f(i, own.until(end - i, terms(k + 1)));
+}
 
 // `rows` rows of n elements; at(slot) gives the Affine. With an activation there is too much to do for the
 // hardware to look far ahead: the rows `ahead` are asked for, unless they are nothing.
@@ -894,10 +943,35 @@ void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t 
     }
     return;
   }
+  const auto terms = [&](int64_t c) {
+    return Affine<A>{splat(call.mean[unit]), splat(scale_of(unit, c)), splat(call.bias[c])};
+  };
+  if constexpr (std::is_same_v<T, A>) {
+    const int64_t n = unit / call.groups, first = unit % call.groups * call.per_group();
+    T* const to = run_at<T>(call.output, n, first, 0).data;
+    if (end_to_end<T>(call, call.stream, {call.input, call.residual}, call.output, to)) {
+      const T* const x = run_at<T>(call.input, n, first, 0).data;
+      const T* const residual = run_at<T>(call.residual, n, first, 0).data;
+      const T* const ahead = act == kNone ? nullptr : run_of<T>(call, call.input, next, 0, 0).data;
+      for (int64_t part = end; part-- > begin;) {
+        const Piece p = piece_of(call, unit, part);
+        for (int64_t k = p.first - first; k < p.first - first + p.rows; ++k)
+          vectors_of_channel<A>(
+              k, call.positions, [&](int64_t k) { return terms(first + k); },
+              [&](int64_t i, const Affine<A>& of) {
+                if (ahead) ask_for(ahead + i, lanes<A>);
+                Vec<A> z = of(load(x + i));
+                if (residual) z += load(residual + i);
+                stream_one(to + i, activate<act, Math<T> >(z));
+              });
+      }
+      return;
+    }
+  }
   for (int64_t part = end; part-- > begin;) {
     const Piece p = piece_of(call, unit, part);
     for (int64_t c = p.first; c < p.first + p.rows; ++c) {
-      const Affine<A> of{splat(call.mean[unit]), splat(scale_of(unit, c)), splat(call.bias[c])};
+      const Affine<A> of = terms(c);
       apply_rows<act, T, A>(run_at<const T>(call.input, p.n, c, p.begin),
                             run_at<const T>(call.residual, p.n, c, p.begin),
                             run_at<T>(call.output, p.n, c, p.begin), 1, p.end - p.begin, call.stream,
@@ -1152,6 +1226,9 @@ struct BackTerms {
   __attribute__((always_inline)) Vec<A> operator()(Vec<A> x, Vec<A> dz) const {
     return (dz * scale - m1) - (x - mean) * rstd * m2;
   }
+  __attribute__((always_inline)) BackTerms until(int64_t n, const BackTerms& next) const {
+    return {mean, rstd, joined<A>(scale, next.scale, n), m1, m2};
+  }
 };
 
 // `rows` rows of n elements; at(slot) gives the BackTerms. Asks for what lies `skip` rows further on, unless
@@ -1232,11 +1309,30 @@ void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin,
     }
     return;
   }
+  const auto terms_of = [&](int64_t c) {
+    return BackTerms<A>{splat(call.mean[unit]), splat(rstd_of(unit)), splat(rstd_of(unit) * call.weight[c]),
+                        splat(m1[unit]), splat(m2[unit])};
+  };
+  if constexpr (std::is_same_v<T, A> && !kept) {
+    const int64_t n = unit / call.groups, first = unit % call.groups * call.per_group();
+    T* const to = run_at<T>(call.grad_input, n, first, 0).data;
+    if (end_to_end<T>(call, stream, {call.input, call.dz}, call.grad_input, to)) {
+      const T *const x = run_at<T>(call.input, n, first, 0).data, *const dz =
+                                                                      run_at<T>(call.dz, n, first, 0).data;
+      for (int64_t part = end; part-- > begin;) {
+        const Piece p = piece_of(call, unit, part);
+        for (int64_t k = p.first - first; k < p.first - first + p.rows; ++k)
+          vectors_of_channel<A>(
+              k, call.positions, [&](int64_t k) { return terms_of(first + k); },
+              [&](int64_t i, const BackTerms<A>& of) { stream_one(to + i, of(load(x + i), load(dz + i))); });
+      }
+      return;
+    }
+  }
   for (int64_t part = end; part-- > begin;) {
     const Piece p = piece_of(call, unit, part);
     for (int64_t c = p.first; c < p.first + p.rows; ++c) {
-      const BackTerms<A> terms{splat(call.mean[unit]), splat(rstd_of(unit)),
-                               splat(rstd_of(unit) * call.weight[c]), splat(m1[unit]), splat(m2[unit])};
+      const BackTerms<A> terms = terms_of(c);
       gradient_rows<T, kept, A>(run_at<const T>(call.input, p.n, c, p.begin),
                                 source(p.n, c, p.begin, (c - p.g * call.per_group()) * scratch_row + p.begin),
                                 run_at<T>(call.grad_input, p.n, c, p.begin), 1, p.end - p.begin, stream, 0,
