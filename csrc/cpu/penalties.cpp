@@ -223,6 +223,8 @@ double sum_in_floats(const T* x, int64_t n) {
       total[slot] += kind == Order::one ? bits<V>(bits<Int<float> >(v) & 0x7fffffff) : v * v;
     };
     if (i + run <= n) {
+#pragma GCC unroll 1  // else GCC reads one slot's vectors of the run before the next slot's, at half of
+                      // memory's rate
       for (int64_t at = i; at < i + run; at += slots * width)
         for (int64_t slot = 0; slot < slots; ++slot) add(load(x + at + slot * width), slot);
     } else {
