@@ -172,7 +172,8 @@ struct Row {
   __device__ A logit(const Problem<A>& p, A x, int64_t c) const {
     if constexpr (MODE == plain) return x;
     if (p.adjustment) x += p.adjustment[c];
-    if (MODE == dense && p.margin && p.target_bytes == 0) x -= rounded_product(p.margin[c], probability(p, c));
+    if (MODE == dense && p.margin && p.target_bytes == 0)
+      x -= rounded_product(p.margin[c], probability(p, c));
     if (c == y) x -= margin;
     if (c == other) x -= other_margin;
     return rounded_product(p.scale, x);

@@ -24,7 +24,7 @@ struct CrossEntropyCall {
   const void *weight, *alpha, *adjustment, *margin;  // contiguous, of the arithmetic's type
   void* loss;                                        // null in the backward
   int64_t wide;  // the loss or its gradient is of the arithmetic's type, else of the input's
-  void *lse;  // two numbers per row, three where every class has a share
+  void* lse;     // two numbers per row, three where every class has a share
   void *denominator, *losses, *argmax;
   const void* grad_loss;  // null: 1
   int64_t grad_loss_stride_n, grad_loss_stride_d;

@@ -89,7 +89,8 @@ class __attribute__((visibility("hidden"))) OnDevice {
   static cudaStream_t current_stream(int32_t device) {
     using Lookup = AOTITorchError (*)(int32_t, void**);
     static const auto lookup = [] {
-      // Linkers that leave out what is not used leave out libtorch.so, through which it would be found by default.
+      // Linkers that leave out what is not used leave out libtorch.so, through which it would be found by
+      // default.
       void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
       return reinterpret_cast<Lookup>(
           dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));

@@ -6,12 +6,11 @@
 // half and bf16. __syncthreads, __syncwarp, shuffles, votes and atomics are real: a fiber waits until the
 // others have arrived. Errors, with block and thread: a lane that calls a warp operation without being in its
 // mask, a shuffle from a lane outside the mask, a warp operation that some lane of its mask never reaches, a
-// deadlock, a block of more than 1,024 threads, a grid or shared memory that no GPU has, or shared memory that
-// was not asked for. Dynamic shared memory starts as NaN in each block.
-// CUDAHOST_SHARED_BYTES is what a block may have (227 KB unless given).
-// -fsanitize=address finds accesses out of bounds, -fsanitize=thread missing barriers (__syncthreads orders a
-// block, __syncwarp a warp, shuffles order nothing). CUDAHOST_SEED=n runs the threads of a block in a
-// shuffled order.
+// deadlock, a block of more than 1,024 threads, a grid or shared memory that no GPU has, or shared memory
+// that was not asked for. Dynamic shared memory starts as NaN in each block. CUDAHOST_SHARED_BYTES is what a
+// block may have (227 KB unless given). -fsanitize=address finds accesses out of bounds, -fsanitize=thread
+// missing barriers (__syncthreads orders a block, __syncwarp a warp, shuffles order nothing). CUDAHOST_SEED=n
+// runs the threads of a block in a shuffled order.
 //
 // Not covered: races between blocks, the memory model, inline PTX, tensor cores, cp.async and TMA, clusters,
 // speed.
