@@ -6,6 +6,7 @@
 @needs_ptxas         # cubin.launch_facts
 @needs_nvcc          # cubin.nvcc_facts
 @needs_cudahost      # cudahost.load
+@needs_cpu_kernels   # fastreg.use_backend("cpu")
 """
 
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastreg import _native
 from tests.proving import cubin
 
 HAS_CUDA = torch.cuda.is_available()
@@ -53,6 +55,7 @@ needs_interpreter = _skip(_interpreter_missing())
 needs_ptxas = _skip(cubin.triton_missing())
 needs_nvcc = _skip(cubin.nvcc_missing())
 needs_cudahost = _skip(cudahost_missing())
+needs_cpu_kernels = _skip(_native.missing["cpu"])
 needs_sanitizers = pytest.mark.usefixtures("sanitizers")
 
 

@@ -8,7 +8,15 @@ from torch import nn
 
 import fastreg
 from fastreg import EMA, SWA, AveragedModel, PowerEMA, TanhEMA, WeightAverager, average_, averaging
-from tests.machine import needs_cuda, needs_cudahost, needs_interpreter, needs_nvcc, needs_ptxas, no_sync
+from tests.machine import (
+    needs_cpu_kernels,
+    needs_cuda,
+    needs_cudahost,
+    needs_interpreter,
+    needs_nvcc,
+    needs_ptxas,
+    no_sync,
+)
 from tests.proving import cubin, cudahost
 
 RULES = {"ema": EMA(0.9), "swa": SWA(), "tanh": TanhEMA(), "power": PowerEMA(0.1)}
@@ -399,6 +407,7 @@ def test_a_model_on_two_gpus_whichever_is_current():
             torch.testing.assert_close(p.detach().double().cpu(), e, rtol=1e-5, atol=1e-5)
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize("warm", [True, False])
 def test_the_tables_of_a_graph_are_not_used_outside_and_those_that_it_uses_stay(warm, monkeypatch):
     captured, launches = False, []

@@ -13,7 +13,15 @@ from torch import nn
 
 import fastreg
 from fastreg import _plan, penalties
-from tests.machine import gpu_kernels, needs_cuda, needs_interpreter, needs_nvcc, needs_ptxas, no_sync
+from tests.machine import (
+    gpu_kernels,
+    needs_cpu_kernels,
+    needs_cuda,
+    needs_interpreter,
+    needs_nvcc,
+    needs_ptxas,
+    no_sync,
+)
 from tests.proving import cubin, cudahost
 
 LAUNCHERS = ("lp_norms", "lp_penalty_backward", "fgm_attack", "fgm_restore")
@@ -258,6 +266,7 @@ def test_caps_of_a_graph_are_not_used_outside(graph):
         assert tuple(constants(caps, torch.device("cpu"))[0].tolist()) == caps
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize("warm", [True, False])
 def test_an_attack_in_a_graph_leaves_nothing_behind_and_what_it_uses_stays(warm, graph, monkeypatch):
     launches = []
