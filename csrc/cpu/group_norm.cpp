@@ -758,38 +758,16 @@ FASTREG_INLINE void write_two(T* to, Two<V> v, bool stream) {
   constexpr bool whole = sizeof(T) == sizeof(v.first[0]);
   if constexpr (whole || std::is_same_v<T, BFloat16>) {
     if (stream && reinterpret_cast<uintptr_t>(to) % FASTREG_VECTOR_BYTES == 0) {
+      using A = std::decay_t<decltype(v.first[0])>;
       V parts[2] = {v.first, v.second};
       if constexpr (!whole) store_two<false>(reinterpret_cast<T*>(parts), v);
-      for (int k = 0; k < (whole ? 2 : 1); ++k) {
-#if FASTREG_VECTOR_BYTES == 64
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to) + k, bits<__m512i>(parts[k]));
-#else
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + k, bits<__m256i>(parts[k]));
-#endif
-      }
+      for (int k = 0; k < (whole ? 2 : 1); ++k)
+        store_past_caches(reinterpret_cast<A*>(to) + k * lanes<A>, parts[k]);
       return;
     }
   }
 #endif
   store_two<false>(to, v);
-}
-
-template <class A>
-FASTREG_INLINE void stream_one(A* to, Vec<A> v) {
-#if FASTREG_VECTOR_BYTES == 64
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits<__m512i>(v));
-#elif FASTREG_VECTOR_BYTES == 32
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits<__m256i>(v));
-#else
-  store(to, v);
-#endif
-}
-
-// Orders what bypassed the caches before what other threads are told.
-inline void finish_writing() {
-#if FASTREG_VECTOR_BYTES >= 32
-  _mm_sfence();
-#endif
 }
 
 // Rows of a tensor from one of its elements on.
@@ -962,7 +940,7 @@ void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t 
                 if (ahead) ask_for(ahead + i, lanes<A>);
                 Vec<A> z = of(load(x + i));
                 if (residual) z += load(residual + i);
-                stream_one(to + i, activate<act, Math<T> >(z));
+                store_past_caches(to + i, activate<act, Math<T> >(z));
               });
       }
       return;
@@ -1324,7 +1302,9 @@ void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin,
         for (int64_t k = p.first - first; k < p.first - first + p.rows; ++k)
           vectors_of_channel<A>(
               k, call.positions, [&](int64_t k) { return terms_of(first + k); },
-              [&](int64_t i, const BackTerms<A>& of) { stream_one(to + i, of(load(x + i), load(dz + i))); });
+              [&](int64_t i, const BackTerms<A>& of) {
+                store_past_caches(to + i, of(load(x + i), load(dz + i)));
+              });
       }
       return;
     }

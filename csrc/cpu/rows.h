@@ -111,15 +111,6 @@ struct Factor {
   }
 };
 
-// Past the caches, to a multiple of the vector's size. `finish_writing` when all is written.
-FASTREG_INLINE void store_past_caches(float* to, Vec<float> v) {
-#if FASTREG_VECTOR_BYTES == 64
-  _mm512_stream_ps(to, bits<__m512>(v));
-#else
-  _mm256_stream_ps(to, bits<__m256>(v));
-#endif
-}
-FASTREG_INLINE void finish_writing() { _mm_sfence(); }
 #endif
 
 // Collects |x|^p: sums, or for p = inf the largest, and then a NaN or inf that `largest` would drop shows in

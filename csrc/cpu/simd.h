@@ -566,4 +566,23 @@ struct VectorMath {
   }
 };
 
+// Past the caches, to a multiple of the vector's size. `finish_writing` when all is written.
+template <class A>
+FASTREG_INLINE void store_past_caches(A* to, Vec<A> v) {
+#if FASTREG_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits<__m512i>(v));
+#elif FASTREG_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits<__m256i>(v));
+#else
+  store(to, v);
+#endif
+}
+
+// Orders what bypassed the caches before what other threads are told.
+inline void finish_writing() {
+#if FASTREG_VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
 }  // namespace fastreg::FASTREG_ISA

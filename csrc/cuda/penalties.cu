@@ -1,13 +1,11 @@
 // Lp penalties and FGM in CUDA: one pass over the tensors of a plan. The formulas and the tables' layout
 // stand in penalties.h.
 //
-// Bytes     norms: each weight once. Gradient: the weight once, the gradient written once (and read, to add
-// to
-//           it). Attack: each gradient once; weight and backup only in the blocks of 64 where the gradient is
-//           not zero.
-// Launches  norms: 3, whatever the number of tensors: a sum per chunk, a norm per tensor, the penalty.
-// Attack:
-//           the first two of these, for the gradients, and 1. The others: 1, a block per chunk.
+// Bytes     norms: each weight once. Gradient: the weight once, the gradient written once, and read where
+//           added to. Attack: each gradient once; weight and backup only in the blocks of 64 where the
+//           gradient is not zero.
+// Launches  norms: 3, whatever the number of tensors: a sum per chunk, a norm per tensor, the penalty. An
+//           attack: the first two of these, for the gradients, and 1. The others: 1, a block per chunk.
 // Accesses  128 bits where all addresses of a tensor are multiples of 16 bytes; other tensors go by elements.
 // Numerics  sums in fp64, in an order that the plan fixes. Where powers could overflow or vanish they are of
 //           values relative to the largest so far.
