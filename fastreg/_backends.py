@@ -61,6 +61,13 @@ def _wrong_device(backend: str, device: str) -> str | None:
     return f"it serves {' and '.join(_DEVICES[backend])} tensors, not {device}{hint}"
 
 
+def recorded() -> bool:
+    """Whether torch.export, torch.onnx.export or torch.jit.trace records the call, to be run where this package is
+    not: torch.compile is another matter."""
+    # Not torch.compiler.is_exporting(), which torch 2.11 takes for true wherever torch.compile traces.
+    return torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None
+
+
 def unusual(*tensors: Tensor | None) -> str | None:
     """Why no kernel can take these: one is no ordinary tensor, or a transform is under way."""
     for tensor in tensors:
@@ -70,6 +77,8 @@ def unusual(*tensors: Tensor | None) -> str | None:
         return "the call is inside a torch.func transform"
     if forward_ad._current_level >= 0:
         return "the call is inside forward-mode differentiation"
+    if recorded():
+        return "the call is being exported, as PyTorch's own operators"
     return None
 
 

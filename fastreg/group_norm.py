@@ -66,6 +66,10 @@ def group_norm(
     tensors = (input, weight, bias, residual)
     backend = _backends.choose("group_norm", input.device.type, _refuse, tensors)
     if backend == "reference":
+        if _backends.recorded():  # what runs the graph later knows PyTorch's group norm, and has a kernel for it
+            weight, bias = (vector if vector is None else vector.to(input.dtype) for vector in (weight, bias))
+            x = torch.group_norm(input, num_groups, weight, bias, eps)
+            return _activate(x if residual is None else x + residual, activation)
         return group_norm_reference(input, num_groups, weight, bias, eps, activation=activation, residual=residual)
     index = ACTIVATIONS.index(activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

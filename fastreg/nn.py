@@ -8,10 +8,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from . import _checks, longtail, losses
+from . import _backends, _checks, longtail, losses
 from .group_norm import ACTIVATIONS, group_norm
+from .losses import cross_entropy, sigmoid_focal_loss
 from .max_norm import row_norms
 from .noise import check_drop_path, drop_path, soft_threshold
+
+# To torch.fx.symbolic_trace, whose stand-ins for tensors have no shape to check, each is one step of the graph.
+for _name in ("cross_entropy", "sigmoid_focal_loss", "group_norm", "drop_path", "soft_threshold", "_channel_size"):
+    torch.fx.wrap(_name)
 
 # ---- losses ----------------------------------------------------------------------------------------------
 
@@ -56,7 +61,7 @@ class CrossEntropyLoss(nn.Module):
         self.all_ignored = all_ignored
 
     def forward(self, input: Tensor, target: losses.Target) -> Tensor:
-        return losses.cross_entropy(
+        return cross_entropy(
             input,
             target,
             self.weight,
@@ -205,7 +210,7 @@ class SigmoidFocalLoss(nn.Module):
         self.register_buffer("weight", weight)
 
     def forward(self, inputs: Tensor, targets: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
-        return losses.sigmoid_focal_loss(
+        return sigmoid_focal_loss(
             inputs, targets, self.alpha, self.gamma, self.reduction, weight=self.weight, normalizer=normalizer
         )
 
@@ -376,13 +381,20 @@ class ChannelShrinkage(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        _checks.is_tensor("x", x)
-        _checks.dtype_in("x", x, _checks.FLOATS)
-        if x.dim() < 2 or x.shape[1] != self.channels:
-            raise ValueError(f"x must be (N, {self.channels}, ...), got shape {tuple(x.shape)}")
-        if x.dim() > 2:  # the mean of |x| is a norm, which takes one read
-            size = row_norms(x.flatten(2).flatten(0, 1), 1.0) / x.shape[2:].numel()
-            size = size.to(x.dtype).reshape(x.shape[:2])
-        else:
-            size = x.abs()
+        size = _channel_size(x, self.channels)
         return soft_threshold(x, size * self.fc(size))
+
+
+def _channel_size(x: Tensor, channels: int) -> Tensor:
+    """(N, C): the mean of |x| over the positions."""
+    _checks.is_tensor("x", x)
+    _checks.dtype_in("x", x, _checks.FLOATS)
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise ValueError(f"x must be (N, {channels}, ...), got shape {tuple(x.shape)}")
+    if x.dim() == 2:
+        return x.abs()
+    if _backends.recorded():
+        return x.abs().flatten(2).mean(2)
+    # A norm takes one read.
+    size = row_norms(x.flatten(2).flatten(0, 1), 1.0) / x.shape[2:].numel()
+    return size.to(x.dtype).reshape(x.shape[:2])

@@ -1,6 +1,7 @@
 """Every differentiable op inside everyday PyTorch code: transforms, hooks, checkpoints, fake tensors, refusals."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -200,6 +201,70 @@ def test_fake_tensors(op):
         out = op(x)
         assert gradient(op, x).shape == x.shape
     assert out.shape == op(logits()).shape
+
+
+@every_op
+def test_symbolic_traces(op):
+    """torch.fx, as torchvision and timm take features out of models, makes one step of a call."""
+    x = logits()
+    op = {  # what needs more than the stand-in for x gets it from here
+        OPS["cross_entropy"]: lambda x: fastreg.cross_entropy(x, TARGET),
+        OPS["focal_loss"]: lambda x: fastreg.focal_loss(x, TARGET, label_smoothing=0.1),
+        OPS["sigmoid_focal_loss"]: lambda x: fastreg.sigmoid_focal_loss(x, TARGET),
+        OPS["linear_cross_entropy"]: lambda x: fastreg.linear_cross_entropy(x, torch.eye(CLASSES), TARGET),
+    }.get(op, op)
+    traced = torch.fx.symbolic_trace(op)
+    assert sum(getattr(node.target, "__module__", "").startswith("fastreg") for node in traced.graph.nodes) == 1
+    torch.testing.assert_close(copy.deepcopy(traced)(x), op(x))
+
+
+TARGET = torch.arange(ROWS) % CLASSES
+
+
+class Deployed(torch.nn.Module):
+    """Every module that a model keeps when it is deployed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = fastreg.nn.GroupNorm(2, 8, activation="silu")
+        self.drop = fastreg.nn.DropPath(0.5)
+        self.shrink = fastreg.nn.ChannelShrinkage(8)
+        self.last = fastreg.nn.GroupNorm(4, 8, activation="gelu", dtype=torch.bfloat16)
+        self.double()
+        self.last.bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.last(self.shrink(h + self.drop(h)), x)
+
+
+class TestDeployment:
+    @pytest.fixture
+    def model(self) -> Deployed:
+        return Deployed().eval()
+
+    def test_symbolic_trace(self, model):
+        x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+    def test_jit_trace(self, model):
+        """The trace is PyTorch's own operators, serves other shapes, and can be loaded without this package."""
+        traced = torch.jit.trace(model, torch.randn(2, 8, 3, 5, dtype=torch.float64))
+        assert not re.search("fastreg::|PythonOp", str(traced.inlined_graph))
+        x = torch.randn(3, 8, 7, 2, dtype=torch.float64)
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-3, atol=1e-3)  # parameters rounded to bf16
+
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_torch_export(self, model, strict):
+        """Likewise, with a batch of any size; it is what torch.onnx.export starts from."""
+        x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
+        batch = ({0: torch.export.Dim("batch", min=2)},)
+        exported = torch.export.export(model, (x,), strict=strict, dynamic_shapes=batch)
+        assert "fastreg" not in str(exported.graph)
+        assert "aten.group_norm" in str(exported.graph)  # for which there are kernels everywhere
+        x = torch.randn(5, 8, 3, 5, dtype=torch.float64)
+        torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-3, atol=1e-3)
 
 
 @every_op

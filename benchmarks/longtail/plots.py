@@ -124,7 +124,7 @@ def training_curves(pyplot, rows: Rows):
     panels[0].set_yscale("log")
     for panel, title in zip(panels, ("training loss (each method's own)", "validation accuracy")):
         panel.set_title(title)
-        panel.set_xlabel("epoch")
+        panel.set_xlabel("epoch (of the second stage, where there are two)")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
