@@ -176,9 +176,24 @@ def compile_all():
     for p in (1.0, 2.0, 3.0):
         _, norms = triton_kernels.lp_norms(plan.table, plan.chunks, plan.chunk, p, False, p == 2)
         triton_kernels.lp_penalty_backward(plan.table, plan.chunks, plan.chunk, outs, norms, grad, p, False, p == 1)
-    rows = torch.zeros(2, 6, dtype=torch.int64)
-    triton_kernels.fgm_attack(rows, plan.chunks, plan.chunk, 1.0, False)
-    triton_kernels.fgm_restore(rows, plan.chunks, plan.chunk)
+    compile_fgm()
+
+
+def compile_fgm():
+    from tritonkernels import penalties as triton_kernels
+
+    rows, chunks = torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
+    triton_kernels.fgm_attack(rows, chunks, 2048, 1.0, False)
+    triton_kernels.fgm_restore(rows, chunks, 2048)
+
+
+@needs_ptxas
+def test_triton_writes_marks_when_every_warp_has_read_them():
+    """The interpreter has no warps: there a mark cannot be gone before the last of them looks for it."""
+    (launches,) = cubin.launch_facts("tests.test_penalties_gpu:compile_fgm", architectures=[90]).values()
+    seen = {facts.kernel: facts for facts in launches}
+    for kernel in ("_attacks", "_restores"):
+        assert seen[kernel].barriers > 0 and seen[kernel].unguarded == 0, seen[kernel]
 
 
 @needs_ptxas

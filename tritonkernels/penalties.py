@@ -253,6 +253,8 @@ def lp_penalty_backward(table, chunks, chunk, outs, norms, grad, p, squared, add
 
 
 # ---- FGM -------------------------------------------------------------------------------------------------
+# Each warp reads the marks of its elements for itself, and one of them writes them all: behind a barrier, for another
+# may not have read them yet.
 
 
 @triton.jit
@@ -269,6 +271,7 @@ def _attack_block(weight, grad, backup, marks, start, n, inverse, step, TYPE: tl
         saved = (inside & fresh[:, None]) if TAIL else tl.broadcast_to(fresh[:, None], at.shape)
         old = tl.load(weight + at, mask=here, other=0.0)
         tl.store(backup + at, old, mask=saved)
+        tl.debug_barrier()
         tl.store(marks + blocks, fresh.to(tl.uint8), mask=fresh)
         # Adding a zero would turn -0 into 0.
         moved = old.to(tl.float64) + g.to(tl.float64) * inverse * step
@@ -338,6 +341,7 @@ def _restore_blocks(weight, backup, marks, n):
         else:
             here = (at < n) & marked[:, None]
             tl.store(weight + at, tl.load(backup + at, mask=here, other=0), mask=here)
+        tl.debug_barrier()
         tl.store(marks + blocks, (marked & False).to(tl.uint8), mask=marked)
 
 

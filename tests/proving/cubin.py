@@ -47,6 +47,7 @@ class Facts:
     atomics: int = 0
     shuffles: int = 0
     barriers: int = 0
+    unguarded: int = 0  # Triton: single bytes stored with no barrier ahead in their basic block of PTX
 
 
 # ---- reading a cubin -------------------------------------------------------------------------------------
@@ -120,6 +121,18 @@ def cubin_facts(path: Path | str, arch: int) -> list[Facts]:
             )
         )
     return out
+
+
+def unguarded_bytes(ptx: str) -> int:
+    count, guarded = 0, False
+    for line in ptx.splitlines():
+        if line.startswith("$L__BB") or re.search(r"\bbra(\.uni)?\b|\bld\.global\.b8\b", line):
+            guarded = False
+        elif "bar.sync" in line:
+            guarded = True
+        elif re.search(r"\bst\.global\.b8\b", line):
+            count += not guarded
+    return count
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------
@@ -220,6 +233,7 @@ def _record_launches(references: list[str], architectures: list[int]) -> dict[st
                 file.flush()
                 (facts,) = cubin_facts(file.name, driver.arch)
             facts.shared, facts.warps = kernel.metadata.shared, kernel.metadata.num_warps
+            facts.unguarded = unguarded_bytes(kernel.asm["ptx"])
             found.append(facts)
 
     def run_every_config(self, *args, **kwargs):
