@@ -117,7 +117,9 @@ class MaxNorm_via_PGD:
     that has a threshold is projected; the host does not wait for the GPU. `PGD` returns the number of rows scaled.
     """
 
-    def __init__(self, thresh: float = 1.0, LpNorm: float = 2, tau: float = 1, layers: Sequence[str] | None = None):
+    def __init__(
+        self, thresh: float = 1.0, LpNorm: float = 2, tau: float = 1, layers: Sequence[str] | None = None
+    ) -> None:
         _checks.finite_at_least("thresh", thresh, 0.0)
         _checks.above_zero("LpNorm", LpNorm)
         _checks.finite_at_least("tau", tau, 0.0)
@@ -165,7 +167,7 @@ class Regularization(nn.Module):
     weights; the gradient of a weight of zeros is zero.
     """
 
-    def __init__(self, model: nn.Module, weight_decay: float, p: float = 2):
+    def __init__(self, model: nn.Module, weight_decay: float, p: float = 2) -> None:
         super().__init__()
         _checks.is_module("model", model)
         _checks.above_zero("weight_decay", weight_decay)
@@ -198,7 +200,7 @@ class FGM:
     before `restore` keeps the first one's backup.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         _checks.is_module("model", model)
         self.model = model
         self._perturbation = Perturbation()

@@ -7,7 +7,7 @@ still open: then the backward makes the logits of each chunk again.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 from . import _backends, _checks, _ops
 from .longtail import ClassStatistics
 from .losses import (
+    LossOptions,
     LossOutputs,
     Target,
     check_shapes,
@@ -28,6 +29,32 @@ from .losses import (
 _CHUNK = 2**24  # logits in a chunk, unless it is told: 64 MB in fp32
 
 
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Target,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    gamma: float = 0.0,
+    outputs: Literal[True],
+    chunk_size: int | None = None,
+    **options: Unpack[LossOptions],
+) -> LossOutputs: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Target,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    gamma: float = 0.0,
+    outputs: bool = False,
+    chunk_size: int | None = None,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

@@ -17,7 +17,7 @@ forward, it waits on the chip; what of a very long row finds no room there comes
 
 import math
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,57 @@ _is_compiling = torch.compiler.is_compiling
 _REDUCTION = {name: index for index, name in enumerate(_ops.REDUCTIONS)}
 
 
+class LossOutputs(NamedTuple):
+    """The loss, and what the pass over the logits knew besides. Only the loss has a gradient (`z_loss` is what
+    penalises the log-sum-exp)."""
+
+    loss: Tensor
+    lse: Tensor
+    """logsumexp(z) of each row, in the dtype of the computation; 0 in ignored rows."""
+    argmax: Tensor
+    """The class of the largest logit of each row, the lowest among equals, int64; −1 in ignored rows. It is taken of
+    input, not of the adjusted z: the adjustment belongs to training, the prediction to the bare logits. NaN is not
+    the largest, unlike in torch.argmax; a row of nothing else says some class."""
+    correct: Tensor | None
+    """Whether argmax is the target, False in ignored rows; None unless the target is class indices."""
+
+
+class LossOptions(TypedDict, total=False):
+    """The options of `cross_entropy` that the other softmax losses pass on, for type checkers."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    alpha: float | Tensor | None
+    logit_adjustment: Tensor | None
+    margin: Tensor | None
+    scale: float
+    z_loss: float
+    all_ignored: str
+    grad_in_forward: bool | str
+    statistics: ClassStatistics | None
+
+
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Target,
+    weight: Tensor | None = None,
+    *,
+    gamma: float = 0.0,
+    outputs: Literal[True],
+    **options: Unpack[LossOptions],
+) -> LossOutputs: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Target,
+    weight: Tensor | None = None,
+    *,
+    gamma: float = 0.0,
+    outputs: bool = False,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
 def cross_entropy(
     input: Tensor,
     target: Target,
@@ -68,7 +119,7 @@ def cross_entropy(
     grad_in_forward: bool | str = False,
     outputs: bool = False,
     statistics: ClassStatistics | None = None,
-) -> "Tensor | LossOutputs":
+) -> Tensor | LossOutputs:
     """Cross-entropy and its long-tail family: every option combines with every other, in one pass.
 
     With the defaults this is `torch.nn.functional.cross_entropy`, argument by argument. The formula is at the top
@@ -248,22 +299,27 @@ def cross_entropy(
     return _with_extra(loss, *known, targets, ignore_index, outputs, statistics)
 
 
-class LossOutputs(NamedTuple):
-    """The loss, and what the pass over the logits knew besides. Only the loss has a gradient (`z_loss` is what
-    penalises the log-sum-exp)."""
-
-    loss: Tensor
-    lse: Tensor
-    """logsumexp(z) of each row, in the dtype of the computation; 0 in ignored rows."""
-    argmax: Tensor
-    """The class of the largest logit of each row, the lowest among equals, int64; −1 in ignored rows. It is taken of
-    input, not of the adjusted z: the adjustment belongs to training, the prediction to the bare logits. NaN is not
-    the largest, unlike in torch.argmax; a row of nothing else says some class."""
-    correct: Tensor | None
-    """Whether argmax is the target, False in ignored rows; None unless the target is class indices."""
-
-
-def focal_loss(input: Tensor, target: Target, *, gamma: float = 2.0, **options: Any) -> "Tensor | LossOutputs":
+@overload
+def focal_loss(
+    input: Tensor,
+    target: Target,
+    *,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    outputs: Literal[True],
+    **options: Unpack[LossOptions],
+) -> LossOutputs: ...
+@overload
+def focal_loss(
+    input: Tensor,
+    target: Target,
+    *,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    outputs: bool = False,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
+def focal_loss(input: Tensor, target: Target, *, gamma: float = 2.0, **options: Any) -> Tensor | LossOutputs:
     """Softmax focal loss (Lin et al. 2017), −α_y · (1 − p_y)^γ · log p_y: `cross_entropy` with a gamma.
 
     p comes from the softmax of the logits alone; neither weight nor alpha enters it. Options, shapes, dtypes and
@@ -551,7 +607,7 @@ def _with_extra(
     ignore_index: int,
     outputs: bool,
     statistics: ClassStatistics | None,
-) -> "Tensor | LossOutputs":
+) -> Tensor | LossOutputs:
     """Finishes what a kernel or the reference found per row; until here ignored rows hold anything."""
     correct = None
     if targets:

@@ -233,7 +233,9 @@ class _RowNorms(torch.autograd.Function):
 class _Constraint(ABC):
     """A rule kept on a fixed list of weights, by hand (`project`) or after optimizer steps (`attach`)."""
 
-    def __init__(self, params_or_module: nn.Module | Tensor | Iterable[Tensor], names: Iterable[str] | None = None):
+    def __init__(
+        self, params_or_module: nn.Module | Tensor | Iterable[Tensor], names: Iterable[str] | None = None
+    ) -> None:
         if isinstance(params_or_module, nn.Module):
             named = dict(params_or_module.named_parameters())
             if names is None:
@@ -313,7 +315,7 @@ class MaxNorm(_Constraint):
         dim: int = 0,
         tau: float = 1.0,
         weight_decay: float = 0.0,
-    ):
+    ) -> None:
         if (max_norm is None) == (thresh is None):
             raise ValueError(f"exactly one of max_norm and thresh must be given, got {max_norm!r} and {thresh!r}")
         _check_order(p)
@@ -383,7 +385,9 @@ class UnitNorm(_Constraint):
     Arguments and methods as in `MaxNorm`; rows of zeros and rows with NaN or Inf stay as they are.
     """
 
-    def __init__(self, params_or_module: nn.Module | Tensor | Iterable[Tensor], *, p: float = 2.0, dim: int = 0):
+    def __init__(
+        self, params_or_module: nn.Module | Tensor | Iterable[Tensor], *, p: float = 2.0, dim: int = 0
+    ) -> None:
         _check_order(p)
         super().__init__(params_or_module)
         self.p, self.dim = p, dim

@@ -4,6 +4,7 @@ import inspect
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ class FocalLoss(CrossEntropyLoss):
     """Softmax focal loss (Lin et al. 2017), `fastreg.focal_loss` as a module; options as for CrossEntropyLoss."""
 
     def __init__(
-        self, gamma: float = 2.0, alpha: float | Tensor | None = None, weight: Tensor | None = None, **options
+        self, gamma: float = 2.0, alpha: float | Tensor | None = None, weight: Tensor | None = None, **options: Any
     ) -> None:
         super().__init__(weight, gamma=gamma, alpha=alpha, **options)
 
@@ -106,7 +107,7 @@ class _FromCounts(CrossEntropyLoss):
 
     _vector = ""
 
-    def __init__(self, counts: longtail.Counts, **options) -> None:
+    def __init__(self, counts: longtail.Counts, **options: Any) -> None:
         if self._vector in options:
             raise TypeError(f"{self._vector} follows from the counts and must not be given")
         super().__init__(**options)
@@ -135,7 +136,7 @@ class LogitAdjustedLoss(_FromCounts):
 
     _vector, _shown = "logit_adjustment", ("tau",)
 
-    def __init__(self, counts: longtail.Counts, tau: float = 1.0, **options) -> None:
+    def __init__(self, counts: longtail.Counts, tau: float = 1.0, **options: Any) -> None:
         super().__init__(counts, **options)
         self.tau = tau
         self._refresh()
@@ -152,7 +153,7 @@ class BalancedSoftmaxLoss(_FromCounts):
 
     _vector = "logit_adjustment"
 
-    def __init__(self, counts: longtail.Counts, **options) -> None:
+    def __init__(self, counts: longtail.Counts, **options: Any) -> None:
         super().__init__(counts, **options)
         self._refresh()
 
@@ -169,7 +170,7 @@ class LDAMLoss(_FromCounts):
 
     _vector, _shown = "margin", ("max_margin",)
 
-    def __init__(self, counts: longtail.Counts, max_margin: float = 0.5, scale: float = 30, **options) -> None:
+    def __init__(self, counts: longtail.Counts, max_margin: float = 0.5, scale: float = 30, **options: Any) -> None:
         super().__init__(counts, scale=scale, **options)
         self.max_margin = max_margin
         self._refresh()
@@ -187,7 +188,7 @@ class ClassBalancedLoss(_FromCounts):
 
     _vector, _shown = "weight", ("beta",)
 
-    def __init__(self, counts: longtail.Counts, beta: float = 0.9999, gamma: float = 0.0, **options) -> None:
+    def __init__(self, counts: longtail.Counts, beta: float = 0.9999, gamma: float = 0.0, **options: Any) -> None:
         super().__init__(counts, gamma=gamma, **options)
         self.beta = beta
         self._refresh()

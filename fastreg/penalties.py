@@ -200,7 +200,7 @@ class Penalty:
         l1: float = 0.0,
         l2: float = 0.0,
         include: str | Iterable[str] | Callable[[str, Tensor], bool] = "weight",
-    ):
+    ) -> None:
         _checks.in_range("l1", l1, 0.0)
         _checks.in_range("l2", l2, 0.0)
         chosen = _select(module, include)
@@ -247,7 +247,7 @@ class FGM:
         module: nn.Module,
         epsilon: float = 1.0,
         include: str | Iterable[str] | Callable[[str, Tensor], bool] = "emb",
-    ):
+    ) -> None:
         _checks.finite("epsilon", epsilon)
         self.module, self.epsilon, self.include = module, epsilon, include
         self._perturbation = Perturbation()

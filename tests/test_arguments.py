@@ -1,12 +1,15 @@
 """What the objects say of themselves, and what is said of arguments of a wrong kind, throughout the package."""
 
+import inspect
+import typing
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fastreg
-from fastreg import compat, longtail
+from fastreg import compat, longtail, losses
 
 MODEL = nn.Linear(4, 3)
 X, Y = torch.ones(2, 3), torch.tensor([0, 2])
@@ -100,3 +103,17 @@ def test_numbers_of_numpy_are_numbers():
     assert torch.equal(fastreg.group_norm(x, np.int64(2)), fastreg.group_norm(x, 2))
     assert torch.equal(fastreg.max_norm(x, np.float32(0.5)), fastreg.max_norm(x, 0.5))
     assert torch.equal(fastreg.lp_penalty(x, np.int64(2)), fastreg.lp_penalty(x, 2))
+
+
+@pytest.mark.parametrize("function", [fastreg.cross_entropy, fastreg.focal_loss, fastreg.linear_cross_entropy])
+def test_type_checkers_see_every_option(function):
+    """The overloads, which tell the loss from `LossOutputs`, name the options of cross_entropy, with its types."""
+    wanted = {name: p.annotation for name, p in inspect.signature(fastreg.cross_entropy).parameters.items()}
+    for overload, answer in zip(typing.get_overloads(function), (losses.LossOutputs, torch.Tensor), strict=True):
+        signature = inspect.signature(overload)
+        assert signature.return_annotation is answer
+        named = {name: p.annotation for name, p in signature.parameters.items() if name != "options"}
+        told = named | typing.get_type_hints(losses.LossOptions)
+        assert {name: told[name] for name in wanted if name != "outputs"} == {
+            name: annotation for name, annotation in wanted.items() if name != "outputs"
+        }
