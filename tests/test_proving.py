@@ -77,6 +77,15 @@ def test_libdevice():
 
 
 @needs_interpreter
+def test_numbers_arrive_in_fp32_unless_declared_otherwise():
+    out = torch.empty(2, dtype=torch.float64)
+    planted.store_numbers[(1,)](out, 0.1, 0.1)
+    assert out.tolist() == [torch.tensor(0.1).item(), 0.1]
+    planted.store_numbers[(1,)](out, plain=0.1, wide=0.1)
+    assert out.tolist() == [torch.tensor(0.1).item(), 0.1]
+
+
+@needs_interpreter
 def test_autotune_runs_every_configuration_from_the_same_state():
     x = torch.ones(1000)
     planted.autotuned_increment[lambda meta: (-(-1000 // meta["BLOCK"]),)](x, 1000)

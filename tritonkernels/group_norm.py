@@ -177,9 +177,10 @@ def _rstd(m2, scaled, count, eps):
 @triton.jit
 def _forward_whole(
     x, residual, weight, bias, y, stats,
-    N, C, G, D: tl.constexpr, S, count, eps, x_n, x_r, r_n, r_r, y_n, y_r,
+    N, C, G, D: tl.constexpr, S, count: tl.float64, eps: tl.float64, x_n, x_r, r_n, r_r, y_n, y_r,
     K: tl.constexpr, CH: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
+    count, eps = tl.full([], count, TYPE), tl.full([], eps, TYPE)
     n, first, _, _, channel, here, group, member, _ = _place(C, G, D, K, CH, 1, 1)
     position = tl.arange(0, P)
     mask = _along_channels(here, LAST) & _along_positions(position < S, LAST)
@@ -248,9 +249,11 @@ def _moments(
 
 @triton.jit
 def _merge_moments(
-    parts, stats, total_groups, chunks, count, eps, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
+    parts, stats, total_groups, chunks, count: tl.float64, eps: tl.float64, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Mean and rstd of groups from the moments of their chunks."""
+    TYPE: tl.constexpr = stats.dtype.element_ty
+    count, eps = tl.full([], count, TYPE), tl.full([], eps, TYPE)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here_g = index < total_groups
     j = tl.arange(0, CHUNKS)
@@ -322,9 +325,10 @@ def _dz(x, residual, dy, mean, rstd, scale, shift, mask, ACT: tl.constexpr, TYPE
 @triton.jit
 def _backward_whole(
     dy, x, residual, weight, bias, stats, dx, dr, sums,
-    N, C, G, D: tl.constexpr, S, count, g_n, g_r, x_n, x_r, r_n, r_r, y_n, y_r,
+    N, C, G, D: tl.constexpr, S, count: tl.float64, g_n, g_r, x_n, x_r, r_n, r_r, y_n, y_r,
     K: tl.constexpr, CH: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
+    count = tl.full([], count, TYPE)
     n, first, _, _, channel, here, group, member, _ = _place(C, G, D, K, CH, 1, 1)
     position = tl.arange(0, P)
     mask = _along_channels(here, LAST) & _along_positions(position < S, LAST)
@@ -357,7 +361,7 @@ def _backward_whole(
 @triton.jit
 def _partial_sums(
     dy, x, residual, weight, bias, stats, dr, parts,
-    N, C, G, D: tl.constexpr, S, count, g_n, g_r, x_n, x_r, r_n, r_r, y_n, y_r, channel_blocks, position_chunks, steps,
+    N, C, G, D: tl.constexpr, S, g_n, g_r, x_n, x_r, r_n, r_r, y_n, y_r, channel_blocks, position_chunks, steps,
     K: tl.constexpr, CH: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Σ dz and Σ dz·x̂ of each channel in this program's chunk, to parts[2, N, position_chunks, C]."""
@@ -392,9 +396,11 @@ def _partial_sums(
 
 @triton.jit
 def _merge_sums(
-    parts, weight, sums, terms, N, C, G, D, S, count, position_chunks, blocks, CH: tl.constexpr, TYPE: tl.constexpr
+    parts, weight, sums, terms, N, C, G, D, S, count: tl.float64, position_chunks, blocks, CH: tl.constexpr,
+    TYPE: tl.constexpr,
 ):  # fmt: skip
     """Per sample and group: Σ over the chunks, to sums[2, N, C], and m1 and m2, to terms[2, N, G]."""
+    count = tl.full([], count, TYPE)
     pid = tl.program_id(0).to(tl.int64)
     n, g = pid // G, pid % G
     m1 = tl.zeros((CH,), TYPE)
@@ -421,7 +427,7 @@ def _merge_sums(
 @triton.jit
 def _apply_backward(
     dy, x, residual, weight, bias, stats, terms, dx,
-    N, C, G, D: tl.constexpr, S, count, g_n, g_r, x_n, x_r, r_n, r_r, y_n, y_r, channel_blocks, position_chunks, steps,
+    N, C, G, D: tl.constexpr, S, g_n, g_r, x_n, x_r, r_n, r_r, y_n, y_r, channel_blocks, position_chunks, steps,
     K: tl.constexpr, CH: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     n, first, _, chunk, channel, here, group, member, _ = _place(C, G, D, K, CH, channel_blocks, position_chunks)
@@ -663,7 +669,7 @@ def group_norm_backward(
         terms = torch.empty_like(stats)
         cut = (plan.channel_blocks, plan.position_chunks, plan.steps)
         _partial_sums[(plan.programs,)](
-            grad_output, input, residual, weight, bias, stats, dr, parts, *sizes, count, *strides, *cut, **tile,
+            grad_output, input, residual, weight, bias, stats, dr, parts, *sizes, *strides, *cut, **tile,
             maxnreg=min(255, 2048 // plan.warps),  # what there is; unasked ptxas spills where that fits another block
         )  # fmt: skip
         block = min(_power(per_group), 1024)
@@ -673,7 +679,7 @@ def group_norm_backward(
         )  # fmt: skip
         if dx is not None:
             _apply_backward[(plan.programs,)](
-                grad_output, input, residual, weight, bias, stats, terms, dx, *sizes, count, *strides, *cut, **tile
+                grad_output, input, residual, weight, bias, stats, terms, dx, *sizes, *strides, *cut, **tile
             )
     if wanted & 6:
         _parameter_gradients[(triton.cdiv(channels, 128),)](

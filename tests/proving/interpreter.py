@@ -1,8 +1,9 @@
 """Mends Triton's interpreter (TRITON_INTERPRET=1), so that a kernel computes there what it does on the GPU.
 
 As it comes, the interpreter truncates fp32 to bf16 instead of rounding, computes garbage from arithmetic on
-bf16, knows no libdevice function, times autotuned kernels (which it cannot), lets `tl.device_assert` pass, and
-evaluates `erf` element by element. `mend()` repairs all of these, once; tests/conftest.py calls it.
+bf16, knows no libdevice function, times autotuned kernels (which it cannot), lets `tl.device_assert` pass,
+keeps all digits of numbers that reach a GPU in fp32, and evaluates `erf` element by element. `mend()` repairs
+all of these, once; tests/conftest.py calls it.
 
 What it proves: a test that passes computes the right values with the kernel's own masks, indices and casts.
 What it does not: the order in which a reduction adds, fused multiply-adds and the last bits of exp and log
@@ -10,6 +11,7 @@ are numpy's, not the GPU's; programs run one after another (see sanitizer.py); t
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -193,7 +195,16 @@ def _launch_like_hardware() -> None:
     old_launch, old_patch = GridExecutor.__call__, interpreter._patch_lang
     patched_for: dict[int, dict] = {}  # keeps the modules alive, so that no id comes twice
 
+    def narrowed(self, name, value):
+        if not isinstance(value, float):
+            return value
+        declared = str(inspect.get_annotations(self.fn).get(name))  # the interpreter's rewriting leaves their text
+        return value if "constexpr" in declared or "float64" in declared else float(np.float32(value))
+
     def launch(self, *args, **kwargs):
+        # A number arrives in fp32, unless its parameter is declared as tl.float64.
+        args = [narrowed(self, name, value) for name, value in zip(self.arg_names, args, strict=False)]
+        kwargs = {name: narrowed(self, name, value) for name, value in kwargs.items()}
         # The GPU raises no floating-point exceptions, and its max and min drop NaN silently.
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
