@@ -152,11 +152,14 @@ def cross_entropy(
         all_ignored: "nan", or "zero" for a mean of 0 where the mean divides by 0: an empty batch, no kept row, or
             kept rows of weight 0.
         grad_in_forward: make the gradient together with the loss, so that the logits are read once in all instead
-            of twice; for "mean" and "sum", where it is wanted at all. Rows that find no room on a GPU's chip are read
-            a second time right after the first, from its cache where they fit there: in Triton from 16,384 classes
-            on, in CUDA from about 113,000 in 16 bits, with terms of every class from about half of that. An incoming
-            gradient other than 1 costs the
-            pass that was saved, and so does a second backward; both are right, and the host never waits to see.
+            of twice; for "mean" and "sum", where it is wanted at all. An incoming gradient other than 1 costs the pass
+            that was saved, and so does a second backward; both are right, and the host never waits to see.
+            On a GPU some rows are read a second time after all, right after the first, so from its cache as far as
+            that holds them. In Triton: rows of more than 16,384 classes, or of 1,024 strided ones (fp32: 2,048); half
+            of that with terms of every class. In CUDA, on an H100 or H200: what of a row lies beyond 115,000 classes
+            in 16 bits (fp32: 57,000; half of that with terms of every class), or beyond 1,600 strided ones (800); and
+            few rows, which are dealt out to several multiprocessors each: up to as many as there are of those, if they
+            have more than 4,096 classes in 16 bits (fp32: 2,048), or 32 times as many of more than 64 strided ones.
             fp16 input is treated as without it: a gradient scaler's factor must come before the rounding.
             "in_place" lets the gradient take the place of the logits, which are then spoilt: for logits that nobody
             else needs, not a leaf, and for one backward. Where the gradient is not made in the forward, they stay.

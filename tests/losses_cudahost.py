@@ -143,6 +143,7 @@ def _sigmoid_kernels():
 def _sigmoid_focal(grad_loss, input, target, weight, normalizer, out, alpha, gamma, reduce, scale):
     accumulate, size = _accumulate(input), np.zeros(1, np.int64)
     code, wide = _CODES[input.dtype], (out if grad_loss is None else grad_loss).dtype == accumulate
+    input, target = input.contiguous(), target.contiguous()
     _sigmoid_kernels().sigmoid_focal_workspace(code, input.numel(), MULTIPROCESSORS, size)
     _sigmoid_kernels().sigmoid_focal(
         code, grad_loss is not None, grad_loss, input, target, 0 if target.dim() == 2 else target.element_size(),
@@ -158,5 +159,7 @@ def sigmoid_focal_forward(input, target, weight, normalizer, alpha, gamma, reduc
 
 
 def sigmoid_focal_backward(grad_loss, input, target, weight, normalizer, alpha, gamma, reduce, scale):
-    out = torch.empty_like(input).fill_(torch.nan)
-    return _sigmoid_focal(grad_loss, input, target, weight, normalizer, out, alpha, gamma, reduce, scale)
+    out = torch.empty(input.shape, dtype=input.dtype).fill_(torch.nan)
+    grad_loss = grad_loss.contiguous()
+    _sigmoid_focal(grad_loss, input, target, weight, normalizer, out, alpha, gamma, reduce, scale)
+    return torch.empty_like(input).copy_(out)

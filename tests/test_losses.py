@@ -1,33 +1,49 @@
 """Softmax and sigmoid losses: every backend against an oracle written from the formula, in extended precision.
 
-The hard cases of such losses, and the tests that hold them:
+The hard cases of such losses, and the tests that hold them. A test that takes `backend` runs on each: plain PyTorch,
+C++, Triton, in its interpreter where there is no GPU, and CUDA, there compiled for the CPU. (gpu): more of it for the
+GPU kernels alone, in tests/test_losses_gpu.py; (cpu): for the C++ ones, in tests/test_losses_cpu.py.
 
  1 class counts, few and many rows, rows that start anywhere: test_every_number_of_classes, test_very_long_rows,
-   test_no_rows_and_many_rows
- 2 more than 2^31 elements: test_past_2_to_31_elements, test_offsets_past_2_to_32
- 3 layouts: test_layouts_of_logits_targets_and_gradients, test_transposed_tokens, test_incoming_gradients
- 4 ignored rows, whatever they hold: test_ignored_rows, test_ignored_rows_hold_anything, test_nothing_kept
- 5 targets out of range: test_target_out_of_range; in CUDA and Triton test_a_target_out_of_range_is_an_assertion
+   test_no_rows_and_many_rows; (gpu) test_every_size, (cpu) test_rows_are_accurate
+ 2 more than 2^31 and 2^32 elements: test_offsets_past_2_to_32, test_past_2_to_31_elements (C++ alone);
+   (gpu) test_offsets_past_2_to_32, where gradients lie as far apart, test_grids_of_very_long_rows
+ 3 layouts: test_layouts_of_logits_targets_and_gradients, test_transposed_tokens, test_incoming_gradients;
+   (gpu) test_every_layout, test_target_types, (cpu) test_layouts_are_accurate
+ 4 ignored rows, whatever they hold: test_ignored_rows, test_ignored_rows_hold_anything, test_nothing_kept;
+   (gpu) test_ignored_rows_hide_nan_and_get_zero, test_ignored_rows_are_not_read, (cpu) test_ignored_rows_are_never_read
+ 5 targets out of range: test_target_out_of_range (plain PyTorch, C++), (gpu)
+   test_a_target_out_of_range_is_an_assertion, on a GPU the test of that name in tests/test_gpu.py
  6 weights: test_weights_of_every_kind, test_means_divide_by_weights_for_indices_and_by_rows_for_probabilities
  7 smoothing: test_label_smoothing
  8 infinite, huge and equal logits: test_logits_of_minus_infinity, test_rows_without_a_softmax_are_nan,
-   test_large_and_equal_logits
- 9 certain rows: test_confident_rows, test_focal_is_finite_everywhere; in bf16 test_focal_from_certainty_to_error
+   test_large_and_equal_logits; (gpu) test_minus_infinity, test_large_logits,
+   (cpu) test_a_whole_block_of_minus_infinity, test_special_values_are_those_of_pytorch
+ 9 certain rows: test_confident_rows, test_focal_is_finite_everywhere;
+   (gpu) test_focal_from_certainty_to_error, test_the_gradient_of_a_certain_target_keeps_its_digits,
+   (cpu) test_a_loss_is_never_negative
 10 focal: test_focal_is_finite_everywhere, test_focal_with_gamma_0_is_cross_entropy,
    test_alpha_scales_terms_and_weight_does_not_enter_p, test_softmax_over_two_classes_is_a_sigmoid_of_their_difference,
-   test_no_positives_divide_by_one
-11 probabilities: test_probabilities, test_gradient_to_probabilities, test_shapes_that_could_mean_either
-12 moved and scaled logits: test_scale_with_adjustment_on_odd_sizes, test_scale_where_the_softmax_saturates
+   test_smoothed_focal_terms_of_likely_classes, test_no_positives_divide_by_one
+11 probabilities: test_probabilities, test_gradient_to_probabilities, test_shapes_that_could_mean_either,
+   test_probabilities_that_are_those_of_the_logits; (gpu) test_a_class_without_a_share_may_be_impossible
+12 moved and scaled logits: test_scale_with_adjustment_on_odd_sizes, test_scale_where_the_softmax_saturates;
+   (gpu) test_addresses_races_and_padding
 13 autograd: test_backward_twice, test_logits_shared_with_another_loss, test_without_gradients,
    test_create_graph_gives_the_gradient_itself_too, test_gradient_penalty_through_a_network,
-   test_vmap_and_functional_gradients, test_vectors_must_not_want_gradients
+   test_vmap_and_functional_gradients, test_forced_kernels_refuse_transforms, test_vectors_must_not_want_gradients
 14 incoming gradients: test_incoming_gradients, test_gradient_scaler, test_autocast
-15 compilers, graphs, memory: test_compiles_in_one_graph, test_every_output_is_written; on a GPU test_gpu.py
+15 compilers, graphs, memory: test_compiles_in_one_graph, test_compiles_with_inductor, test_every_output_is_written;
+   on a GPU tests/test_gpu.py (graphs, streams, devices, no waiting)
 16 the same bits: test_same_bits_every_time, test_a_row_does_not_depend_on_its_place,
-   test_argmax_takes_the_lowest_of_equals, test_argmax_past_the_whole_numbers_of_fp32
-17 what else the pass knows: test_outputs, test_only_the_loss_has_a_gradient, test_outputs_without_class_indices
-18 long tails: tests/test_longtail.py
-19 every option with every other: test_random_combinations, test_gradcheck_and_gradgradcheck
+   test_argmax_takes_the_lowest_of_equals, test_argmax_past_the_whole_numbers_of_fp32;
+   (gpu) test_argmax_is_the_lowest_among_equals_wherever_it_stands, (cpu) test_threads_change_nothing
+17 what else the pass knows: test_outputs, test_only_the_loss_has_a_gradient, test_outputs_without_class_indices,
+   test_class_statistics
+18 long tails: tests/test_longtail.py, test_effective_number_weights, test_log_prior, test_ldam_margins,
+   test_modules_from_counts_equal_the_function
+19 every option with every other: test_every_option_with_every_other, test_random_combinations,
+   test_gradcheck_and_gradgradcheck; (gpu) test_every_option, test_every_kind_of_target, test_random_calls
 """
 
 import contextlib
@@ -49,15 +65,18 @@ import fastreg
 from fastreg import _backends, cross_entropy, focal_loss, sigmoid_focal_loss
 from fastreg.testing import DTYPES, LAYOUTS, assert_accurate, with_layout
 from tests import losses_cudahost
-from tests.machine import device_of, move, needs_cudahost
+from tests.machine import cudahost_missing, device_of, move
 
 BACKENDS = [name for name, state in fastreg.backends()["cross_entropy"].items() if state == "usable"]
 if find_spec("tritonkernels.losses") is None:
     BACKENDS = [name for name in BACKENDS if name != "triton"]
 KERNELS = [name for name in BACKENDS if name != "reference"]
 INTERPRETED = "triton" if _backends.interpreting() else None  # the backend that takes 1,000 times as long as others
-compiled = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != INTERPRETED])
-on_the_host = pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("reference", "cpu")])
+ON_THE_HOST = "cuda on the host"  # the CUDA kernels, compiled for the CPU, in the place of the C++ ones
+if "cpu" in KERNELS and "cuda" not in KERNELS and cudahost_missing() is None:
+    BACKENDS.append(ON_THE_HOST)
+compiled = pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in (INTERPRETED, ON_THE_HOST)])
+on_the_cpu = pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("reference", "cpu")])
 LD = np.longdouble
 NAN, INF = float("nan"), float("inf")
 
@@ -67,10 +86,31 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def cuda_on_the_host(request, monkeypatch):
+    """For tests of that backend, whether they take it from the fixture or are parametrised themselves."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is None or ON_THE_HOST not in (callspec.params.get(name) for name in ("backend", "sigmoid_backend")):
+        return
+    losses = fastreg.losses
+    monkeypatch.setattr(losses, "_SMALL", -1)
+    for kernels in ("forward", "forward_extra", "backward"):
+        there = getattr(losses_cudahost, f"cross_entropy_{kernels}")
+        monkeypatch.setitem(getattr(losses, f"_{kernels}"), "cpu", there)
+    monkeypatch.setitem(losses._scale_gradient, "cpu", losses_cudahost.scale_gradient_)
+    for kernels in ("forward", "backward"):
+        there = getattr(losses_cudahost, f"sigmoid_focal_{kernels}")
+        monkeypatch.setitem(getattr(losses, f"_sigmoid_{kernels}"), "cpu", there)
+
+
+def use(backend):
+    return fastreg.use_backend("cpu" if backend == ON_THE_HOST else backend)
+
+
 def serve(backend, call):
     """call() on this backend, or, where it refuses such calls, on the backend that serves them."""
     try:
-        with fastreg.use_backend(backend):
+        with use(backend):
             return call()
     except RuntimeError as error:
         if "cannot serve this call" not in str(error):
@@ -363,28 +403,6 @@ def combination(backend, seed):
     check(backend, input, target, weight, grad, **options)
 
 
-@pytest.fixture
-def cuda_on_the_host(monkeypatch):
-    """The CUDA kernels, on the host, in the place of the C++ ones."""
-    losses = fastreg.losses
-    monkeypatch.setattr(losses, "_SMALL", -1)
-    for kernels in ("forward", "forward_extra", "backward"):
-        there = getattr(losses_cudahost, f"cross_entropy_{kernels}")
-        monkeypatch.setitem(getattr(losses, f"_{kernels}"), "cpu", there)
-    monkeypatch.setitem(losses._scale_gradient, "cpu", losses_cudahost.scale_gradient_)
-    for kernels in ("forward", "backward"):
-        there = getattr(losses_cudahost, f"sigmoid_focal_{kernels}")
-        monkeypatch.setitem(getattr(losses, f"_sigmoid_{kernels}"), "cpu", there)
-
-
-@needs_cudahost
-@pytest.mark.skipif("cpu" not in KERNELS, reason="the CPU kernels, whose place is taken, are not built")
-@examples(150)
-@given(seed=st.integers(0, 2**32))
-def test_random_combinations_in_cuda_on_the_host(cuda_on_the_host, seed):
-    combination("cpu", seed)
-
-
 @examples(300)
 @given(seed=st.integers(0, 2**32))
 def test_random_combinations(backend, seed):
@@ -396,6 +414,36 @@ def test_random_combinations(backend, seed):
 @given(seed=st.integers(0, 2**32))
 def test_many_random_combinations(backend, seed):
     combination(backend, seed)
+
+
+EVERY_OPTION = {
+    "weight": lambda classes: torch.linspace(0.5, 1.5, classes),
+    "label_smoothing": lambda classes: 0.1,
+    "gamma": lambda classes: 1.5,
+    "alpha": lambda classes: torch.linspace(0.2, 1, classes),
+    "logit_adjustment": lambda classes: -torch.linspace(0, 5, classes),
+    "margin": lambda classes: torch.linspace(0.1, 0.5, classes),
+    "scale": lambda classes: 2.0,
+    "z_loss": lambda classes: 1e-2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["index", "pair", "probabilities"])
+def test_every_option_with_every_other(backend, kind):
+    """Each set of options is a kernel of its own; reductions, dtypes and layouts take turns."""
+    turns = itertools.product(("mean", "sum", "none"), DTYPES, ((3, 9), (2, 9, 3)), (False, True))
+    turns = itertools.cycle(random.sample(list(turns), 3 * len(DTYPES) * 4))
+    for wanted in itertools.product((False, True), repeat=len(EVERY_OPTION)):
+        reduction, dtype, shape, extra = next(turns)
+        options = {name: make(9) for want, (name, make) in zip(wanted, EVERY_OPTION.items(), strict=True) if want}
+        x, rows = (3 * torch.randn(shape)).to(dtype), shape[:1] + shape[2:]
+        a, b = torch.randint(9, (2, *rows))
+        a.view(-1)[0] = -100
+        target = {"index": a, "pair": (a, b, torch.rand(rows)), "probabilities": torch.rand(shape).softmax(1)}[kind]
+        extra = {"outputs": extra, "grad_in_forward": extra and reduction != "none"}
+        grad = torch.randn(rows if reduction == "none" else ()).to(dtype)
+        check(backend, x, target, options.pop("weight", None), grad, reduction=reduction, **extra, **options)
 
 
 # ---- the hard edges, one by one ----------------------------------------------------------------------------
@@ -434,9 +482,13 @@ CLASSES = (1, 2, 3, 7, 8, 9, 31, 33, 1000, 1023, 1024, 1025, 32769)
 @pytest.mark.parametrize(
     ("backend", "classes"),
     [
-        pytest.param(backend, classes, marks=[pytest.mark.slow] * (classes > 10000))
+        pytest.param(
+            backend,
+            classes,
+            marks=[pytest.mark.slow] * (classes > 10000 or (backend == INTERPRETED and classes not in (3, 1025))),
+        )
         for backend in BACKENDS
-        for classes in ((3, 1025) if backend == INTERPRETED else CLASSES)
+        for classes in CLASSES
     ],
 )
 def test_every_number_of_classes(backend, classes, name):
@@ -447,8 +499,14 @@ def test_every_number_of_classes(backend, classes, name):
             check(backend, x, torch.randint(classes, (n,)), **options_named(name, classes))
 
 
-@compiled
-@pytest.mark.parametrize("classes", [32000, 65537, 128256, 262144])
+@pytest.mark.parametrize(
+    ("backend", "classes"),
+    [
+        pytest.param(backend, classes, marks=[pytest.mark.slow] * (backend == INTERPRETED and classes > 50000))
+        for backend in BACKENDS
+        for classes in (32000, 65537, 128256, 262144)
+    ],
+)
 def test_very_long_rows(backend, classes):
     x, y = 4 * torch.randn(1, classes), torch.tensor([classes - 1])
     check(backend, x, y)
@@ -464,7 +522,7 @@ def test_no_rows_and_many_rows(backend):
         check(backend, torch.randn(2, 5, 0), torch.zeros(2, 0, dtype=torch.int64), reduction=reduction)
     n = 300 if backend == INTERPRETED else 65537
     x, y = torch.randn(n, 3, dtype=torch.float64), torch.randint(3, (n,))
-    with fastreg.use_backend(backend):
+    with use(backend):
         torch.testing.assert_close(cross_entropy(x, y), F.cross_entropy(x, y), rtol=1e-13, atol=0)
         # one number is close to the sum of fp32 terms in any sane order: log2(n) roundings
         ours = cross_entropy(x.float(), y, reduction="sum")
@@ -473,18 +531,18 @@ def test_no_rows_and_many_rows(backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"])  # others need 20 GB and an hour
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"])  # others need more GB, or an hour
 @pytest.mark.parametrize("shape", [(2**16 + 1, 2**15), (1, 2, 2**30 + 1)], ids=["rows", "positions"])
 def test_past_2_to_31_elements(backend, shape):
     few = torch.randn(3, shape[1]) if len(shape) == 2 else torch.randn(1, 2, 1)
     # All rows alike through a stride of 0, save that the last has another target.
     x = few[:1].expand(shape).to(torch.float16) if len(shape) == 2 else few.to(torch.float16).expand(shape)
-    y = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+    y = torch.zeros(shape[:1] + shape[2:], dtype=torch.uint8)
     y[..., -1] = 1
     x.requires_grad_()
-    with fastreg.use_backend(backend):
+    with use(backend):
         loss = cross_entropy(x, y, reduction="none")
-        (grad,) = torch.autograd.grad(loss.double().sum(), x)
+        (grad,) = torch.autograd.grad(loss, x, torch.ones((), dtype=loss.dtype).expand(loss.shape))
     first, last = (x[..., 0], x[..., -1]) if len(shape) == 3 else (x[:1], x[-1:])
     for logits, target, at in ((first, 0, 0), (last, 1, -1)):
         logits = logits.detach().double().requires_grad_()
@@ -496,10 +554,12 @@ def test_past_2_to_31_elements(backend, shape):
 
 
 def far_apart(path):
-    """Logits as rows, neighbouring rows and positions, 2**31 and 2**32 elements apart, in a file of holes."""
-    flat = torch.from_file(str(path), shared=True, size=2**32 + 4096, dtype=torch.bfloat16)
+    """Logits as rows, long rows, neighbouring rows and positions, 2**31 and 2**32 elements apart, in a file of
+    holes."""
+    flat = torch.from_file(str(path), shared=True, size=2**32 + 2**15, dtype=torch.bfloat16)
     for shape, strides in (
         ((2, 40), (2**32 + 8, 1)),
+        ((2, 17001), (2**32 + 8, 1)),
         ((20, 3), (1, 2**31 + 8)),
         ((1, 3, 20), (0, 2**31 + 8, 1)),
         ((2, 9, 2), (2**31 + 8, 1, 2**30 + 8)),
@@ -540,7 +600,11 @@ def test_transposed_tokens(backend):
 @ALL_OPTIONS
 @pytest.mark.parametrize(
     ("backend", "ignore_index"),
-    [(name, index) for name in BACKENDS for index in ((-100, 0) if name == INTERPRETED else (-100, -1, 0, 6, 255))],
+    [
+        pytest.param(name, index, marks=[pytest.mark.slow] * (name == INTERPRETED and index not in (-100, 0)))
+        for name in BACKENDS
+        for index in (-100, -1, 0, 6, 255)
+    ],
 )
 def test_ignored_rows(backend, ignore_index, name):
     weight = torch.rand(7) + 0.1
@@ -588,7 +652,7 @@ def test_nothing_kept(backend, reduction):
     assert one.item() == pytest.approx(math.log(2))  # and nothing else is divided by another number
 
 
-@on_the_host  # elsewhere it is a device-side assertion
+@on_the_cpu  # elsewhere it is a device-side assertion
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("shape", [(4, 5), (2, 5, 2), (5,)])
 def test_target_out_of_range(backend, dtype, shape):
@@ -749,8 +813,11 @@ def test_smoothed_focal_terms_of_likely_classes(backend, gamma, dtype):
 
 def test_focal_with_gamma_0_is_cross_entropy(backend):
     x, y = torch.randn(6, 9), torch.randint(9, (6,))
-    plain, focal = (serve(backend, call) for call in (lambda: cross_entropy(x, y), lambda: focal_loss(x, y, gamma=0)))
-    assert torch.equal(plain, focal)
+    plain = serve(backend, lambda: cross_entropy(x, y))
+    for gammas in ((0, 0.0), (2, 2.0)):  # a whole number is as good
+        whole, real = (serve(backend, lambda: focal_loss(x, y, gamma=gamma)) for gamma in gammas)  # noqa: B023
+        assert torch.equal(whole, real)
+        assert torch.equal(whole, plain) == (gammas[0] == 0)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.25, 1, torch.tensor(0.5), torch.linspace(0, 1, 9)])
@@ -879,7 +946,7 @@ def test_gradient_to_probabilities(backend):
     (grad,) = torch.autograd.grad(serve(backend, lambda: cross_entropy(x, q)), q)
     torch.testing.assert_close(grad, -x.log_softmax(1) / 4)
     if backend != "reference":
-        with fastreg.use_backend(backend), pytest.raises(RuntimeError, match="forced"):
+        with use(backend), pytest.raises(RuntimeError, match="forced"):
             cross_entropy(x, q)
 
 
@@ -1094,12 +1161,17 @@ def test_compiles_in_one_graph(backend, dynamic):
         torch.testing.assert_close(torch.autograd.grad(ours, x)[0], torch.autograd.grad(eager, x)[0])
 
 
+@compiled
 @pytest.mark.slow
 def test_compiles_with_inductor(backend):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, y: cross_entropy(x, y, reduction="none"), fullgraph=True)
     x, y = torch.randn(6, 5, requires_grad=True), torch.tensor([0, -100, 2, 3, 4, -100])
-    torch.testing.assert_close(compiled(x, y), cross_entropy(x, y, reduction="none"))
+    with use(backend):
+        ours = compiled(x, y)
+    stock, grad = F.cross_entropy(x, y, reduction="none"), torch.randn(6)
+    torch.testing.assert_close(ours, stock)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x, grad) for loss in (ours, stock)))
 
 
 def operator_calls():
@@ -1450,6 +1522,7 @@ def test_bad_arguments(error, match, args, options):
 # ---- sigmoid focal loss ------------------------------------------------------------------------------------
 
 SIGMOID_BACKENDS = [name for name, state in fastreg.backends()["sigmoid_focal_loss"].items() if state == "usable"]
+SIGMOID_BACKENDS += [name for name in BACKENDS if name == ON_THE_HOST]
 
 
 @pytest.fixture(params=SIGMOID_BACKENDS)

@@ -104,10 +104,9 @@ def _units(inner, classes, x_outer, x_inner, x_class, FAST: tl.constexpr, UNIT: 
 
 
 @triton.jit
-def _rows_of(inner, outer, ROWS: tl.constexpr):
-    """The rows of this program, as (outer, inner) index: neighbours along the inner axis; and which exist."""
+def _rows_of(pid, inner, outer, ROWS: tl.constexpr):
+    """The rows of a program, as (outer, inner) index: neighbours along the inner axis; and which exist."""
     blocks = tl.maximum(tl.cdiv(inner, ROWS), 1)
-    pid = tl.program_id(0)
     i = (pid % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return (pid // blocks).to(tl.int64), i, (i < inner) & (outer > 0)
 
@@ -434,7 +433,7 @@ def _forward(
     if PROBS:
         t_outer, t_inner, t_class = _units(inner, classes, t_outer, t_inner, t_class, FAST, UNIT)[2:]
     inner, classes, x_outer, x_inner, x_class = _units(inner, classes, x_outer, x_inner, x_class, FAST, UNIT)
-    o, i, live = _rows_of(inner, outer, ROWS)
+    o, i, live = _rows_of(tl.program_id(0), inner, outer, ROWS)
     t_at = o * t_outer + (i if PROBS and FAST == "row" else i * t_inner)
     y, y2, s, m_y, m_y2, kept, inside = _targets(
         target, other, share, margin, t_at, o * o_outer + i * o_inner, o * s_outer + i * s_inner, live, classes,
@@ -634,7 +633,7 @@ def _merge_splits(
     smoothing, gamma, z_loss = tl.full([], smoothing, TYPE), tl.full([], gamma, TYPE), tl.full([], z_loss, TYPE)
     alpha_scale, scale = tl.full([], alpha_scale, TYPE), tl.full([], scale, TYPE)
     lowest = tl.full([], LOWEST, TYPE)
-    o, i, live = _rows_of(inner, outer, ROWS)
+    o, i, live = _rows_of(tl.program_id(0), inner, outer, ROWS)
     y, y2, s, m_y, m_y2, kept, inside = _targets(
         target, other, share, margin, o * t_outer + i * t_inner, o * o_outer + i * o_inner, o * s_outer + i * s_inner,
         live, classes, ignore_index, TYPE, PROBS)  # fmt: skip
@@ -691,7 +690,7 @@ def _dense(
     if PROBS:
         t_outer, t_inner, t_class = _units(inner, classes, t_outer, t_inner, t_class, FAST, UNIT)[2:]
     inner, classes, x_outer, x_inner, x_class = _units(inner, classes, x_outer, x_inner, x_class, FAST, UNIT)
-    o, i, live = _rows_of(inner, outer, ROWS)
+    o, i, live = _rows_of(tl.program_id(0), inner, outer, ROWS)
     t_at = o * t_outer + (i if PROBS and FAST == "row" else i * t_inner)
     y, y2, s, m_y, m_y2, kept, _ = _targets(
         target, other, share, margin, t_at, o * o_outer + i * o_inner, o * s_outer + i * s_inner, live, classes,
@@ -746,7 +745,7 @@ def _finish_dense(
     Z_LOSS: tl.constexpr, ZERO_IF_EMPTY: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     z_loss = tl.full([], z_loss, TYPE)
-    o, i, live = _rows_of(inner, outer, ROWS)
+    o, i, live = _rows_of(tl.program_id(0), inner, outer, ROWS)
     y, y2, s, _, _, kept, inside = _targets(
         target, other, share, None, o * t_outer + i * t_inner, o * o_outer + i * o_inner, o * s_outer + i * s_inner,
         live, classes, ignore_index, TYPE, PROBS)  # fmt: skip
@@ -775,7 +774,7 @@ def _count_rows(
     ignore_index, ROWS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """What a program's rows count in a mean: the gradient is divided by it before the last row has been read."""
-    o, i, live = _rows_of(inner, outer, ROWS)
+    o, i, live = _rows_of(tl.program_id(0), inner, outer, ROWS)
     y, y2, s, _, _, kept, inside = _targets(
         target, other, share, None, o * t_outer + i * t_inner, o * o_outer + i * o_inner, o * s_outer + i * s_inner,
         live, classes, ignore_index, TYPE, False)  # fmt: skip
@@ -896,7 +895,12 @@ def _backward(
     if PROBS:
         t_outer, t_inner, t_class = _units(inner, classes, t_outer, t_inner, t_class, FAST, UNIT)[2:]
     inner, classes, x_outer, x_inner, x_class = _units(inner, classes, x_outer, x_inner, x_class, FAST, UNIT)
-    o, i, live = _rows_of(inner, outer, ROWS)
+    pid, chunk = tl.program_id(0), tl.full([], 0, tl.int32)
+    if not WHOLE:  # chunks of a row are no second axis of the grid, which would end at 65,535
+        blocks = tl.cdiv(inner, ROWS) * outer
+        chunk = pid // blocks
+        pid = pid % blocks
+    o, i, live = _rows_of(pid, inner, outer, ROWS)
     t_at = o * t_outer + (i if PROBS and FAST == "row" else i * t_inner)
     y, y2, s, m_y, m_y2, kept, inside = _targets(
         target, other, share, margin, t_at, o * o_outer + i * o_inner, o * s_outer + i * s_inner, live, classes,
@@ -908,7 +912,7 @@ def _backward(
     read = live if FAST == "row" else kept
     start, first, count = _span(x, offset, phase, classes, PEEL)
     out, _, _ = _span(grad, to, phase, classes, PEEL)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    col = chunk * BLOCK + tl.arange(0, BLOCK)
     c = first + col[None, :]
     inside_row = col[None, :] < count
     mask = read[:, None] & inside_row
@@ -921,7 +925,7 @@ def _backward(
     z = _adjust(z, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
     if PEEL:
         ce, edge = _edges(first, count, classes, PEEL)
-        edge = edge & (tl.program_id(1) == 0)
+        edge = edge & (chunk == 0)
         mask_e = edge & read[:, None]
         ze = _load((x + offset)[:, None] + ce, mask_e, TYPE)
         qe = _probability_edges(target, t_at, ce, mask_e, TYPE, PROBS)
@@ -1333,7 +1337,7 @@ class _Call:
     def backward(self, grad_loss, reduction, lse, denominator, target_logits=None) -> None:
         tile = self.tile(8192)
         each = grad_loss is not None and reduction == 0
-        _backward[(self.blocks(tile.rows), -(-self.classes // tile.block))](
+        _backward[(self.blocks(tile.rows) * -(-self.classes // tile.block),)](
             grad_loss, self.x, *self.targets, *self.vectors, lse, denominator,
             None if tile.whole else target_logits, self.grad,
             *self.sizes, self.layout.phase, *self.x_units, *self.grad_units, *self.target_units,
