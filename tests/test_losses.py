@@ -48,6 +48,7 @@ GPU kernels alone, in tests/test_losses_gpu.py; (cpu): for the C++ ones, in test
 
 import contextlib
 import copy
+import ctypes
 import itertools
 import math
 import random
@@ -1211,21 +1212,36 @@ def test_operators_pass_opcheck():
 # ---- memory, determinism -----------------------------------------------------------------------------------
 
 
-def test_every_output_is_written(backend):
-    """Fresh memory is filled with NaN, so that an element no kernel writes shows."""
+@contextlib.contextmanager
+def rubbish_in_fresh_memory():
+    """Where no kernel writes, numbers far from any result stand: NaN in tensors that PyTorch makes, and in all memory
+    of the host, if the C library is glibc, bytes of 0xFE, which are no less than 10^37 in every floating dtype."""
+    mallopt, perturb = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None), -6
     torch.use_deterministic_algorithms(True)
+    mallopt(perturb, 0x01)
     try:
-        for shape in ((5, 7), (3, 7, 4)):
-            rows = shape[:1] + shape[2:]
-            x, y = torch.randn(shape, requires_grad=True), torch.randint(7, rows)
-            y.view(-1)[::3] = -100
-            for reduction in ("mean", "none"):
-                loss = serve(backend, lambda: cross_entropy(x, y, reduction=reduction))  # noqa: B023
-                (grad,) = torch.autograd.grad(loss.sum(), x)
-                assert loss.isfinite().all()
-                assert grad.isfinite().all()
+        yield
     finally:
+        mallopt(perturb, 0)
         torch.use_deterministic_algorithms(False)
+
+
+@ALL_OPTIONS
+def test_every_output_is_written(backend, name):
+    for shape, extra in itertools.product(((5, 7), (3, 7, 4)), (False, True)):
+        rows = shape[:1] + shape[2:]
+        x, y = torch.randn(shape, requires_grad=True), torch.randint(7, rows)
+        y.view(-1)[::3] = -100
+        for reduction in ("mean", "none"):
+            options = {**options_named(name, 7), "reduction": reduction, "outputs": extra}
+            options["grad_in_forward"] = extra and reduction != "none"
+            want = serve("reference", lambda: cross_entropy(x, y, **options))  # noqa: B023
+            with rubbish_in_fresh_memory():
+                got = serve(backend, lambda: cross_entropy(x, y, **options))  # noqa: B023
+                (grad,) = torch.autograd.grad((got.loss if extra else got).sum(), x)
+            (want_grad,) = torch.autograd.grad((want.loss if extra else want).sum(), x)
+            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(grad, want_grad)
 
 
 def test_same_bits_every_time(backend):

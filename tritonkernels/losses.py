@@ -174,11 +174,11 @@ def _span(base, offset, phase, classes, PEEL: tl.constexpr):
 
 
 @triton.jit
-def _edges(first, count, classes, PEEL: tl.constexpr):
-    """The classes before and after the aligned part, and which of these lanes are in use."""
-    lane = tl.arange(0, 2 * PEEL)[None, :]
+def _edges(first, count, classes, PEEL: tl.constexpr, EDGE: tl.constexpr):
+    """The classes before and after the aligned part, and which of these EDGE lanes are in use."""
+    lane = tl.arange(0, EDGE)[None, :]
     c = tl.where(lane < PEEL, lane, classes - 2 * PEEL + lane)
-    return c, tl.where(lane < PEEL, lane < first, c >= first + count)
+    return c, tl.where(lane < PEEL, lane < first, (c >= first + count) & (c < classes))
 
 
 @triton.jit
@@ -417,8 +417,8 @@ def _forward(
     z_loss: tl.float64,
     blocks_per_split,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
-    FAST: tl.constexpr, UNIT: tl.constexpr, PEEL: tl.constexpr, TYPE: tl.constexpr, PROBS: tl.constexpr,
-    REDUCTION: tl.constexpr, SMOOTH: tl.constexpr, FOCAL: tl.constexpr, SCALED: tl.constexpr,
+    FAST: tl.constexpr, UNIT: tl.constexpr, PEEL: tl.constexpr, EDGE: tl.constexpr, TYPE: tl.constexpr,
+    PROBS: tl.constexpr, REDUCTION: tl.constexpr, SMOOTH: tl.constexpr, FOCAL: tl.constexpr, SCALED: tl.constexpr,
     Z_LOSS: tl.constexpr, ZERO_IF_EMPTY: tl.constexpr, ALONE: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows: their losses and, where asked for, their gradient (WHOLE: the classes fit in one block, and are
@@ -466,7 +466,7 @@ def _forward(
         if y2 is not None:
             zy2 = _target_logit(x + offset, inside, y2, x_class, adjustment, m_y2, scale, TYPE, SCALED)
     if PEEL:
-        ce, mask_e = _edges(first, count, classes, PEEL)
+        ce, mask_e = _edges(first, count, classes, PEEL, EDGE)
         mask_e = mask_e & read[:, None]
         if SPLIT:
             mask_e = mask_e & (tl.program_id(1) == 0)
@@ -607,7 +607,7 @@ def _forward(
                     out_at = b if FAST == "class" else b * g_class.to(tl.int64)
                     tl.store((out + out_at)[:, None] + out_step[None, :], dx, mask=live[:, None] & in_row)
             if PEEL:
-                _, edge = _edges(first, count, classes, PEEL)
+                _, edge = _edges(first, count, classes, PEEL, EDGE)
                 if DENSE:
                     dx = _dense_slope(ze, qve, m, log_s, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
                 else:
@@ -682,7 +682,8 @@ def _dense(
     ignore_index, smoothing: tl.float64, gamma: tl.float64, alpha_scale: tl.float64, scale: tl.float64,
     blocks_per_split,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr, UNIT: tl.constexpr, PEEL: tl.constexpr,
-    TYPE: tl.constexpr, PROBS: tl.constexpr, SMOOTH: tl.constexpr, FOCAL: tl.constexpr, SCALED: tl.constexpr,
+    EDGE: tl.constexpr, TYPE: tl.constexpr, PROBS: tl.constexpr, SMOOTH: tl.constexpr, FOCAL: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """Rows too long for one block, in which every class has a share: what _dense_sums adds up, per split and row."""
     smoothing, gamma = tl.full([], smoothing, TYPE), tl.full([], gamma, TYPE)
@@ -721,7 +722,7 @@ def _dense(
         value += more
         slopes += more_slopes
     if PEEL:
-        ce, mask_e = _edges(first, count, classes, PEEL)
+        ce, mask_e = _edges(first, count, classes, PEEL, EDGE)
         mask_e = mask_e & read[:, None] & (tl.program_id(1) == 0)
         z = _load((x + offset)[:, None] + ce, mask_e, TYPE)
         q_e = _probability_edges(target, t_at, ce, mask_e, TYPE, PROBS)
@@ -885,8 +886,8 @@ def _backward(
     ignore_index, smoothing: tl.float64, gamma: tl.float64, alpha_scale: tl.float64, scale: tl.float64,
     z_loss: tl.float64,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-    FAST: tl.constexpr, UNIT: tl.constexpr, PEEL: tl.constexpr, TYPE: tl.constexpr, PROBS: tl.constexpr,
-    SMOOTH: tl.constexpr, FOCAL: tl.constexpr, SCALED: tl.constexpr, Z_LOSS: tl.constexpr,
+    FAST: tl.constexpr, UNIT: tl.constexpr, PEEL: tl.constexpr, EDGE: tl.constexpr, TYPE: tl.constexpr,
+    PROBS: tl.constexpr, SMOOTH: tl.constexpr, FOCAL: tl.constexpr, SCALED: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
     DENSE: tl.constexpr = PROBS or (SMOOTH and FOCAL)
     smoothing, gamma, z_loss = tl.full([], smoothing, TYPE), tl.full([], gamma, TYPE), tl.full([], z_loss, TYPE)
@@ -924,7 +925,7 @@ def _backward(
     q = _probabilities(target, t_at, phase, classes, col, t_class, mask, FAST, PEEL, TYPE, PROBS)
     z = _adjust(z, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
     if PEEL:
-        ce, edge = _edges(first, count, classes, PEEL)
+        ce, edge = _edges(first, count, classes, PEEL, EDGE)
         edge = edge & (chunk == 0)
         mask_e = edge & read[:, None]
         ze = _load((x + offset)[:, None] + ce, mask_e, TYPE)
@@ -1296,6 +1297,11 @@ class _Call:
             options |= dict(half=True, whole=RESIDENT // 2)
         return _tile(self.layout, self.inner, self.outer, self.classes, self.input.element_size(), limit, **options)
 
+    def edge(self, tile: _Tile) -> int:
+        """Lanes of a row's two ends. Not fewer than threads, or Triton 3.6 loads them in the tile's layout: as many
+        elements per thread and tensor as a vector has."""
+        return self.layout.peel and max(2 * self.layout.peel, 32 * tile.warps // tile.rows)
+
     def blocks(self, rows: int) -> int:
         """Programs of so many rows."""
         return max(1, -(-self.inner // rows)) * max(1, self.outer)
@@ -1311,7 +1317,7 @@ class _Call:
             self.x, *self.targets, *self.vectors[:4], lse, sums,
             *self.sizes, self.layout.phase, *self.x_units, *self.target_units, *self.pair_strides, *self.row_strides,
             *self.options, -(-self.classes // tile.block // tile.splits),
-            ROWS=tile.rows, BLOCK=tile.block, **self.layout_flags, **self.flags,
+            ROWS=tile.rows, BLOCK=tile.block, EDGE=self.edge(tile), **self.layout_flags, **self.flags,
             num_warps=tile.warps, maxnreg=tile.registers, sanitize_overflow=False,
         )  # fmt: skip
         return sums
@@ -1343,7 +1349,7 @@ class _Call:
             *self.sizes, self.layout.phase, *self.x_units, *self.grad_units, *self.target_units,
             *self.pair_strides, *self.row_strides, *(self.grad_loss_strides(grad_loss) if each else (0, 0)),
             *self.options, self.z_loss,
-            ROWS=tile.rows, BLOCK=tile.block, WHOLE=tile.whole,
+            ROWS=tile.rows, BLOCK=tile.block, EDGE=self.edge(tile), WHOLE=tile.whole,
             **self.layout_flags, **self.flags, Z_LOSS=self.z_loss != 0,
             num_warps=tile.warps, maxnreg=tile.registers, sanitize_overflow=False,
         )  # fmt: skip
@@ -1399,8 +1405,9 @@ def cross_entropy_forward_extra(
         call.grad if in_forward else None, parts if split else partial,
         *call.sizes, call.layout.phase, *call.x_units, *call.target_units, *call.pair_strides, *call.grad_units,
         *call.row_strides, *call.options, z_loss, -(-call.classes // tile.block // tile.splits),
-        ROWS=tile.rows, BLOCK=tile.block, FOLD=tile.fold, WHOLE=tile.whole, SPLIT=split, **call.layout_flags,
-        **flags, LOWEST=lowest, num_warps=tile.warps, maxnreg=tile.registers, sanitize_overflow=False,
+        ROWS=tile.rows, BLOCK=tile.block, EDGE=call.edge(tile), FOLD=tile.fold, WHOLE=tile.whole, SPLIT=split,
+        **call.layout_flags, **flags, LOWEST=lowest, num_warps=tile.warps, maxnreg=tile.registers,
+        sanitize_overflow=False,
     )  # fmt: skip
     if split:
         _merge_splits[(programs,)](
