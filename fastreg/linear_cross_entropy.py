@@ -129,8 +129,10 @@ def linear_cross_entropy(
         linear_bias = None if linear_bias is None else linear_bias.to(half)
         dtype = torch.promote_types(dtype, torch.float32)
     extra = {"outputs": outputs, "statistics": statistics}
+    # Said here: within, gradients are off in any case, and what requires one does so under no_grad, too.
+    made = torch.is_grad_enabled() and reduction != "none"
     loss, *known = _LinearCrossEntropy.apply(
-        input, linear_weight, linear_bias, target, weight, reduction, all_ignored, options, extra, chunk
+        input, linear_weight, linear_bias, target, weight, reduction, all_ignored, options, extra, chunk, made
     )
     loss = loss.to(dtype)
     return LossOutputs(loss, *known) if outputs else loss
@@ -145,17 +147,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Returns the loss in the dtype of the computation and, where wanted, the rest of LossOutputs."""
 
     @staticmethod
-    def forward(ctx, input, linear_weight, linear_bias, target, weight, reduction, all_ignored, options, extra, chunk):
+    def forward(
+        ctx, input, linear_weight, linear_bias, target, weight, reduction, all_ignored, options, extra, chunk, made
+    ):
         compute = _ops.accumulator(input)
         ctx.save_for_backward(input, linear_weight, linear_bias, weight)
         ctx.target, ctx.reduction, ctx.all_ignored, ctx.options, ctx.chunk = (
             target, reduction, all_ignored, options, chunk)  # fmt: skip
         ctx.set_materialize_grads(False)
-        want = ctx.needs_input_grad[:3] if reduction != "none" else (False, False, False)
-        ctx.sums = _Gradients(input, linear_weight, linear_bias, want)
+        ctx.sums = _Gradients(input, linear_weight, linear_bias, ctx.needs_input_grad[:3] if made else (False,) * 3)
         found = []
         for rows in _chunks(len(input), chunk):
             found.append(ctx.sums.add_chunk(rows, _rows_of(target, rows), weight, reduction, options, extra))
+        ctx.sums.memory = None
         losses, *known = zip(*((f if extra["outputs"] else (f,)) for f in found))
         known = [None if part[0] is None else torch.cat(part) for part in known]
         ctx.mark_non_differentiable(*(part for part in known if part is not None))
@@ -176,7 +180,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        nothing = (None,) * 7
+        nothing = (None,) * 8
         if grad_loss is None:
             return None, None, None, *nothing
         input, linear_weight, linear_bias, weight = ctx.saved_tensors
@@ -199,6 +203,7 @@ class _Gradients:
     def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, want: tuple[bool, ...]) -> None:
         compute = _ops.accumulator(input)
         self.tensors = input, weight, bias
+        self.memory: Tensor | None = None  # one for the logits of all chunks: a fresh one is entered page by page
         self.sums: list[Tensor | None] = [
             torch.empty_like(input) if want[0] else None,
             torch.zeros_like(weight, dtype=compute) if want[1] else None,
@@ -209,10 +214,10 @@ class _Gradients:
         self, rows: slice, target: Target, weight: Tensor | None, reduction: str, options: dict, extra: dict,
         grad: Tensor | None = None,
     ) -> Tensor | LossOutputs:  # fmt: skip
-        """The loss of these rows, their sum unless reduction is none. A function, so that a chunk's logits are gone
-        before those of the next are made."""
-        input, linear_weight, linear_bias = self.tensors
-        logits = F.linear(input[rows], linear_weight, linear_bias)
+        """The loss of these rows, their sum unless reduction is none. A function, so that what a chunk has beside its
+        logits is gone before those of the next are made."""
+        input, linear_weight, _ = self.tensors
+        logits = self._logits(input[rows])
         want = any(g is not None for g in self.sums)
         if reduction != "none":
             reduction, extra = "sum", {**extra, "grad_in_forward": want and "in_place"}
@@ -238,6 +243,16 @@ class _Gradients:
             to_bias += d.sum(0, dtype=to_bias.dtype)
         return found._replace(loss=loss.detach()) if isinstance(found, LossOutputs) else loss.detach()
 
+    def _logits(self, input: Tensor) -> Tensor:
+        _, weight, bias = self.tensors
+        if self.memory is None:  # the first chunk is the longest
+            self.memory = F.linear(input, weight, bias)
+            return self.memory.detach()
+        logits = self.memory[: len(input)]
+        if bias is None:
+            return torch.mm(input, weight.t(), out=logits)
+        return torch.addmm(bias, input, weight.t(), out=logits)
+
     def scaled(self, factor: Tensor | None) -> Iterator[Tensor | None]:
         for tensor, total in zip(self.tensors, self.sums):
             if total is None:
@@ -257,7 +272,7 @@ def _add_product(total: Tensor, d: Tensor, input: Tensor) -> None:
     else:  # widened in pieces, so that no wide copy of a whole chunk is made
         input = input.to(total.dtype)
         for part, columns in zip(total.split(4096), d.split(4096, 1)):
-            part.addmm_(columns.t().to(total.dtype), input)
+            part.addmm_(columns.to(total.dtype).t(), input)
 
 
 def _chunks(rows: int, chunk: int) -> Iterator[slice]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastreg
 from fastreg import _backends, cross_entropy, linear_cross_entropy
@@ -154,6 +155,34 @@ def test_only_wanted_gradients_are_made():
         torch.testing.assert_close(grad, expected)
     with torch.no_grad():
         assert not linear_cross_entropy(x, w, y, linear_bias=b, chunk_size=8).requires_grad
+
+
+class Products(TorchDispatchMode):
+    """How many matrix products there are, and the addresses of those that are as large as the logits of a chunk."""
+
+    def __init__(self, chunk):
+        super().__init__()
+        self.chunk, self.count, self.places = chunk, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::linear", "aten::addmm_"):
+            self.count += 1
+            if result.shape == (self.chunk, C):
+                self.places.add(result.data_ptr())
+        return result
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_gradient_is_made_that_nobody_can_ask_for(bias):
+    """What requires a gradient does so under no_grad, too; and all chunks' logits take one piece of memory."""
+    x, w, b, y = problem(torch.float32, bias=bias)
+    with Products(8) as made, torch.no_grad():
+        linear_cross_entropy(x, w, y, linear_bias=b, chunk_size=8)
+    assert made.count == 5 and len(made.places) == 1
+    with Products(8) as made:
+        linear_cross_entropy(x, w, y, linear_bias=b, chunk_size=8)
+    assert made.count == 15 and len(made.places) == 1
 
 
 def test_outputs_and_statistics():

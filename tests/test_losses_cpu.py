@@ -260,6 +260,25 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("name", [*KINDS, "weighted"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_past_the_caches_does_not_depend_on_the_rows_place(dtype, name):
+    """Of 4 MiB and more it is written so, in vectors that begin elsewhere in every row."""
+    classes, rows = 1001, (4 << 20) // 1001 // dtype.itemsize + 1
+    options = {k: v[:classes] if isinstance(v, torch.Tensor) else v for k, v in KINDS.get(name, {}).items()}
+    if name == "weighted":
+        options = {"weight": torch.rand(classes) + 0.1, "label_smoothing": 0.1}
+    x, y = (3 * torch.randn(rows, classes)).to(dtype), torch.randint(classes, (rows,))
+
+    def gradient(of):
+        leaf = x[of].clone().requires_grad_()
+        return torch.autograd.grad(cross_entropy(leaf, y[of], reduction="none", **options).sum(), leaf)[0]
+
+    whole = gradient(slice(None))
+    for r in (*range(64), rows - 1):
+        assert torch.equal(whole[r], gradient(slice(r, r + 1))[0]), r
+
+
 class Calls(TorchDispatchMode):
     """The names of the operators that see more than `least` elements."""
 

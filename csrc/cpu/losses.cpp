@@ -30,9 +30,10 @@
 #include "cpu/tensors.h"
 
 namespace fastreg {
-constexpr int64_t kBlock = 4096;   // classes reduced at a time
-constexpr int64_t kColumns = 256;  // the most rows side by side in a task of the column kernels
-constexpr int64_t kTask = 16384;   // elements a task has at least, where there are as many
+constexpr int64_t kBlock = 4096;               // classes reduced at a time
+constexpr int64_t kColumns = 256;              // the most rows side by side in a task of the column kernels
+constexpr int64_t kTask = 16384;               // elements a task has at least, where there are as many
+constexpr int64_t kStream = int64_t{4} << 20;  // bytes of a gradient that bypasses the caches
 constexpr int64_t kTileBytes =
     262144;  // of columns that are walked more than once, so that they stay in the cache
 
@@ -123,6 +124,7 @@ struct CrossEntropy {
   A grad_scale;
   char* grad = nullptr;  // in the forward: make the gradient too
   int64_t grad_outer = 0, grad_class = 0, grad_inner = 0;
+  bool stream = false;  // the gradient past the caches
 
   int64_t rows() const { return outer * inner; }
   int64_t row(int64_t o, int64_t i) const { return o * row_outer + i * row_inner; }
@@ -315,6 +317,8 @@ void write_gradient(CrossEntropy<A>& call, const Tensor& grad) {
   call.grad = static_cast<char*>(grad.data_ptr());
   call.grad_outer = grad.stride(0), call.grad_class = grad.stride(1);
   call.grad_inner = grad.dim() == 3 ? grad.stride(2) : 0;
+  // What takes the place of the logits is in the caches, and wanted there next.
+  call.stream = call.grad != call.input && grad.numel() * grad.element_size() >= kStream;
 }
 
 // Chooses the kernel and lets rows side by side in memory be the inner ones.

@@ -35,9 +35,24 @@ int64_t first_of(const T* x, int64_t n, A value) {
   return j;
 }
 
-// Vectors to fetch ahead where arrays of all classes come beside a row: the processor does not follow it
-// then.
+// Vectors to fetch ahead where arrays of all classes come beside a row, or what is written passes by the
+// caches: the processor does not follow the row then. None may be left out, or it waits for that one.
 constexpr int64_t kAhead = 8 * kDepth;
+
+// Asks for x[0, 2 * lanes<A>), for the cache of that level.
+template <int level, class A, class T>
+FASTREG_INLINE void fetch_two(const T* x) {
+  for (int64_t k = 0; k < 2 * lanes<A>; k += 64 / sizeof(T)) __builtin_prefetch(x + k, 0, 4 - level);
+}
+
+// Rounded to Out, if that is bf16 and `finite`: only then in a Quick, whose last digits mean nothing, so that
+// what lies just between two numbers may go either way.
+template <bool finite, class Out, class V>
+FASTREG_INLINE V nearly(V v) {
+  if constexpr (finite && std::is_same_v<Out, BFloat16>)
+    return bits<V>((bits<Words>(v) + 0x8000) & 0xffff0000);
+  return v;
+}
 
 // ---- where the z of a block come from
 // From memory. two() may hand out the elements in another order, and put_two() takes them so.
@@ -52,20 +67,32 @@ struct Direct {
     return load_first(x + j, n, fill);
   }
   FASTREG_INLINE_MEMBER Two<Vec<A>> two(int64_t j) const { return load_two(x + j); }
-  FASTREG_INLINE_MEMBER void prefetch(int64_t j) const { __builtin_prefetch(x + j); }
+  template <int level = 2>
+  FASTREG_INLINE_MEMBER void fetch(int64_t j) const {
+    fetch_two<level, A>(x + j);
+  }
 
+  // `stream`: past the caches, if the elements fill whole vectors.
   template <bool finite, class Out>
-  FASTREG_INLINE void put_two(Out* to, Two<Vec<A>> v) {
-    if constexpr (finite && std::is_same_v<T, Out> && std::is_same_v<T, BFloat16>) {
-      // Of a Quick, whose last digits mean nothing: what lies just between two numbers may go either way.
-      const Words up = Words{} + 0x8000;
-      const Words w = (bits<Words>(v.first) + up) >> 16 | ((bits<Words>(v.second) + up) & 0xffff0000);
-      __builtin_memcpy(to, &w, sizeof(w));
-    } else if constexpr (std::is_same_v<T, Out>) {
-      store_two<finite>(to, v);
+  FASTREG_INLINE void put_two(Out* to, Two<Vec<A>> v, bool stream) {
+    if constexpr (!std::is_same_v<T, Out>) {
+      store<finite>(to, nearly<finite, Out>(v.first));
+      store<finite>(to + lanes<A>, nearly<finite, Out>(v.second));
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      const auto rounded = [](Vec<A> v) __attribute__((always_inline)) {
+        return finite ? bits<Words>(nearly<finite, Out>(v)) : rounded_to_bfloat16<false>(v);
+      };
+      const Words w = rounded(v.first) >> 16 | (rounded(v.second) & 0xffff0000);
+      if (stream)
+        store_past_caches(reinterpret_cast<A*>(to), bits<Vec<A>>(w));
+      else
+        __builtin_memcpy(to, &w, sizeof(w));
+    } else if (stream && std::is_same_v<T, A>) {
+      store_past_caches(reinterpret_cast<A*>(to), v.first);
+      store_past_caches(reinterpret_cast<A*>(to) + lanes<A>, v.second);
     } else {
-      store<finite>(to, v.first);
-      store<finite>(to + lanes<A>, v.second);
+      store(to, v.first);
+      store(to + lanes<A>, v.second);
     }
   }
 };
@@ -95,11 +122,14 @@ struct Adjusted {
     const auto by = load_two_as<T>(adjustment + j);
     return {from.first * scale + by.first, from.second * scale + by.second};
   }
-  FASTREG_INLINE_MEMBER void prefetch(int64_t j) const { __builtin_prefetch(x + j); }
+  template <int level = 2>
+  FASTREG_INLINE_MEMBER void fetch(int64_t j) const {
+    fetch_two<level, A>(x + j);
+  }
 
   template <bool finite, class Out>
-  FASTREG_INLINE void put_two(Out* to, Two<Vec<A>> v) {
-    Direct<T, A>::template put_two<finite>(to, v);
+  FASTREG_INLINE void put_two(Out* to, Two<Vec<A>> v, bool stream) {
+    Direct<T, A>::template put_two<finite>(to, v, stream);
   }
 };
 
@@ -108,6 +138,7 @@ template <class A>
 struct Ones {
   static constexpr bool odd = false, array = false;
   FASTREG_INLINE_MEMBER Vec<A> at(int64_t) const { return splat(A(1)); }
+  FASTREG_INLINE_MEMBER Vec<A> first(int64_t, int64_t) const { return splat(A(1)); }
   template <class T>
   FASTREG_INLINE_MEMBER Two<Vec<A>> two(int64_t) const {
     return {splat(A(1)), splat(A(1))};
@@ -124,6 +155,7 @@ struct FactorsOf {
   static constexpr bool odd = may_be_odd, array = true;
   const A* factors;
   FASTREG_INLINE_MEMBER Vec<A> at(int64_t j) const { return load(factors + j); }
+  FASTREG_INLINE_MEMBER Vec<A> first(int64_t j, int64_t n) const { return load_first(factors + j, n, A(0)); }
   template <class T>
   FASTREG_INLINE_MEMBER Two<Vec<A>> two(int64_t j) const {
     return load_two_as<T>(factors + j);
@@ -154,13 +186,11 @@ Partial<A> reduce(const Z& z, int64_t n) {
   int64_t j = 0;
   for (const int64_t whole = n / step * step; j < whole;) {
     const int64_t end = std::min(j + kDepth * lanes<A>, whole);
+    if constexpr (Z::two_arrays)
+      for (int64_t k = j; k < end; k += step) z.fetch(k + kAhead * lanes<A>);
     Two<Vec<A>> top = z.two(j), kept[kDepth / 2];  // of two arrays
     kept[0] = top;
     for (int64_t k = j + step, i = 1; k < end; k += step, ++i) {
-      if constexpr (Z::two_arrays) {
-        z.prefetch(k + kAhead * lanes<A>);
-        z.prefetch(k + (kAhead + 1) * lanes<A>);
-      }
       const auto here = z.two(k);
       if constexpr (Z::two_arrays) kept[i] = here;
       top = {larger(here.first, top.first), larger(here.second, top.second)};
@@ -205,8 +235,7 @@ Partial<A> reduce_linear(const Z& z, int64_t n, const F& factors) {
   for (int64_t j = 0; j < pairs;) {
     Vec<A> other_chunk{}, other_linear{};
     for (const int64_t end = std::min(j + kDepth * lanes<A>, pairs); j < end; j += step) {
-      z.prefetch(j + n);  // the next block's maximum is taken without a pause for memory
-      z.prefetch(j + n + lanes<A>);
+      z.template fetch<1>(j + n);  // the next block's maximum is taken without a pause for memory
       const Vec<A> first = z.at(j) - base, second = z.at(j + lanes<A>) - base;
       chunk = plus_exp(chunk, first);
       other_chunk = plus_exp(other_chunk, second);
@@ -330,34 +359,50 @@ struct Quick {
   }
 };
 
+// The elements before the first of to[0, n) that can be written past the caches, if that is asked for.
+template <class T>
+FASTREG_INLINE int64_t before_stream(const T* to, int64_t n, bool stream) {
+  const int64_t past = reinterpret_cast<uintptr_t>(to) % FASTREG_VECTOR_BYTES;
+  return stream && past ? std::min<int64_t>((FASTREG_VECTOR_BYTES - past) / sizeof(T), n) : 0;
+}
+
 // grad = slope * p and, if it is to `spread`, less factors * share. `finite` says that no gradient can be
-// NaN.
+// NaN; `stream`, that it is to pass by the caches.
 template <bool spread, bool finite, class A, class Z, class P, class F, class T>
-FASTREG_INLINE void write_gradient(const Z& z, int64_t n, const P& p, const F& factors, A share, T* grad) {
+FASTREG_INLINE void write_gradient(const Z& z, int64_t n, const P& p, const F& factors, A share, T* grad,
+                                   bool stream) {
   int64_t j = 0;
-  for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
-    if constexpr (Z::two_arrays || F::array) {
-      z.prefetch(j + kAhead * lanes<A>);
-      z.prefetch(j + (kAhead + 1) * lanes<A>);
+  auto one_by_one = [&](int64_t end) __attribute__((always_inline)) {
+    for (; j + lanes<A> <= end; j += lanes<A>) {
+      Vec<A> g = p(z.at(j));
+      if constexpr (spread) g -= factors.at(j) * share;
+      store<finite>(grad + j, nearly<finite, T>(g));
     }
-    const auto here = z.two(j);
-    Two<Vec<A>> g{p(here.first), p(here.second)};
-    if constexpr (spread) {
-      const auto by = factors.template two<typename Z::Element>(j);
-      g.first -= by.first * share, g.second -= by.second * share;
+    if (j < end) {
+      Vec<A> g = p(z.first(j, end - j, A(0)));
+      if constexpr (spread) g -= factors.first(j, end - j) * share;
+      store_first(grad + j, nearly<finite, T>(g), end - j);
+      j = end;
     }
-    Z::template put_two<finite>(grad + j, g);
-  }
-  for (; j + lanes<A> <= n; j += lanes<A>) {
-    Vec<A> g = p(z.at(j));
-    if constexpr (spread) g -= factors.at(j) * share;
-    store<finite>(grad + j, g);
-  }
-  if (j < n) {
-    Vec<A> g = p(z.first(j, n - j, A(0)));
-    if constexpr (spread) g -= factors.times_first(j, n - j, splat(share));
-    store_first(grad + j, g, n - j);
-  }
+  };
+  auto two_by_two = [&](bool stream) __attribute__((always_inline)) {
+    for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
+      if (Z::two_arrays || F::array || stream) z.fetch(j + kAhead * lanes<A>);
+      const auto here = z.two(j);
+      Two<Vec<A>> g{p(here.first), p(here.second)};
+      if constexpr (spread) {
+        const auto by = factors.template two<typename Z::Element>(j);
+        g.first -= by.first * share, g.second -= by.second * share;
+      }
+      Z::template put_two<finite>(grad + j, g, stream);
+    }
+  };
+  one_by_one(before_stream(grad, n, stream));
+  if (stream)
+    two_by_two(true);
+  else
+    two_by_two(false);
+  one_by_one(n);
 }
 
 // The digits of p where a share of each class is taken from it, which may be nearly as large; all digits
@@ -384,15 +429,12 @@ void write_focal_gradient_by(const Z& z, int64_t n, const Softmax<A>& softmax, A
   for (; j + lanes<A> <= n; j += lanes<A>) {
     if constexpr (quick)
       for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
-        if constexpr (Z::two_arrays || F::array) {
-          z.prefetch(j + kAhead * lanes<A>);
-          z.prefetch(j + (kAhead + 1) * lanes<A>);
-        }
+        if constexpr (Z::two_arrays || F::array) z.fetch(j + kAhead * lanes<A>);
         const auto here = z.two(j), by = factors.template two<typename Z::Element>(j);
         const Vec<A> first = log_p_of(here.first), second = log_p_of(here.second);
         if (!QuickFocal::serves(first) || !QuickFocal::serves(second)) break;
-        Z::template put_two<!F::odd>(grad + j,
-                                     Two<Vec<A>>{quick_of(first, by.first), quick_of(second, by.second)});
+        const Two<Vec<A>> g{quick_of(first, by.first), quick_of(second, by.second)};
+        Z::template put_two<!F::odd>(grad + j, g, false);
       }
     if (j + lanes<A> > n) break;
     const auto term = focal<VectorMath<A>>(log_p_of(z.at(j)), gamma);
@@ -416,13 +458,15 @@ void write_focal_gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A ga
 }
 
 template <bool spread, class A, class Z, class F, class T>
-void gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A slope, const F& factors, A share, T* grad) {
+void gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A slope, const F& factors, A share, T* grad,
+              bool stream) {
   if constexpr (std::is_same_v<A, float>) {
     using Digits = std::conditional_t<spread, DigitsBesides<T, F>, T>;
     if (Quick<Digits>::serves(softmax, slope) && share * 0 == 0)
-      return write_gradient<spread, !F::odd>(z, n, Quick<Digits>(softmax, slope), factors, share, grad);
+      return write_gradient<spread, !F::odd>(z, n, Quick<Digits>(softmax, slope), factors, share, grad,
+                                             stream);
   }
-  write_gradient<spread, false>(z, n, Careful<A>{softmax, slope}, factors, share, grad);
+  write_gradient<spread, false>(z, n, Careful<A>{softmax, slope}, factors, share, grad, stream);
 }
 
 // ---- a row of the call, and room for what a block of it becomes
@@ -618,7 +662,7 @@ struct Row {
             if constexpr (spread)
               if (call.gamma != 0)
                 return write_focal_gradient(z, n, softmax, call.gamma, row.slope, by, row.spread, out);
-            gradient<spread>(z, n, softmax, row.slope, by, row.spread, out);
+            gradient<spread>(z, n, softmax, row.slope, by, row.spread, out, stream());
           });
         });
       });
@@ -637,7 +681,7 @@ struct Row {
         write(grad, begin, n, [&](T* out) {
           with_factors([&](const auto& by) {
             if (call.gamma == 0)
-              gradient<true>(z, n, softmax, sum * incoming, by, incoming, out);
+              gradient<true>(z, n, softmax, sum * incoming, by, incoming, out, stream());
             else
               write_focal_gradient(z, n, softmax, call.gamma, sum * incoming, by, incoming, out);
           });
@@ -645,6 +689,8 @@ struct Row {
       });
     }
   }
+
+  bool stream() const { return call.stream && call.grad_class == 1; }
 
   // Has the gradient of the classes [begin, begin + n) written where it belongs.
   template <class F>
@@ -678,6 +724,7 @@ void forward_rows(CrossEntropy<A>& call, int64_t task_begin, int64_t task_end) {
     call.sums[2 * task] = sums[0];
     call.sums[2 * task + 1] = sums[1];
   }
+  if (call.stream) finish_writing();
 }
 
 template <Factors are, class T, class A>
@@ -729,6 +776,7 @@ void backward_rows(CrossEntropy<A>& call, int64_t task_begin, int64_t task_end) 
         fill_zero(call, grad, begin, end);
     }
   }
+  if (call.stream) finish_writing();
 }
 
 }  // namespace fastreg::FASTREG_ISA
