@@ -116,6 +116,15 @@ def test_sizes_whose_squares_fp32_cannot_hold_beside_others(dtype, p):
         torch.testing.assert_close(fastreg.lp_penalty(w[:5000], p).double(), exact([w[:5000]], p), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("size", [32_767, 32_768, 32_777, 65_536, 70_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_element_of_a_long_run_counts_once(dtype, size):
+    """In C++ a long run is read in four parts. Sums of these whole numbers are exact in fp32."""
+    x = (torch.arange(size) % 7 - 3).to(dtype)
+    assert fastreg.lp_penalty(x, 1).item() == x.double().abs().sum()
+    assert fastreg.lp_penalty(x, 2, squared=True).item() == x.double().square().sum()
+
+
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("squared", [False, True])
 def test_derivatives(p, squared):

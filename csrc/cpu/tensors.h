@@ -15,12 +15,12 @@ namespace fastreg {
 
 // Asks for huge pages for a tensor so large that its memory comes fresh from the system: entering it page by
 // page takes longer than writing it.
-inline void use_huge_pages(const torch::stable::Tensor& tensor, int64_t bytes) {
+inline void use_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096;
   if (bytes < (int64_t{4} << 20)) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + bytes) / page * page;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may be refused
 #endif
 }
@@ -34,7 +34,7 @@ inline torch::stable::Tensor new_strided(int64_t dim, const int64_t* sizes, cons
   const torch::stable::Tensor tensor(handle);
   int64_t bytes = tensor.element_size();
   for (int64_t d = 0; d < dim; ++d) bytes *= sizes[d];
-  use_huge_pages(tensor, bytes);
+  use_huge_pages(tensor.data_ptr(), bytes);
   return tensor;
 }
 
