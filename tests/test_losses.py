@@ -5,7 +5,7 @@ C++, Triton, in its interpreter where there is no GPU, and CUDA, there compiled 
 GPU kernels alone, in tests/test_losses_gpu.py; (cpu): for the C++ ones, in tests/test_losses_cpu.py.
 
  1 class counts, few and many rows, rows that start anywhere: test_every_number_of_classes, test_very_long_rows,
-   test_no_rows_and_many_rows; (gpu) test_every_size, (cpu) test_rows_are_accurate
+   test_no_rows, test_many_rows; (gpu) test_every_size, (cpu) test_rows_are_accurate
  2 more than 2^31 and 2^32 elements: test_offsets_past_2_to_32, test_past_2_to_31_elements (C++ alone);
    (gpu) test_offsets_past_2_to_32, where gradients lie as far apart, test_grids_of_very_long_rows
  3 layouts: test_layouts_of_logits_targets_and_gradients, test_transposed_tokens, test_incoming_gradients;
@@ -24,7 +24,7 @@ GPU kernels alone, in tests/test_losses_gpu.py; (cpu): for the C++ ones, in test
    (cpu) test_a_loss_is_never_negative
 10 focal: test_focal_is_finite_everywhere, test_focal_with_gamma_0_is_cross_entropy,
    test_alpha_scales_terms_and_weight_does_not_enter_p, test_softmax_over_two_classes_is_a_sigmoid_of_their_difference,
-   test_smoothed_focal_terms_of_likely_classes, test_no_positives_divide_by_one
+   test_smoothed_focal_terms_of_likely_classes, test_no_positives_divide_by_one, test_formulas_of_other_libraries
 11 probabilities: test_probabilities, test_gradient_to_probabilities, test_shapes_that_could_mean_either,
    test_probabilities_that_are_those_of_the_logits; (gpu) test_a_class_without_a_share_may_be_impossible
 12 moved and scaled logits: test_scale_with_adjustment_on_odd_sizes, test_scale_where_the_softmax_saturates;
@@ -514,14 +514,20 @@ def test_very_long_rows(backend, classes):
     check(backend, x.bfloat16(), y, gamma=2.0)
 
 
-def test_no_rows_and_many_rows(backend):
+def test_no_rows(backend):
     for reduction, all_ignored in itertools.product(("mean", "sum", "none"), ("nan", "zero")):
         check(
             backend, torch.randn(0, 5), torch.zeros(0, dtype=torch.int64), reduction=reduction, all_ignored=all_ignored
         )
         check(backend, torch.randn(0, 5, 3), torch.zeros(0, 3, dtype=torch.int64), reduction=reduction)
         check(backend, torch.randn(2, 5, 0), torch.zeros(2, 0, dtype=torch.int64), reduction=reduction)
-    n = 300 if backend == INTERPRETED else 65537
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=[pytest.mark.slow] * (name == INTERPRETED)) for name in BACKENDS]
+)
+def test_many_rows(backend):
+    n = 65537
     x, y = torch.randn(n, 3, dtype=torch.float64), torch.randint(3, (n,))
     with use(backend):
         torch.testing.assert_close(cross_entropy(x, y), F.cross_entropy(x, y), rtol=1e-13, atol=0)
@@ -838,22 +844,36 @@ def test_softmax_over_two_classes_is_a_sigmoid_of_their_difference(backend):
         torch.testing.assert_close(softmax, sigmoid.squeeze(1), rtol=1e-10, atol=1e-12)
 
 
-def test_formulas_of_other_libraries(backend):
-    """Where they agree with the definition: kornia's, with the term of every class and a one-hot target, mmcv's, with
-    the softmax first, and torchvision's, with a sigmoid."""
-    x, y = torch.randn(30, 7, dtype=torch.float64), torch.randint(7, (30,))
-    onehot = F.one_hot(y, 7).double()
-    p, log_p, s = x.softmax(1), x.log_softmax(1), x.sigmoid()
-    for gamma in (0.5, 2.0, 5.0):
-        ours = serve(backend, lambda: focal_loss(x, y, gamma=gamma, alpha=0.25, reduction="none"))  # noqa: B023
-        torch.testing.assert_close(ours, (onehot * -0.25 * (1 - p) ** gamma * log_p).sum(1))
-        p_y = p[range(30), y]
-        torch.testing.assert_close(ours, -0.25 * (1 - p_y) ** gamma * p_y.clamp(min=1e-38).log())
-        p_t = s * onehot + (1 - s) * (1 - onehot)
-        terms = F.binary_cross_entropy_with_logits(x, onehot, reduction="none") * (1 - p_t) ** gamma
-        terms = (0.25 * onehot + 0.75 * (1 - onehot)) * terms
-        ours = serve(backend, lambda: sigmoid_focal_loss(x, y, gamma=gamma, reduction="none"))  # noqa: B023
-        torch.testing.assert_close(ours, terms)
+@pytest.mark.parametrize("gamma", [0.5, 2.0, 5.0])
+def test_formulas_of_other_libraries(backend, gamma):
+    """Where they agree with the definition, losses and gradients: kornia's, with the term of every class and a one-hot
+    target, mmcv's, with the softmax first, class weights and rows of negative targets left out, and torchvision's,
+    with a sigmoid."""
+
+    def compare(call, formula, x):
+        grad = torch.randn(formula.shape, dtype=x.dtype)
+        ours = serve(backend, call)
+        torch.testing.assert_close(ours, formula)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, x, grad, retain_graph=True) for loss in (ours, formula)))
+
+    for shape in ((30, 7), (3, 7, 4, 2)):
+        x, y = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.randint(7, shape[:1] + shape[2:])
+        onehot = F.one_hot(y, 7).movedim(-1, 1).double()
+        p, log_p = x.softmax(1), x.log_softmax(1)
+        kornia = (onehot * -0.25 * (1 - p) ** gamma * log_p).sum(1)
+        compare(lambda: focal_loss(x, y, gamma=gamma, alpha=0.25, reduction="none"), kornia, x)  # noqa: B023
+        weight, labels = torch.rand(7, dtype=torch.float64), torch.where(torch.rand(y.shape) < 0.3, -1, y)
+        p_y = p.gather(1, y.unsqueeze(1)).squeeze(1)
+        mmcv = -0.25 * (1 - p_y) ** gamma * p_y.clamp(min=torch.finfo(torch.float32).tiny).log() * weight[y]
+        options = {"gamma": gamma, "alpha": 0.25, "weight": weight, "ignore_index": -1, "reduction": "none"}
+        compare(lambda: focal_loss(x, labels, **options), torch.where(labels < 0, 0, mmcv), x)  # noqa: B023
+    x, y = torch.randn(30, 7, dtype=torch.float64, requires_grad=True), torch.randint(7, (30,))
+    t, s = F.one_hot(y, 7).double(), x.sigmoid()
+    p_t = s * t + (1 - s) * (1 - t)
+    terms = F.binary_cross_entropy_with_logits(x, t, reduction="none") * (1 - p_t) ** gamma
+    torchvision = (0.25 * t + 0.75 * (1 - t)) * terms
+    for targets in (y, t):
+        compare(lambda: sigmoid_focal_loss(x, targets, gamma=gamma, reduction="none"), torchvision, x)  # noqa: B023
 
 
 def test_no_positives_divide_by_one(backend):
