@@ -3,7 +3,7 @@
 Changing the import line is enough. Each class says what it does differently from what it replaces.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +140,8 @@ class MaxNorm_via_PGD:
     def _parameters(self, model: nn.Module) -> list[Tensor]:
         _checks.is_module("model", model)
         if self.layers is not None:
+            if isinstance(self.layers, str) or not isinstance(self.layers, Iterable):
+                raise TypeError(f"layers must be a list of names, got {self.layers!r}")
             named = dict(model.named_modules())
             if absent := [name for name in self.layers if name not in named]:
                 raise ValueError(f"layers names {absent}, which are no modules of the model: {list(named)[1:]}")
@@ -223,8 +225,11 @@ def drop_connect(inputs: Tensor, p: float, training: bool) -> Tensor:
     Corrected: any number of dimensions; p = 1 gives zeros, not NaN; the mask is drawn in fp32 whatever the dtype.
     """
     _checks.is_tensor("inputs", inputs)
+    _checks.dtype_in("inputs", inputs, _checks.FLOATS)
     _checks.in_range("p", p, 0.0, 1.0)
     if not training:
         return inputs
+    if not inputs.dim():
+        raise ValueError("inputs must have a dimension of samples, got a 0-d tensor")
     keep = torch.floor(1 - p + torch.rand(inputs.shape[0], device=inputs.device))
     return drop_path_reference(inputs, keep, p)

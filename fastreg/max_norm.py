@@ -100,6 +100,7 @@ def max_norm(input: Tensor, max_norm: Cap, *, p: float = 2.0, dim: int = 0, tau:
     Arguments and errors as in `max_norm_`.
     """
     _check_tensor("input", input)
+    _rows_dim(input, dim, "input")
     (cap,) = _caps([input], max_norm, "max_norm", dim)
     _check_order(p)
     _checks.finite_at_least("tau", tau, 0.0)
@@ -127,7 +128,7 @@ def project_lp_ball_(
     """
     tensors = _listed(tensors)
     caps = _caps(tensors, radius, "radius", dim)
-    if p not in (1, 2, math.inf):
+    if isinstance(p, bool) or p not in (1, 2, math.inf):
         raise ValueError(f"p must be 1, 2 or inf, got {p!r}")
     return _run("project_lp_ball_", _BALLS[p], tensors, caps, p, dim)
 
@@ -149,7 +150,7 @@ def tau_normalize_(
 def row_norms(tensor: Tensor, p: float = 2.0, dim: int = 0) -> Tensor:
     """The Lp norm of each slice along `dim`: summed in fp64, returned in fp32 (fp64 for fp64). Differentiable."""
     _check_tensor("tensor", tensor)
-    _rows_dim(tensor, dim)
+    _rows_dim(tensor, dim, "tensor")
     _check_order(p)
     backend = _backends.choose("row_norms", tensor.device.type, _refuse_rows, tensor)
     if backend == "reference" or not tensor.numel():
@@ -164,7 +165,7 @@ def max_norm_threshold(tensor: Tensor, thresh: float, p: float = 2.0, dim: int =
     """min + thresh · (max - min) of the row norms, a 0-d tensor of the dtype of `row_norms`: the cap by which the
     paper's code sets a layer's max-norm. Rows with NaN or Inf are left out; without a finite row it is inf."""
     _check_tensor("tensor", tensor)
-    _rows_dim(tensor, dim)
+    _rows_dim(tensor, dim, "tensor")
     _check_order(p)
     _checks.finite_at_least("thresh", thresh, 0.0)
     return _threshold(tensor, thresh, p, dim).to(_norm_dtype(tensor))
@@ -234,7 +235,11 @@ class _Constraint(ABC):
     """A rule kept on a fixed list of weights, by hand (`project`) or after optimizer steps (`attach`)."""
 
     def __init__(
-        self, params_or_module: nn.Module | Tensor | Iterable[Tensor], names: Iterable[str] | None = None
+        self,
+        params_or_module: nn.Module | Tensor | Iterable[Tensor],
+        p: float,
+        dim: int,
+        names: Iterable[str] | None = None,
     ) -> None:
         if isinstance(params_or_module, nn.Module):
             named = dict(params_or_module.named_parameters())
@@ -251,7 +256,9 @@ class _Constraint(ABC):
             raise ValueError(
                 "params_or_module holds no tensor to constrain (of a module: no parameter of 2 dimensions)"
             )
-        self.steps = 0
+        _check_order(p)
+        _check_written(self.params, dim, "params_or_module")
+        self.p, self.dim, self.steps = p, dim, 0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({_checks.counted(self.params, 'tensor')}, p={self.p}, dim={self.dim})"
@@ -262,9 +269,8 @@ class _Constraint(ABC):
 
     def attach(self, optimizer: torch.optim.Optimizer, every: int = 1) -> torch.utils.hooks.RemovableHandle:
         """Projects after every `every`-th `optimizer.step()`; `.remove()` of the returned handle ends it."""
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be an integer of at least 1, got {every!r}")
-
+        _checks.is_integer("every", every)
+        _checks.in_range("every", every, 1)
         if not hasattr(optimizer, "register_step_post_hook"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
 
@@ -282,7 +288,15 @@ class _Constraint(ABC):
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping) -> None:
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping, got {type(state).__name__}")
+        if absent := set(self.state_dict()) - set(state):
+            raise ValueError(f"state must be that of a {type(self).__name__}: it misses {sorted(absent)}")
+        self._load(state)
         self.steps = int(state["steps"])
+
+    def _load(self, state: Mapping) -> None:  # noqa: B027
+        """What there is besides the number of steps."""
 
 
 class MaxNorm(_Constraint):
@@ -318,19 +332,15 @@ class MaxNorm(_Constraint):
     ) -> None:
         if (max_norm is None) == (thresh is None):
             raise ValueError(f"exactly one of max_norm and thresh must be given, got {max_norm!r} and {thresh!r}")
-        _check_order(p)
         _checks.finite_at_least("tau", tau, 0.0)
         _checks.finite_at_least("weight_decay", weight_decay, 0.0)
         named = isinstance(max_norm, Mapping)
         if named and not isinstance(params_or_module, nn.Module):
             raise TypeError("max_norm may map names to caps only where params_or_module is a module")
-        super().__init__(params_or_module, max_norm if named else None)
-        self.p, self.dim, self.tau, self.weight_decay = p, dim, tau, weight_decay
+        super().__init__(params_or_module, p, dim, max_norm if named else None)
+        self.tau, self.weight_decay = tau, weight_decay
         if thresh is not None:
             _checks.finite_at_least("thresh", thresh, 0.0)
-            for index, param in enumerate(self.params):
-                _check_tensor(f"parameter {index}", param)
-                _rows_dim(param, dim, index)
             # Kept in fp64: with thresh = 1 the cap is the largest norm, and rounding it would move that row.
             self.caps: list[Cap] = [_threshold(param, thresh, p, dim) for param in self.params]
         else:
@@ -368,15 +378,13 @@ class MaxNorm(_Constraint):
         """The caps, the number of steps seen and the number of rows scaled."""
         return {"caps": list(self.caps), "steps": self.steps, "total": self.total.clone()}
 
-    def load_state_dict(self, state: Mapping) -> None:
-        if absent := {"caps", "steps", "total"} - set(state):
-            raise ValueError(f"state must be that of a MaxNorm: it misses {sorted(absent)}")
+    def _load(self, state: Mapping) -> None:
         caps = state["caps"]
         if len(caps) != len(self.params):
             raise ValueError(f"the state holds {len(caps)} caps, but {len(self.params)} tensors are constrained")
         caps = [cap.to(param.device) if isinstance(cap, Tensor) else cap for cap, param in zip(caps, self.params)]
         self.caps = _caps(self.params, caps, "caps", self.dim)
-        self.steps, self.total = int(state["steps"]), state["total"].to(self.params[0].device, copy=True)
+        self.total = state["total"].to(self.params[0].device, copy=True)
 
 
 class UnitNorm(_Constraint):
@@ -388,9 +396,7 @@ class UnitNorm(_Constraint):
     def __init__(
         self, params_or_module: nn.Module | Tensor | Iterable[Tensor], *, p: float = 2.0, dim: int = 0
     ) -> None:
-        _check_order(p)
-        super().__init__(params_or_module)
-        self.p, self.dim = p, dim
+        super().__init__(params_or_module, p, dim)
 
     def project(self) -> None:
         tau_normalize_(self.params, 1.0, p=self.p, dim=self.dim)
@@ -419,7 +425,7 @@ def _check_written(tensors: list[Tensor], dim: int, name: str = "tensors") -> No
     """Whether rows along `dim` can be written to all of these in one call."""
     for index, tensor in enumerate(tensors):
         _checks.dtype_in(f"{name}[{index}]", tensor, _checks.FLOATS)
-        _rows_dim(tensor, dim, index)
+        _rows_dim(tensor, dim, name, index)
         if tensor.device != tensors[0].device:
             raise ValueError(f"{name} must be on one device, got {tensors[0].device} and {tensor.device}")
         if tensor.layout is not torch.strided:
@@ -431,13 +437,15 @@ def _check_written(tensors: list[Tensor], dim: int, name: str = "tensors") -> No
             )
 
 
-def _rows_dim(tensor: Tensor, dim: int, index: int | None = None) -> int:
-    """`dim` counted from the front."""
+def _rows_dim(tensor: Tensor, dim: int, name: str, index: int | None = None) -> int:
+    """`dim` counted from the front. `name`, with `index` of a list, is what the tensor is called."""
+    if type(dim) is not int:
+        _checks.is_integer("dim", dim)
     ndim = max(tensor.dim(), 1)
-    if not isinstance(dim, int) or not -ndim <= dim < ndim:
-        of = "the tensor" if index is None else f"tensors[{index}]"
+    if not -ndim <= dim < ndim:
+        name = name if index is None else f"{name}[{index}]"
         raise IndexError(
-            f"dim must be between {-ndim} and {ndim - 1} for {of} of shape {tuple(tensor.shape)}, got {dim}"
+            f"dim must be between {-ndim} and {ndim - 1} for {name} of shape {tuple(tensor.shape)}, got {dim}"
         )
     return dim % ndim
 
@@ -453,7 +461,7 @@ def _check_decay(decay: float | Tensor) -> float | Tensor:
 
 
 def _check_order(p: float) -> None:
-    if not isinstance(p, Real) or not p > 0:
+    if isinstance(p, bool) or not isinstance(p, Real) or not p > 0:
         raise ValueError(f"p must be a number above 0, or inf, got {p!r}")
 
 
@@ -466,7 +474,7 @@ def _caps(tensors: list[Tensor], caps: Cap | Sequence[Cap], name: str, dim: int)
     else:
         labels, caps = [name] * len(tensors), [caps] * len(tensors)
     return [
-        _check_cap(label, cap, tensor, tensor.shape[_rows_dim(tensor, dim, index)] if tensor.dim() else 1)
+        _check_cap(label, cap, tensor, tensor.shape[_rows_dim(tensor, dim, "tensors", index)] if tensor.dim() else 1)
         for index, (label, cap, tensor) in enumerate(zip(labels, caps, tensors))
     ]
 
@@ -591,7 +599,7 @@ def _shards(tensors: list[Tensor], caps: list[Cap], dim: int, kind: str) -> _Sha
     ndim = max(tensors[0].dim(), 1)
     if any(max(tensor.dim(), 1) != ndim for tensor in tensors):
         return None
-    rows = _rows_dim(tensors[0], dim)
+    rows = _rows_dim(tensors[0], dim, "tensors[0]")
     by_row = [placement.is_shard() and placement.dim % ndim == rows for placement in placements]
     across = [index for index, placement in enumerate(placements) if placement.is_shard() and not by_row[index]]
     if across and kind != "cap":
@@ -629,7 +637,7 @@ def _with_whole_rows(tensors: list[Tensor], dim: int) -> list[Tensor] | None:
 
     placements = [
         [
-            Replicate() if placement.is_shard() and placement.dim != _rows_dim(tensor, dim) else placement
+            Replicate() if placement.is_shard() and placement.dim != _rows_dim(tensor, dim, "tensors") else placement
             for placement in tensor.placements
         ]
         for tensor in tensors

@@ -353,7 +353,7 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob: float = 0.0, mode: str = "row") -> None:
         super().__init__()
-        check_drop_path(drop_prob, mode)
+        check_drop_path("drop_prob", drop_prob, mode)
         self.drop_prob, self.mode = drop_prob, mode
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -41,7 +41,7 @@ def drop_path(
     Raises TypeError or ValueError for anything else.
     """
     _check_float("x", x)
-    check_drop_path(p, mode)
+    check_drop_path("p", p, mode)
     if not isinstance(training, bool):  # torchvision's order of arguments is another
         raise TypeError(f"training must be True or False, got {training!r}")
     if mode == "row" and not x.dim():
@@ -101,8 +101,8 @@ class _DropPath(torch.autograd.Function):
 
 def linear_drop_rates(depth: int, p: float) -> list[float]:
     """The drop rate of each of `depth` blocks, rising evenly from 0 at the first to p at the last."""
-    if not isinstance(depth, int) or depth < 0:
-        raise ValueError(f"depth must be an integer of at least 0, got {depth!r}")
+    _checks.is_integer("depth", depth)
+    _checks.in_range("depth", depth, 0)
     _checks.in_range("p", p, 0.0, 1.0)
     return [p * block / max(depth - 1, 1) for block in range(depth)]
 
@@ -205,7 +205,7 @@ def _align_threshold(x: Tensor, tau: Tensor) -> Tensor:
 def flood(loss: Tensor, b: float) -> Tensor:
     """|loss - b| + b: below the flood level b the gradient turns round, so training hovers there."""
     _check_float("loss", loss)
-    _checks.is_number("b", b)
+    (_checks.is_number if isinstance(b, Tensor) else _checks.finite)("b", b)  # the host waits for no tensor
     return (loss - b).abs() + b
 
 
@@ -214,8 +214,8 @@ def _check_float(name: str, value: object) -> None:
     _checks.dtype_in(name, value, _checks.FLOATS)
 
 
-def check_drop_path(p: float, mode: str) -> None:
-    _checks.in_range("p", p, 0.0, 1.0)
+def check_drop_path(name: str, p: float, mode: str) -> None:
+    _checks.in_range(name, p, 0.0, 1.0)
     _checks.choice("mode", mode, ("row", "batch"))
 
 
