@@ -65,7 +65,7 @@ def above_zero(name: str, value: float) -> None:
 def is_number(name: str, value: object) -> None:
     if isinstance(value, Tensor) and value.numel() != 1:
         raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}")
-    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 

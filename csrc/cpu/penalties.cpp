@@ -44,6 +44,7 @@ namespace {
 using namespace penalties;
 
 constexpr int64_t kStream = 1 << 20;  // elements of gradients or backups that bypass the caches
+constexpr int64_t kRun = 32768;       // elements of a tensor that a thread takes at a time, at least
 
 int64_t size_of_code(int64_t code) {
   return code == max_norm::kDouble ? 8 : code == max_norm::kFloat ? 4 : 2;
@@ -64,13 +65,14 @@ struct Chunks {
   const int64_t* row(int64_t i) const { return table + places[2 * i] * columns; }
   bool many() const { return count * chunk >= kStream; }
 
+  // Chunks of less than kRun are taken together, by the first of them, whatever the threads.
   template <class Body>
   void each(const Body& body) const {
-    const int64_t grain = std::max<int64_t>(1, 32768 / chunk);
-    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const int64_t run = std::max(chunk, kRun);
+    torch::stable::parallel_for(0, count, run / chunk, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = places[2 * i + 1];
-        body(i, row(i), first, std::min(chunk, row(i)[kElements] - first));
+        if (first % run == 0) body(i, row(i), first, std::min(run, row(i)[kElements] - first));
       }
     });
   }
@@ -85,7 +87,7 @@ char* element(int64_t address, int64_t index, int64_t code) {
 void norms_of(const Chunks& all, int64_t tensors, int column, double p, bool exact, double* out) {
   const auto passes = FASTREG_PICK(penalty_passes)();
   const max_norm::Order order = max_norm::order_of(p);
-  std::vector<double> parts(all.count), sums(tensors), scales(tensors, 1.0);
+  std::vector<double> parts(all.count, 0.0), sums(tensors), scales(tensors, 1.0);
 
   const auto collect = [&](double with_p, const auto& scale, const auto& wanted, std::vector<double>& into,
                            bool largest) {
