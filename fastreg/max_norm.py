@@ -125,6 +125,11 @@ def project_lp_ball_(
     p = 1: w ← sign(w)·max(|w| - θ, 0) with the θ that brings the norm to the radius (Duchi et al., "Efficient
     Projections onto the l1-Ball", ICML 2008); p = 2: `max_norm_`; inf: w ← min(max(w, -radius), radius).
     Arguments, guarantees, errors and the returned count are those of `max_norm_` with tau = 1.
+
+    Rows of DTensors that lie across processes are gathered for p = 1 and inf. On a GPU, p = 1 takes one program per
+    row: the search for θ walks through a row some 5 to 13 times, and to share the row each walk would have to be a
+    launch, of which the host cannot know how many there will be without waiting. So a few rows of millions of elements
+    leave most of a GPU idle.
     """
     tensors = _listed(tensors)
     caps = _caps(tensors, radius, "radius", dim)
@@ -139,6 +144,7 @@ def tau_normalize_(
     """Divides, in place, every row by its norm to the power `tau` (τ-normalisation); returns what it was given.
 
     tau = 1 gives every row norm 1, tau = 0 changes nothing. Rows of zeros and rows with NaN or Inf stay as they are.
+    DTensors whose rows lie across processes go through plain PyTorch.
     """
     given, tensors = tensors, _listed(tensors)
     _check_order(p)

@@ -44,7 +44,8 @@ def lp_penalty(tensors: Tensor | Iterable[Tensor], p: float = 2.0, *, squared: b
         p: the order, at least 1; inf too, without `squared`.
 
     The result is fp32, or fp64 if one of the tensors is; without tensors it is 0. The gradient of a tensor of zeros
-    is zero. Raises TypeError or ValueError for anything else.
+    is zero. Plain PyTorch, not the kernels, serves p = inf and DTensors. Raises TypeError or ValueError for anything
+    else.
     """
     tensors = _check_tensors(tensors)
     _check_order(p, squared)
