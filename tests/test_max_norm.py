@@ -171,6 +171,23 @@ def test_long_rows(dtype, p):
         assert torch.equal(halved[finite], twice[finite])
 
 
+def test_long_rows_have_the_same_bits_whatever_the_threads(backend):
+    if backend != "cpu":
+        pytest.skip("only the C++ kernels share work among torch's threads")
+    rows, before, results = torch.randn(3, 200_001), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            w, ball = rows.clone(), rows.clone()
+            assert fastreg.max_norm_(w, 100.0, p=3.0) == 0 < fastreg.max_norm_(w, 5.0, p=3.0)
+            assert fastreg.project_lp_ball_(ball, 1000.0, 1) == 3
+            results.append((w, ball))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 def test_long_rows_of_any_strides():
     w = torch.randn(3, 7, 40_001).transpose(0, 1)  # rows of 3 · 40,001 elements, in three runs
     before = w.clone()

@@ -170,6 +170,28 @@ def test_the_same_bits_every_time():
     assert all(torch.equal(first, fastreg.lp_penalty(tensors, 1)) for _ in range(5))
 
 
+def test_the_same_bits_whatever_the_threads(backend):
+    if backend != "cpu":
+        pytest.skip("only the C++ kernels share work among torch's threads")
+    tensors = [torch.randn(n).requires_grad_() for n in (100_003, 5, 40_000, 70_000, 32_768)]
+    model, results = nn.ParameterList(tensors), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            penalty = fastreg.lp_penalty(tensors, 2)
+            for tensor, grad in zip(tensors, torch.autograd.grad(penalty, tensors)):
+                tensor.grad = grad
+            fgm = fastreg.FGM(model, include=lambda *_: True)
+            fgm.attack()
+            results.append([penalty.detach(), *(x.detach().clone() for t in tensors for x in (t, t.grad))])
+            fgm.restore()
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 def test_empty_lists_and_errors():
     assert fastreg.lp_penalty([]).item() == 0 and fastreg.lp_penalty([torch.empty(0)]).item() == 0
     with pytest.raises(ValueError, match="p must be a number of at least 1"):
