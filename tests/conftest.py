@@ -19,6 +19,7 @@ if find_spec("triton") is not None and not torch.cuda.is_available():
 
 def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "xdist_group: with --dist loadgroup, the tests of a group go to one worker")
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -20,7 +20,10 @@ def skip_what_is_missing(op, backend):
         pytest.skip(reason)
 
 
-every_kernel = pytest.mark.parametrize(("op", "backend"), [(op, backend) for op in OPS for backend in GPU_BACKENDS])
+every_kernel = pytest.mark.parametrize(
+    ("op", "backend"),
+    [pytest.param(o, b, marks=pytest.mark.xdist_group(f"{o} {b}")) for o in OPS for b in GPU_BACKENDS],
+)
 
 
 def copies(tensors):

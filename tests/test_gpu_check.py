@@ -131,6 +131,8 @@ def test_stages_on_a_gpu(monkeypatch, tmp_path):
     build = stages[1].environment
     assert build["FASTREG_BUILD_CUDA"] == build["FASTREG_BUILD_CPU"] == "1" and build["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert sum(stage.limit for stage in stages[:6]) < gpu_check.BUDGET
+    for stage in stages[3:6]:
+        assert f"faulthandler_timeout={gpu_check.HANGS}" in stage.command and stage.limit >= gpu_check.HANGS
 
 
 def test_a_lost_gpu_ends_the_process(monkeypatch):
