@@ -167,10 +167,27 @@ def _squares(square, off, count):
 
 
 @triton.jit
+def _quotient(a, b):
+    """a / b, in fp32 rounded once: `/` is an approximation, and what is off here is off in a whole group."""
+    if b.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def _root(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
 def _rstd(m2, scaled, count, eps):
     """From Σd², and from Σ(d·2⁻⁶⁴)² where that has overflowed."""
-    plain = 1.0 / tl.sqrt(m2 / count + eps)
-    large = SMALL / tl.sqrt(scaled / count)
+    plain = _quotient(1.0, _root(_quotient(m2, count) + eps))
+    large = _quotient(SMALL, _root(_quotient(scaled, count)))
     return tl.where(m2 == float("inf"), large, plain)
 
 
@@ -185,10 +202,10 @@ def _forward_whole(
     position = tl.arange(0, P)
     mask = _along_channels(here, LAST) & _along_positions(position < S, LAST)
     v = tl.load(x + n * x_n + _offsets(channel, position, x_r, LAST), mask=mask, other=0.0).to(TYPE)
-    pivot = _to_channels(_to_groups(_channel_sums(v, LAST), member) / count, member)
+    pivot = _to_channels(_quotient(_to_groups(_channel_sums(v, LAST), member), count), member)
     d = tl.where(mask, v - _along_channels(pivot, LAST), 0.0)
     # What the rounded mean is off by.
-    off = _to_groups(_channel_sums(d, LAST), member) / count
+    off = _quotient(_to_groups(_channel_sums(d, LAST), member), count)
     m2 = _squares(_to_groups(_channel_sums(d * d, LAST), member), off, count)
     scaled = _to_groups(_channel_sums((d * SMALL) * (d * SMALL), LAST), member)
     rstd = _rstd(m2, scaled, count, eps)
@@ -222,7 +239,7 @@ def _moments(
     mask = _along_channels(here, LAST) & _along_positions(position < S, LAST)
     v = tl.load(x + _offsets(channel, position, x_r, LAST), mask=mask, other=0.0).to(TYPE)
     lead = tl.minimum(S - begin, P).to(TYPE) * width.to(TYPE)
-    pivot = _to_groups(_channel_sums(v, LAST), member) / lead
+    pivot = _quotient(_to_groups(_channel_sums(v, LAST), member), lead)
     pivots = _along_channels(_to_channels(pivot, member), LAST)
     d = tl.where(mask, v - pivots, 0.0)
     total, square, scaled = d, d * d, (d * SMALL) * (d * SMALL)
@@ -235,7 +252,7 @@ def _moments(
         square += d * d
         scaled += (d * SMALL) * (d * SMALL)
     count = tl.minimum(S - begin, steps * P).to(TYPE) * width.to(TYPE)
-    off = _to_groups(_channel_sums(total, LAST), member) / count
+    off = _quotient(_to_groups(_channel_sums(total, LAST), member), count)
     m2 = _squares(_to_groups(_channel_sums(square, LAST), member), off, count)
     scaled_sum = _to_groups(_channel_sums(scaled, LAST), member)
     chunks = channel_blocks * position_chunks
@@ -265,7 +282,7 @@ def _merge_moments(
     scaled = tl.load(at + 3, mask=mask, other=0.0)
     # Relative to the first chunk's, means add up without losing digits to their common part.
     base = tl.sum(tl.where(mask & (j == 0)[None, :], mean, 0.0), 1)
-    all_mean = base + tl.sum(tl.where(mask, n * ((mean - base[:, None]) / count), 0.0), 1)
+    all_mean = base + tl.sum(tl.where(mask, n * _quotient(mean - base[:, None], count), 0.0), 1)
     d = tl.where(mask, mean - all_mean[:, None], 0.0)
     total = tl.sum(m2 + n * d * d, 1)
     large = tl.sum(scaled + n * (d * SMALL) * (d * SMALL), 1)
@@ -351,8 +368,8 @@ def _backward_whole(
     if dr is not None:
         tl.store(dr + to, dz, mask=mask)
     if dx is not None:
-        m1 = _to_channels(_to_groups(scale * of_dz, member) / count, member)
-        m2 = _to_channels(_to_groups(scale * of_dz_x, member) / count, member)
+        m1 = _to_channels(_quotient(_to_groups(scale * of_dz, member), count), member)
+        m2 = _to_channels(_quotient(_to_groups(scale * of_dz_x, member), count), member)
         d = dz * _along_channels(scale, LAST) - _along_channels(m1, LAST) - normal * _along_channels(m2, LAST)
         d = tl.where(count == 1.0, 0.0, d)  # exactly, where rounding would leave a rest
         tl.store(dx + to, d * rstd, mask=mask)
@@ -420,8 +437,8 @@ def _merge_sums(
         scale = _parameter(weight, channel, here, 1.0, TYPE)
         m1 += scale * of_dz
         m2 += scale * of_dz_x
-    tl.store(terms + n * G + g, tl.sum(m1, 0) / count)
-    tl.store(terms + (N + n) * G + g, tl.sum(m2, 0) / count)
+    tl.store(terms + n * G + g, _quotient(tl.sum(m1, 0), count))
+    tl.store(terms + (N + n) * G + g, _quotient(tl.sum(m2, 0), count))
 
 
 @triton.jit
