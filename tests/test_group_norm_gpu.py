@@ -98,6 +98,20 @@ def compile_odd():
                 call(x, groups, activation, torch.empty_like(x), 15)
 
 
+def compile_plain():
+    for shape in ((2, 32, 8, 8), (2, 64, 96, 96)):  # on chip, and in pieces
+        call(torch.empty(shape), 32, 0)
+
+
+@needs_ptxas
+def test_statistics_are_rounded_to_the_nearest():
+    """Triton's fp32 quotients and roots are not, unless asked to be, but those of the interpreter are."""
+    (launches,) = cubin.launch_facts("tests.test_group_norm_gpu:compile_plain", architectures=[90]).values()
+    assert {"_forward_whole", "_merge_moments", "_merge_sums"} <= {facts.kernel for facts in launches}
+    for facts in launches:
+        assert facts.approximations == 0, facts
+
+
 @needs_ptxas
 @pytest.mark.slow
 @pytest.mark.parametrize("calls", ["compile_aligned", pytest.param("compile_odd", marks=pytest.mark.slow)])

@@ -48,6 +48,7 @@ class Facts:
     shuffles: int = 0
     barriers: int = 0
     unguarded: int = 0  # Triton: single bytes stored with no barrier ahead in their basic block of PTX
+    approximations: int = 0  # Triton: quotients and roots of PTX that are not rounded to the nearest
 
 
 # ---- reading a cubin -------------------------------------------------------------------------------------
@@ -234,6 +235,7 @@ def _record_launches(references: list[str], architectures: list[int]) -> dict[st
                 (facts,) = cubin_facts(file.name, driver.arch)
             facts.shared, facts.warps = kernel.metadata.shared, kernel.metadata.num_warps
             facts.unguarded = unguarded_bytes(kernel.asm["ptx"])
+            facts.approximations = len(re.findall(r"\b(?:div\.full|div\.approx|sqrt\.approx|rsqrt)", kernel.asm["ptx"]))
             found.append(facts)
 
     def run_every_config(self, *args, **kwargs):
