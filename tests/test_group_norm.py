@@ -416,6 +416,14 @@ def test_fp16_values_whose_square_overflows():
         check(x, 4, *affine(8, torch.float16), activation="silu")
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bfloat16_subnormal_results(layout):
+    """Which an instruction that rounds to bf16 takes for zeros."""
+    x = tensor(2, 64, 8, 8, dtype=torch.bfloat16).to(memory_format=layout)
+    y, gx, *_ = check(x, 8, torch.full((64,), 2e-39))
+    assert (y != 0).double().mean() > 0.9 and (gx != 0).double().mean() > 0.9
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-6, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_eps(eps, dtype):
@@ -555,11 +563,12 @@ def test_operators_keep_their_promises(backend):
             torch.library.opcheck(back, (x, x, 2, w, b, 2, x, stats, wanted), test_utils=tests)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_number_of_threads_changes_no_bit(format, backend):
+def test_number_of_threads_changes_no_bit(format, dtype, backend):
     if backend != "cpu":
         pytest.skip("about the threads of the CPU kernels")
-    x, grad = tensor(1, 64, 40, 40).to(memory_format=format), tensor(1, 64, 40, 40, seed=4)
+    x, grad = (tensor(1, 64, 40, 40, dtype=dtype, seed=seed).to(memory_format=format) for seed in (0, 4))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):

@@ -49,8 +49,10 @@ constexpr int64_t kLine = 32;
 constexpr int64_t kNear = 12 << 20;
 // Bytes of a slab's row below which it costs more than a second way through whole rows, if those are long.
 constexpr int64_t kNarrow = 256;
+// The same where a second way would write dz to memory too, and rows of which it is so: two to a page.
+constexpr int64_t kNarrowKept = 128, kRowKept = 2048;
 constexpr int64_t kAhead = 2048;      // bytes that a run is asked for before it is read
-constexpr int64_t kScratch = 131072;  // elements of a unit whose dz a thread keeps to itself, in its cache
+constexpr int64_t kScratch = 131072;  // elements of a unit whose dz is kept in a scratch, in the cache
 constexpr int64_t kStream = int64_t{4} << 20;  // bytes of a result that bypasses the caches
 
 // Elements of a row of the scratch: whole vectors.
@@ -71,6 +73,7 @@ struct GroupNorm {
   // Groups of a unit and, in channels_last, how many units that makes of a sample.
   int64_t together = 1, slabs = 1;
   bool cached;  // whether a core's cache holds a unit
+  bool keeps;   // whether a unit's dz goes to a scratch
   // The cut into parts. Rows are channels: `rows_per_part` of them, or one of `pieces` of a channel.
   int64_t rows_per_part, pieces, row_parts;
   // Statistics: per group and part, or per sample, part and channel. Sums: per sample, channel and piece, or
@@ -83,17 +86,18 @@ struct GroupNorm {
   Rows dz;  // the gradient before the activation: written with the sums where there is one, read for dx
 
   // `size`: bytes of an element of the tensors; `read`: of all that belongs to an element of a unit and is
-  // read again.
+  // read again; `keep`: whether dz may go to a scratch.
   GroupNorm(int64_t samples, int64_t channels, int64_t groups, int64_t positions, bool last, int64_t size,
-            int64_t read)
+            int64_t read, bool keep)
       : samples(samples), channels(channels), groups(groups), positions(positions), last(last) {
     if (last) {
       const int64_t line = kLine / std::gcd(kLine, std::max<int64_t>(per_group(), 1));
       const int64_t group_bytes = std::max<int64_t>(per_group() * positions * read, 1);
       together = std::max(kCache / group_bytes / line, int64_t{1}) * line;
+      const bool kept = keep && unit_size() <= kScratch && channels * size <= kRowKept;
       if (together > groups || line * group_bytes > 2 * kCache ||
-          samples * channels * positions * size > kNear ||
-          (together * per_group() * size < kNarrow && channels * size >= 4 * kNarrow))
+          (!kept && samples * channels * positions * size > kNear) ||
+          (width() * size < (kept ? kNarrowKept : kNarrow) && channels * size >= 4 * kNarrow))
         together = groups;
       slabs = (groups + together - 1) / together;
       rows_per_part = std::max<int64_t>(256, kPart / std::max<int64_t>(width(), 1));
@@ -105,12 +109,15 @@ struct GroupNorm {
       row_parts = (per_group() + rows_per_part - 1) / rows_per_part;
     }
     cached = together * per_group() * positions * read <= kCache;
+    keeps = keep && unit_size() <= kScratch;
   }
 
   int64_t per_group() const { return channels / groups; }
   int64_t width() const { return last ? together * per_group() : 1; }  // channels of a unit's row, at most
   int64_t units() const { return last ? samples * slabs : samples * groups; }
   int64_t parts() const { return row_parts * pieces; }  // of a unit
+  int64_t scratch_row() const { return padded(last ? width() : positions); }
+  int64_t unit_size() const { return scratch_row() * (last ? positions : per_group()); }  // in the scratch
   double group_size() const { return static_cast<double>(per_group()) * static_cast<double>(positions); }
 
   double* moments_slot(int64_t unit, int64_t part) const {
@@ -122,6 +129,8 @@ struct GroupNorm {
   double* sums_slot(int64_t n, int64_t c, int64_t piece) const {  // for contiguous: 2 numbers
     return slots.get() + ((n * channels + c) * pieces + piece) * 2;
   }
+  // What weights the deviation from the mean.
+  A scale(int64_t group, int64_t c) const { return static_cast<A>(double(rstd[group]) * weight[c]); }
   double* sum_dz(int64_t n) const { return sums.get() + n * channels; }
   double* sum_dz_x(int64_t n) const { return sums.get() + (samples + n) * channels; }
 
@@ -210,13 +219,12 @@ void run_backward(GroupNorm<A>& call) {
   const auto apply = FASTREG_PICK(apply_backward<A>);
   const auto finish_writing = FASTREG_PICK(finish_writing);
   const int64_t units = call.units(), parts = call.parts();
+  const auto new_scratch = [&] {
+    return call.keeps ? std::make_unique_for_overwrite<A[]>(call.unit_size()) : nullptr;
+  };
   if (units >= torch::stable::get_num_threads()) {
-    const int64_t unit_size =
-        call.last ? call.positions * padded(call.width()) : call.per_group() * padded(call.positions);
-    const bool keep =
-        call.activation && call.grad_input.data && !call.grad_residual.data && unit_size <= kScratch;
     torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-      const auto scratch = keep ? std::make_unique_for_overwrite<A[]>(unit_size) : nullptr;
+      const auto scratch = new_scratch();
       for (int64_t unit = begin; unit < end; ++unit) {
         sums(call, unit, 0, parts, scratch.get());
         finish(call, unit);
@@ -226,12 +234,14 @@ void run_backward(GroupNorm<A>& call) {
     });
     return;
   }
+  const auto scratch = new_scratch();
   for (int64_t unit = 0; unit < units; ++unit) {
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t b, int64_t e) { sums(call, unit, b, e, nullptr); });
+    torch::stable::parallel_for(0, parts, 1,
+                                [&](int64_t b, int64_t e) { sums(call, unit, b, e, scratch.get()); });
     finish(call, unit);
     if (call.grad_input.data)
       torch::stable::parallel_for(0, parts, 1, [&](int64_t b, int64_t e) {
-        apply(call, unit, b, e, nullptr);
+        apply(call, unit, b, e, scratch.get());
         finish_writing();
       });
   }
@@ -306,7 +316,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, int64_t groups, const st
   const int64_t samples = input.size(0), channels = input.size(1), positions = layout.positions;
   const bool last = rows_are_positions(input, layout);
   const int64_t size = input.element_size();
-  GroupNorm<A> call(samples, channels, groups, positions, last, size, size);
+  GroupNorm<A> call(samples, channels, groups, positions, last, size, size, false);
   Tensor kept_input, kept_residual;
   std::vector<A> weight_copy, bias_copy, own_stats;
   call.input = rows_of(input, last, positions, kept_input, new_strided);
@@ -357,8 +367,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   const int64_t samples = input.size(0), channels = input.size(1), positions = layout.positions;
   const bool last = rows_are_positions(input, layout);
   const int64_t size = input.element_size();
-  GroupNorm<A> call(samples, channels, groups, positions, last, size,
-                    2 * size + (activation ? sizeof(A) : 0));
+  const bool keep = activation && wanted & 1 && !(wanted & 8);
+  GroupNorm<A> call(samples, channels, groups, positions, last, size, 2 * size + (activation ? sizeof(A) : 0),
+                    keep);
   Tensor kept_input, kept_residual, kept_grad;
   std::vector<A> weight_copy, bias_copy;
   call.input = rows_of(input, last, positions, kept_input, new_strided);
@@ -471,8 +482,14 @@ struct Math {
     }
   }
 
-  // A divider works beside the multipliers: faster here than an approximation and a step of Newton's.
-  FASTREG_INLINE V quotient(V a, V b) { return a / b; }
+  // A divider works beside the multipliers: faster here than an approximation and a step of Newton's. For 16
+  // bits the approximation alone, of relative error 6e-5, is right.
+  FASTREG_INLINE V quotient(V a, V b) {
+#if FASTREG_VECTOR_BYTES == 64
+    if constexpr (brief) return a * bits<V>(_mm512_maskz_rcp14_ps(0xffff, bits<__m512>(b)));
+#endif
+    return a / b;
+  }
 };
 
 template <class T, class A>
@@ -896,14 +913,11 @@ FASTREG_INLINE void apply_rows(Run<const T> x, Run<const T> residual, Run<T> y, 
 // `next`: the unit that this thread takes up next, to ask for it while this one is finished; -1 for none.
 template <int act, class T, class A>
 void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, int64_t next) {
-  const auto scale_of = [&](int64_t group, int64_t c) {
-    return static_cast<A>(double(call.rstd[group]) * call.weight[c]);
-  };
   if (call.last) {
     const Slab slab = slab_of(call, unit);
     const Tables<T, A, 3> table(slab.width, [&](int64_t i, A(&of)[3]) {
       const int64_t c = slab.channel + i, group = slab.n * call.groups + c / call.per_group();
-      of[0] = call.mean[group], of[1] = scale_of(group, c), of[2] = call.bias[c];
+      of[0] = call.mean[group], of[1] = call.scale(group, c), of[2] = call.bias[c];
     });
     const int64_t skip = call.cached ? 0 : rows_ahead<T>(slab.width);
     for (int64_t part = end; part-- > begin;) {  // what was read last is still in the cache
@@ -922,7 +936,7 @@ void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t 
     return;
   }
   const auto terms = [&](int64_t c) {
-    return Affine<A>{splat(call.mean[unit]), splat(scale_of(unit, c)), splat(call.bias[c])};
+    return Affine<A>{splat(call.mean[unit]), splat(call.scale(unit, c)), splat(call.bias[c])};
   };
   if constexpr (std::is_same_v<T, A>) {
     const int64_t n = unit / call.groups, first = unit % call.groups * call.per_group();
@@ -959,30 +973,30 @@ void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t 
   }
 }
 
-// ---- dz, Σ dz and Σ dz·x̂ per channel ----------------------------------------------------------------------
-// x̂ and dz of some elements.
+// ---- dz, Σ dz and Σ dz·(x − mean) per channel
+// -------------------------------------------------------------- x − mean and dz of some elements.
 template <class A>
 struct Derived {
-  Vec<A> normal, dz;
+  Vec<A> centred, dz;
 };
 
 template <class A>
 struct Sums {
   Vec<A> dz{}, dz_x{};
-  __attribute__((always_inline)) void add(const Derived<A>& of) { dz += of.dz, dz_x += of.dz * of.normal; }
+  __attribute__((always_inline)) void add(const Derived<A>& of) { dz += of.dz, dz_x += of.dz * of.centred; }
   __attribute__((always_inline)) void operator+=(const Sums& other) { dz += other.dz, dz_x += other.dz_x; }
 };
 
 template <class A>
 struct Channel {
-  Vec<A> mean, rstd, weight, bias;
+  Vec<A> mean, scale, bias;
 
   template <int act, class T>
   __attribute__((always_inline)) Derived<A> derive(Vec<A> x, Vec<A> dy, Vec<A> residual) const {
-    const Vec<A> normal = (x - mean) * rstd;
+    const Vec<A> centred = x - mean;
     if constexpr (act != kNone)
-      dy = activation_gradient<act, Math<T> >(dy, normal * weight + bias + residual);
-    return {normal, dy};
+      dy = activation_gradient<act, Math<T> >(dy, centred * scale + bias + residual);
+    return {centred, dy};
   }
 };
 
@@ -1106,7 +1120,7 @@ template <int act, class T, class A, bool kept>
 void sums_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, A* scratch) {
   using D = std::conditional_t<kept, A, T>;
   using From = Sources<T, A, Target<D, kept> >;
-  const int64_t scratch_row = padded(call.last ? call.width() : call.positions);
+  const int64_t scratch_row = call.scratch_row();
   const auto target = [&](int64_t n, int64_t r, int64_t offset, int64_t scratch_at) -> Target<D, kept> {
     if constexpr (kept)
       return {{scratch + scratch_at, scratch_row}};
@@ -1115,9 +1129,9 @@ void sums_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t e
   };
   if (call.last) {
     const Slab slab = slab_of(call, unit);
-    const Tables<T, A, 4> table(slab.width, [&](int64_t i, A(&of)[4]) {
+    const Tables<T, A, 3> table(slab.width, [&](int64_t i, A(&of)[3]) {
       const int64_t c = slab.channel + i, group = slab.n * call.groups + c / call.per_group();
-      of[0] = call.mean[group], of[1] = call.rstd[group], of[2] = call.weight[c], of[3] = call.bias[c];
+      of[0] = call.mean[group], of[1] = call.scale(group, c), of[2] = call.bias[c];
     });
     std::vector<A> work(2 * table.slots);
     A *sum = work.data(), *sum_x = sum + table.slots;
@@ -1133,8 +1147,7 @@ void sums_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t e
                  target(slab.n, r, slab.channel, r * scratch_row)},
             std::min(kRun, first + rows - r), slab.width,
             [&](int64_t slot) {
-              return Channel<A>{table.get(0, slot), table.get(1, slot), table.get(2, slot),
-                                table.get(3, slot)};
+              return Channel<A>{table.get(0, slot), table.get(1, slot), table.get(2, slot)};
             },
             sum, sum_x);
       double *out = call.sums_slot(unit, part), *out_x = out + call.width();
@@ -1152,8 +1165,7 @@ void sums_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t e
                             run_at<const T>(call.residual, p.n, c, p.begin),
                             target(p.n, c, p.begin, (c - first) * scratch_row + p.begin)},
                        p.end - p.begin,
-                       Channel<A>{splat(call.mean[unit]), splat(call.rstd[unit]), splat(call.weight[c]),
-                                  splat(call.bias[c])},
+                       Channel<A>{splat(call.mean[unit]), splat(call.scale(unit, c)), splat(call.bias[c])},
                        call.sums_slot(p.n, c, p.piece));
   }
 }
@@ -1161,11 +1173,12 @@ void sums_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t e
 template <class A>
 void finish_group(const GroupNorm<A>& call, int64_t n, int64_t g) {
   double m1 = 0, m2 = 0;
+  const int64_t group = n * call.groups + g;
   for (int64_t c = g * call.per_group(); c < (g + 1) * call.per_group(); ++c) {
+    call.sum_dz_x(n)[c] *= call.rstd[group];  // of x − mean until here
     m1 += call.weight[c] * call.sum_dz(n)[c];
     m2 += call.weight[c] * call.sum_dz_x(n)[c];
   }
-  const int64_t group = n * call.groups + g;
   const double scale = call.group_size() == 1 ? 0 : call.rstd[group] / call.group_size();
   call.terms[group] = static_cast<A>(scale * m1);
   call.terms[call.samples * call.groups + group] = static_cast<A>(scale * m2);
@@ -1257,7 +1270,7 @@ void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin,
   const A *m1 = call.terms.get(), *m2 = m1 + call.samples * call.groups;
   // With one element in a group x̂ is 0, and dx too, exactly.
   const auto rstd_of = [&](int64_t group) { return call.group_size() == 1 ? A(0) : call.rstd[group]; };
-  const int64_t scratch_row = padded(call.last ? call.width() : call.positions);
+  const int64_t scratch_row = call.scratch_row();
   const auto source = [&](int64_t n, int64_t r, int64_t offset, int64_t scratch_at) -> Run<D> {
     if constexpr (kept)
       return {scratch + scratch_at, scratch_row};
