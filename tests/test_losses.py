@@ -909,9 +909,9 @@ def test_gradient_scaler(backend):
             (grad,) = torch.autograd.grad(scaler.scale(loss), x)
             wide = x.detach().double().requires_grad_()
             (exact,) = torch.autograd.grad(F.cross_entropy(wide, y), wide)
-            torch.testing.assert_close(
-                grad.double() / 2**10, exact, rtol=4 * torch.finfo(dtype).eps, atol=2.0**-24 / 2**10
-            )
+            # A GPU's exponential rounds its exponent, here of up to 8, besides.
+            rtol = 4 * torch.finfo(dtype).eps + 16 * 2.0**-24
+            torch.testing.assert_close(grad.double() / 2**10, exact, rtol=rtol, atol=2.0**-24 / 2**10)
 
 
 @compiled
