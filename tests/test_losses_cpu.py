@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastreg
 from fastreg import _backends, cross_entropy, sigmoid_focal_loss, use_backend
 from fastreg.testing import DTYPES, LAYOUTS, assert_accurate, with_layout
+from tests import test_losses
 
 pytestmark = pytest.mark.skipif(_backends.missing("cross_entropy", "cpu") is not None, reason="no CPU kernels")
 LEVELS = ("baseline", "avx2", "avx512")
@@ -74,6 +75,24 @@ def test_layouts_are_accurate(dtype, layout, shape):
     check(x, target, reduction="none")
     if len(shape) == 3:  # classes last in memory
         check(x.permute(0, 2, 1).contiguous().permute(0, 2, 1), target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_classes", [255, 256, 271, 1000, 4096, 9001])
+def test_focal_terms_of_many_classes_are_accurate(dtype, num_classes):
+    """Every class has one: of rows with a nearly certain class, with -inf in places and in whole blocks, with NaN."""
+    torch.manual_seed(num_classes)
+    x = 4 * torch.randn(7, num_classes)
+    x[0] *= 10  # one class has all but a little
+    x[1, 3:200:7] = -float("inf")
+    x[2] += 300
+    x[3, num_classes // 2 :] = -float("inf")  # a block of nothing else, of 9001
+    x[4] = 0.0
+    x[5, 7] = float("nan")
+    y = torch.tensor([int(x[0].argmax()), 0, 1, 2, 3, 4, -100])
+    for options in ({}, {"alpha": 0.5, "scale": 0.5, "logit_adjustment": -torch.rand(num_classes)}):
+        options = {"gamma": 2.0, "label_smoothing": 0.1, "reduction": "none", **options}
+        test_losses.check("cpu", x.to(dtype), y, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,7 +169,8 @@ def test_every_half_is_read_and_every_rounding_is_right(dtype):
 
 @pytest.mark.parametrize("shape", [(1, 262144), (3, 70001), (700, 1000), (4, 150, 4000), (4000, 150)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_change_nothing(shape, dtype):
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_threads_change_nothing(shape, dtype, gamma):
     torch.manual_seed(0)
     x = torch.randn(shape).to(dtype)
     x = x.T.contiguous().T if shape == (4000, 150) else x
@@ -160,7 +180,7 @@ def test_threads_change_nothing(shape, dtype):
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
         leaf = x.detach().requires_grad_()
-        loss = cross_entropy(leaf, target, weight, label_smoothing=0.1)
+        loss = cross_entropy(leaf, target, None if gamma else weight, label_smoothing=0.1, gamma=gamma)
         loss.backward()
         results.append((loss.detach(), leaf.grad))
     for loss, grad in results[1:]:
