@@ -973,8 +973,8 @@ void apply_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t 
   }
 }
 
-// ---- dz, Σ dz and Σ dz·(x − mean) per channel
-// -------------------------------------------------------------- x − mean and dz of some elements.
+// ---- dz, Σ dz and Σ dz·(x − mean) per channel ----------------------------------------------------------
+// x − mean and dz of some elements.
 template <class A>
 struct Derived {
   Vec<A> centred, dz;

@@ -34,8 +34,8 @@ constexpr int64_t kBlock = 4096;               // classes reduced at a time
 constexpr int64_t kColumns = 256;              // the most rows side by side in a task of the column kernels
 constexpr int64_t kTask = 16384;               // elements a task has at least, where there are as many
 constexpr int64_t kStream = int64_t{4} << 20;  // bytes of a gradient that bypasses the caches
-constexpr int64_t kTileBytes =
-    262144;  // of columns that are walked more than once, so that they stay in the cache
+// Bytes of columns that are walked more than once, so that they stay in the cache.
+constexpr int64_t kTileBytes = 262144;
 
 // A vector of C values in the type of the arithmetic.
 template <class A>

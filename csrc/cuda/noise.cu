@@ -1,8 +1,8 @@
 // Stochastic depth and soft-thresholding in CUDA: one pass each way. The formulas stand in fastreg/noise.py.
 //
 // Bytes     drop_path: x where the branch is kept, the residual, the output, once each. soft_threshold: x and
-// the
-//           output once each; backward, x and the gradient once, x's gradient and a sum per run of elements.
+//           the output once each; backward, x and the gradient once, x's gradient and a sum per run of
+//           elements.
 // Launches  1 each.
 // Accesses  128 bits where the tensors lie alike modulo 16 bytes, but for the ends of a run.
 // Numerics  fp32 (fp64 for fp64), one rounding; sums over a run in a fixed order.
