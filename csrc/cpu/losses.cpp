@@ -31,6 +31,7 @@
 
 namespace fastreg {
 constexpr int64_t kBlock = 4096;               // classes reduced at a time
+constexpr int64_t kManyClasses = 256;          // from which on sums of all hide what cancels in one of them
 constexpr int64_t kColumns = 256;              // the most rows side by side in a task of the column kernels
 constexpr int64_t kTask = 16384;               // elements a task has at least, where there are as many
 constexpr int64_t kStream = int64_t{4} << 20;  // bytes of a gradient that bypasses the caches
@@ -81,6 +82,23 @@ struct TermSums {
   double loss = 0, slope = 0;
 };
 
+// What the focal terms of a block follow from for gamma = 2, where (1 - p)^2 is a sum: with d = z - high and
+// e = exp(d) the sums of e, d, e * d, e^2 and e^2 * d.
+template <class A>
+struct Moments {
+  A high, e, d, ed, ee, eed;
+
+  // The sums of the focal terms of n classes and of their slopes. (1 - p)^2 loses digits where p is near 1:
+  // for many classes, whose terms are most of the sum.
+  TermSums terms(int64_t n, const Softmax<A>& softmax) const {
+    const double count = static_cast<double>(n);
+    if (high == -INFINITY && softmax.high != -INFINITY) return {INFINITY, count};
+    const double log_p = (double(high) - softmax.high) - softmax.log_sum, p = exp(log_p);  // where d = 0
+    const double once = p * (ed + log_p * e), twice = p * p * (eed + log_p * ee);  // the sums of p^k * log p
+    return {2 * once - twice - (d + count * log_p), count - 2 * p * e + p * p * ee - 2 * once + 2 * twice};
+  }
+};
+
 // factor * term, where a factor of 0 gives 0 even if the term is infinite.
 template <class A>
 A times(A factor, A term) {
@@ -119,6 +137,7 @@ struct CrossEntropy {
   std::vector<double> sums;             // of each task: the losses, and the weights of the targets
   std::vector<Weighted<A>> partials;    // of each block, where rows are cut
   std::vector<TermSums> block_sums;     // and of each block, where each class has factors of its own
+  std::vector<Moments<A>> moments;      // or these instead, if they serve
   std::vector<A> target_z;  // of both targets of each row that is cut, where its logits may be overwritten
 
   A grad_scale;
@@ -136,6 +155,12 @@ struct CrossEntropy {
   // The share of each class's weights, and whether those are the weights of focal terms.
   A spread() const { return smoothing == 0 ? A(0) : alpha_scale * smoothing / static_cast<A>(classes); }
   bool focal_spread() const { return smoothing != 0 && gamma != 0; }
+
+  // Whether one pass over a row gives the focal terms of all classes too.
+  bool moments_serve() const {
+    return std::is_same_v<A, float> && factors_are == Factors::of_class && focal_spread() && gamma == 2 &&
+           classes >= kManyClasses && !factors;
+  }
 
   // The gradient that comes in for a row.
   A grad_of(int64_t o, int64_t i) const {
@@ -435,9 +460,10 @@ std::tuple<Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor> forward(const Optio
   const int64_t elements = call.rows() * call.classes, blocks = call.blocks();
   if (!call.columns && blocks > 1 && elements >= 2 * kParallel && few(call.tasks)) {
     call.partials.resize(call.rows() * blocks);
+    if (call.moments_serve()) call.moments.resize(call.rows() * blocks);
     run(call.rows() * blocks, elements,
         [&](int64_t begin, int64_t end) { FASTREG_PICK(reduce_blocks<A>)(call, begin, end); });
-    if (call.factors_are != Factors::none && call.gamma != 0) {
+    if (call.factors_are != Factors::none && call.gamma != 0 && call.moments.empty()) {
       call.block_sums.resize(call.rows() * blocks);
       run(call.rows() * blocks, elements,
           [&](int64_t begin, int64_t end) { FASTREG_PICK(sum_blocks<A>)(call, begin, end); });

@@ -213,22 +213,31 @@ Partial<A> reduce(const Z& z, int64_t n) {
   return {high, horizontal_sum(sum + other), 0};
 }
 
+// The vector [j, j + lanes) of a block of n, with -inf behind the last.
+template <class A, class Z>
+FASTREG_INLINE Vec<A> vector_of(const Z& z, int64_t j, int64_t n) {
+  return j + lanes<A> <= n ? z.at(j) : z.first(j, n - j, A(-INFINITY));
+}
+
+template <class A, class Z>
+FASTREG_INLINE A highest(const Z& z, int64_t n) {
+  Vec<A> top = splat(A(-INFINITY)), other = top;
+  int64_t j = 0;
+  for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
+    const auto here = z.two(j);
+    top = larger(here.first, top);
+    other = larger(here.second, other);
+  }
+  for (; j < n; j += lanes<A>) top = larger(vector_of<A>(z, j, n), top);
+  return horizontal_max(larger(top, other));
+}
+
 // The same, and the sum of factor * (z - high), for which the largest of the block is taken first.
 template <class A, class Z, class F>
 Partial<A> reduce_linear(const Z& z, int64_t n, const F& factors) {
   constexpr int64_t step = 2 * lanes<A>;
   const int64_t pairs = n / step * step;
-  Vec<A> top = splat(A(-INFINITY)), other = top;
-  for (int64_t j = 0; j < pairs; j += step) {
-    const auto here = z.two(j);
-    top = larger(here.first, top);
-    other = larger(here.second, other);
-  }
-  auto rest = [&](int64_t j) __attribute__((always_inline)) {
-    return j + lanes<A> <= n ? z.at(j) : z.first(j, n - j, A(-INFINITY));
-  };
-  for (int64_t j = pairs; j < n; j += lanes<A>) top = larger(rest(j), top);
-  const A high = horizontal_max(larger(top, other));
+  const A high = highest<A>(z, n);
   const A base = high == -INFINITY ? A(0) : high;  // -inf - -inf would be NaN
   LongSum<A> sum, weighted;
   Vec<A> chunk{}, linear{};
@@ -247,13 +256,48 @@ Partial<A> reduce_linear(const Z& z, int64_t n, const F& factors) {
     chunk = linear = Vec<A>{};
   }
   for (int64_t j = pairs; j < n; j += lanes<A>) {
-    const Vec<A> d = rest(j) - base;
+    const Vec<A> d = vector_of<A>(z, j, n) - base;
     chunk = plus_exp(chunk, d);
     linear += j + lanes<A> <= n ? factors.times(j, d) : factors.times_first(j, n - j, d);
   }
   sum.add(chunk);
   weighted.add(linear);
   return {high, horizontal_sum(sum.total), horizontal_sum(weighted.total)};
+}
+
+// Below e^-43 a class counts as that: it shows in no sum but that of d, and its square is a normal number.
+template <class A, class Z>
+Moments<A> reduce_moments(const Z& z, int64_t n) {
+  constexpr int64_t step = 2 * lanes<A>;
+  const int64_t pairs = n / step * step;
+  const A high = highest<A>(z, n), base = high == -INFINITY ? A(0) : high;
+  Vec<A> e{}, d{}, ed{}, ee{}, eed{};
+  auto add = [&](Vec<A> at, Vec<A> low, Vec<A> exp) __attribute__((always_inline)) {
+    const Vec<A> product = exp * low;
+    d += at, e += exp, ed += product, ee += exp * exp, eed += exp * product;
+  };
+  auto lowest = [](Vec<A> at) __attribute__((always_inline)) { return larger(splat(A(-43)), at); };
+  LongSum<A> sums[5];
+  auto flush = [&] {
+    sums[0].add(e), sums[1].add(d), sums[2].add(ed), sums[3].add(ee), sums[4].add(eed);
+    e = d = ed = ee = eed = Vec<A>{};
+  };
+  for (int64_t j = 0; j < pairs; flush())
+    for (const int64_t end = std::min(j + kDepth * lanes<A>, pairs); j < end; j += step) {
+      z.template fetch<1>(j + n);  // as in reduce_linear
+      const auto here = z.two(j);
+      const Vec<A> first = here.first - base, second = here.second - base;
+      add(first, lowest(first), plus_exp(Vec<A>{}, lowest(first)));
+      add(second, lowest(second), plus_exp(Vec<A>{}, lowest(second)));
+    }
+  for (int64_t j = pairs; j < n; j += lanes<A>) {
+    const auto inside = is_first<A>(n - j);
+    const Vec<A> at = inside ? vector_of<A>(z, j, n) - base : Vec<A>{}, low = lowest(at);
+    add(at, low, inside ? plus_exp(Vec<A>{}, low) : Vec<A>{});
+  }
+  flush();
+  auto total = [&](int k) { return horizontal_sum(sums[k].total); };
+  return {high, total(0), total(1), total(2), total(3), total(4)};
 }
 
 // f(what raises u to gamma - 1) for a call to which QuickFocal may serve.
@@ -480,12 +524,17 @@ struct Row {
       -1;  // the first class of the block that z and factors are of, if they are of the row's own
   const A* factors = nullptr;  // of the block
   alignas(64) A z[kBlock], own_factors[kBlock];
+  std::vector<Moments<A>> own_moments;
+  Moments<A>* moments = nullptr;  // of each block of the row, where they serve
 
-  explicit Row(CrossEntropy<A>& call) : call(call) {}
+  explicit Row(CrossEntropy<A>& call) : call(call) {
+    if (call.moments_serve() && call.moments.empty()) own_moments.resize(call.blocks());
+  }
 
   // Whether the row counts.
   bool enter(int64_t row) {
     r = row, o = r / call.inner, i = r - o * call.inner, gathered = -1;
+    moments = call.moments.empty() ? own_moments.data() : call.moments.data() + r * call.blocks();
     x = reinterpret_cast<const T*>(call.input) + o * call.input_outer + i * call.input_inner;
     targets = call.targets_of(o, i);
     return targets.kept;
@@ -570,6 +619,11 @@ struct Row {
   Weighted<A> reduce_part(int64_t block) {
     const int64_t begin = block * kBlock, n = size(block);
     return with_block(begin, n, [&](const auto& z) -> Weighted<A> {
+      if constexpr (are == Factors::of_class)
+        if (call.moments_serve()) {
+          const Moments<A> m = moments[block] = reduce_moments<A>(z, n);
+          return {{m.high, m.e, 0}, 0};
+        }
       if (are == Factors::none || call.gamma != 0) return {reduce<A>(z, n), 0};  // see sums_of
       if constexpr (are == Factors::of_class)
         return {with_factors([&](const auto& by) { return reduce_linear<A>(z, n, by); }),
@@ -610,8 +664,9 @@ struct Row {
   TermSums sums_of(const Softmax<A>& softmax) {
     TermSums total;
     for (int64_t b = 0; b < call.blocks(); ++b) {
-      const TermSums next =
-          call.block_sums.empty() ? sums_of_block(softmax, b) : call.block_sums[r * call.blocks() + b];
+      const TermSums next = !call.block_sums.empty() ? call.block_sums[r * call.blocks() + b]
+                            : call.moments_serve()   ? moments[b].terms(size(b), softmax)
+                                                     : sums_of_block(softmax, b);
       total.loss += next.loss, total.slope += next.slope;
     }
     return total;
