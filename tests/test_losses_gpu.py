@@ -893,6 +893,14 @@ def compile_dense():
             run("triton", x, x if name.startswith("prob") else target, **DENSE[name](shape[1]))
 
 
+def compile_dense_odd():
+    """The forward alone, of rows whose two ends stand in registers too."""
+    x, target = torch.empty(4096, 1001, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.int64)
+    for name in ("probabilities", "probabilities-all", "smooth-focal", "smooth-focal-all", "pair-smooth-focal"):
+        y = target_for(name, x, target)
+        run_extra("triton", x, y, losses=False, argmax=False, **DENSE[name](1001))
+
+
 def compile_pairs():
     target = torch.zeros(4096, dtype=torch.int64)
     for name in ("pair", "pair-all", "pair-smooth"):
@@ -916,7 +924,7 @@ def compile_extra():
 
 
 @needs_ptxas
-@pytest.mark.parametrize("calls", ["compile_dense", "compile_pairs", "compile_extra"])
+@pytest.mark.parametrize("calls", ["compile_dense", "compile_dense_odd", "compile_pairs", "compile_extra"])
 @pytest.mark.slow
 def test_all_options_keep_to_registers_and_wide_accesses(calls):
     (launches,) = cubin.launch_facts(f"tests.test_losses_gpu:{calls}").values()

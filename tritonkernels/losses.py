@@ -1157,6 +1157,7 @@ def _tile(
     thin: bool = False,
     whole: int = 0,
     half: bool = False,
+    registers: int = 128,
 ) -> _Tile:
     """Block sizes from arithmetic; nothing here has been tuned on a GPU yet.
 
@@ -1170,9 +1171,9 @@ def _tile(
     Where a row is needed twice, tiles of up to `whole` elements hold whole rows, in up to 16 warps; rows side by side
     then give up some of their lines, down to a sector of 32 bytes. `half` halves what a thread holds in every tile.
 
-    Whole rows whose pitch is not a multiple of 16 bytes get the limit of registers that 16 warps have anyway: many
-    rows' addresses, or a row's two ends, stand in registers too, and without a limit ptxas spills one value of them
-    where that fits another block.
+    Whole rows whose pitch is not a multiple of 16 bytes get a limit of `registers`, or of those that so many warps
+    have anyway: many rows' addresses, or a row's two ends, stand in registers too, and without a limit ptxas spills one
+    value of them where that fits another block.
     """
     width = _power_of_2(classes)
     lanes = 1 if layout.fast != "row" else min(_power_of_2(inner), 128 // itemsize)
@@ -1197,7 +1198,8 @@ def _tile(
     if total * width * itemsize <= limit and outer == 1:
         rows = _power_of_2(max(1, inner))  # one program does it all, and no second launch is needed
     warps = min(16, max(1, rows * width * itemsize // (1024 if half else 2048)))
-    return _Tile(rows, width, True, warps, 1, registers=128 if layout.unit * itemsize < 16 else None)
+    odd = layout.unit * itemsize < 16
+    return _Tile(rows, width, True, warps, 1, registers=min(registers, 2048 // warps) if odd else None)
 
 
 @functools.cache
@@ -1381,7 +1383,10 @@ def cross_entropy_forward_extra(
     vectors = weight is not None or alpha is not None
     thin = logit_adjustment is not None or (linear and vectors)
     half = want_argmax or (thin and other_target is not None)
-    tile = call.tile(16384, thin=thin, half=half, whole=RESIDENT if grad is not None else 0)
+    # The terms of every class do not fit in 128 beside a row's two ends: Triton 3.8's ptxas spills up to 44 times. In
+    # 192 they do; a multiprocessor then holds one program of 8 warps, not two: which is faster is to be tried on a GPU.
+    registers = 192 if call.dense else 128
+    tile = call.tile(16384, thin=thin, half=half, whole=RESIDENT if grad is not None else 0, registers=registers)
     split = tile.splits > 1
     later = call.dense and not tile.whole  # the losses come from _dense
     merge_rows = 16
