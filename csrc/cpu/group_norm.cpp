@@ -54,6 +54,9 @@ constexpr int64_t kNarrowKept = 128, kRowKept = 2048;
 constexpr int64_t kAhead = 2048;      // bytes that a run is asked for before it is read
 constexpr int64_t kScratch = 131072;  // elements of a unit whose dz is kept in a scratch, in the cache
 constexpr int64_t kStream = int64_t{4} << 20;  // bytes of a result that bypasses the caches
+// Elements of small units that a thread takes through a step before the next step: what a unit's step ends
+// with, a chain of sums, divisions and a root, is then computed beside the other units'.
+constexpr int64_t kBatch = 4096;
 
 // Elements of a row of the scratch: whole vectors.
 inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
@@ -114,6 +117,8 @@ struct GroupNorm {
 
   int64_t per_group() const { return channels / groups; }
   int64_t width() const { return last ? together * per_group() : 1; }  // channels of a unit's row, at most
+  // Units taken through a step together.
+  int64_t batch() const { return std::max<int64_t>(1, kBatch / std::max<int64_t>(unit_size(), 1)); }
   int64_t units() const { return last ? samples * slabs : samples * groups; }
   int64_t parts() const { return row_parts * pieces; }  // of a unit
   int64_t scratch_row() const { return padded(last ? width() : positions); }
@@ -165,7 +170,9 @@ struct Piece {
 template <class A>
 Piece piece_of(const GroupNorm<A>& call, int64_t unit, int64_t part) {
   const int64_t n = unit / call.groups, g = unit % call.groups;
-  const int64_t row = part / call.pieces * call.rows_per_part, piece = part % call.pieces;
+  const bool whole = call.pieces == 1;  // divisions are slow
+  const int64_t row = (whole ? part : part / call.pieces) * call.rows_per_part;
+  const int64_t piece = whole ? 0 : part % call.pieces;
   const int64_t begin = piece * kPart;
   return {n,
           g,
@@ -189,13 +196,15 @@ void run_forward(GroupNorm<A>& call) {
   const auto finish = FASTREG_PICK(finish_moments<A>);
   const auto apply = FASTREG_PICK(apply<A>);
   const auto finish_writing = FASTREG_PICK(finish_writing);
-  const int64_t units = call.units(), parts = call.parts();
+  const int64_t units = call.units(), parts = call.parts(), batch = call.batch();
   if (units >= torch::stable::get_num_threads()) {
     torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        moments(call, unit, 0, parts);
-        finish(call, unit);
-        apply(call, unit, 0, parts, call.cached && unit + 1 < end ? unit + 1 : -1);
+      for (int64_t first = begin; first < end; first += batch) {
+        const int64_t last = std::min(first + batch, end);
+        for (int64_t unit = first; unit < last; ++unit) moments(call, unit, 0, parts);
+        for (int64_t unit = first; unit < last; ++unit) finish(call, unit);
+        for (int64_t unit = first; unit < last; ++unit)
+          apply(call, unit, 0, parts, call.cached && unit + batch < end ? unit + batch : -1);
       }
       finish_writing();
     });
@@ -218,23 +227,27 @@ void run_backward(GroupNorm<A>& call) {
   const auto finish = FASTREG_PICK(finish_sums<A>);
   const auto apply = FASTREG_PICK(apply_backward<A>);
   const auto finish_writing = FASTREG_PICK(finish_writing);
-  const int64_t units = call.units(), parts = call.parts();
-  const auto new_scratch = [&] {
-    return call.keeps ? std::make_unique_for_overwrite<A[]>(call.unit_size()) : nullptr;
+  const int64_t units = call.units(), parts = call.parts(), batch = call.batch();
+  const int64_t kept = call.keeps ? call.unit_size() : 0;  // of a unit, in the scratch
+  const auto new_scratch = [&](int64_t units) {
+    return kept ? std::make_unique_for_overwrite<A[]>(units * kept) : nullptr;
   };
   if (units >= torch::stable::get_num_threads()) {
     torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-      const auto scratch = new_scratch();
-      for (int64_t unit = begin; unit < end; ++unit) {
-        sums(call, unit, 0, parts, scratch.get());
-        finish(call, unit);
-        if (call.grad_input.data) apply(call, unit, 0, parts, scratch.get());
+      const auto scratch = new_scratch(batch);
+      for (int64_t first = begin; first < end; first += batch) {
+        const int64_t last = std::min(first + batch, end);
+        const auto own = [&](int64_t unit) { return scratch.get() + (unit - first) * kept; };
+        for (int64_t unit = first; unit < last; ++unit) sums(call, unit, 0, parts, own(unit));
+        for (int64_t unit = first; unit < last; ++unit) finish(call, unit);
+        for (int64_t unit = first; call.grad_input.data && unit < last; ++unit)
+          apply(call, unit, 0, parts, own(unit));
       }
       finish_writing();
     });
     return;
   }
-  const auto scratch = new_scratch();
+  const auto scratch = new_scratch(1);
   for (int64_t unit = 0; unit < units; ++unit) {
     torch::stable::parallel_for(0, parts, 1,
                                 [&](int64_t b, int64_t e) { sums(call, unit, b, e, scratch.get()); });
@@ -590,7 +603,7 @@ Moments<double> moments_of(const T* x, int64_t n) {
     const int64_t m = std::min(kBlock, n - i);
     auto block = moments_of_block<T, A>(x + i, m);
     if (!(block.m2 <= std::numeric_limits<double>::max())) block = moments_in_double(x + i, m);
-    all = merge(all, block);
+    all = i == 0 ? block : merge(all, block);
   }
   return all;
 }
@@ -731,7 +744,8 @@ void finish_moments(const GroupNorm<A>& call, int64_t unit) {
     for (int64_t part = 0; part < parts; ++part) {
       const Piece p = piece_of(call, unit, part);
       const double* slot = call.moments_slot(unit, part);
-      all = merge(all, {static_cast<double>(p.rows * (p.end - p.begin)), slot[0], slot[1]});
+      const Moments<double> own{static_cast<double>(p.rows * (p.end - p.begin)), slot[0], slot[1]};
+      all = part == 0 ? own : merge(all, own);
     }
     store_statistics(call, unit, all);
     return;
