@@ -565,10 +565,11 @@ def test_operators_keep_their_promises(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_number_of_threads_changes_no_bit(format, dtype, backend):
+@pytest.mark.parametrize("shape", [(1, 64, 40, 40), (67, 64, 5, 3)])  # the second: many groups at a time
+def test_number_of_threads_changes_no_bit(shape, format, dtype, backend):
     if backend != "cpu":
         pytest.skip("about the threads of the CPU kernels")
-    x, grad = (tensor(1, 64, 40, 40, dtype=dtype, seed=seed).to(memory_format=format) for seed in (0, 4))
+    x, grad = (tensor(*shape, dtype=dtype, seed=seed).to(memory_format=format) for seed in (0, 4))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
