@@ -549,6 +549,11 @@ class _Plan:
     programs: int
     warps: int
 
+    @property
+    def registers(self) -> int:
+        """What there is for a thread. Unasked, ptxas spills where that fits another block."""
+        return min(255, 2048 // self.warps)
+
 
 def _plan(samples: int, groups: int, per_group: int, positions: int, last: bool, on_chip: int, tile: int) -> _Plan:
     # Several groups where one has few channels: many of them, so that rows of channels_last fill their sectors of 32
@@ -613,8 +618,9 @@ def group_norm_forward(
     tile = dict(K=plan.K, CH=plan.CH, P=plan.P, LAST=last, TYPE=kind, num_warps=plan.warps)
     if plan.whole:
         _forward_whole[(plan.programs,)](
-            input, residual, weight, bias, output, saved, samples, *sizes, count, eps, *strides, ACT=activation, **tile
-        )
+            input, residual, weight, bias, output, saved, samples, *sizes, count, eps, *strides, ACT=activation, **tile,
+            maxnreg=plan.registers,
+        )  # fmt: skip
         return output, stats
     chunks = plan.channel_blocks * plan.position_chunks
     parts = stats.new_empty(samples, num_groups, chunks, 4)
@@ -687,7 +693,7 @@ def group_norm_backward(
         cut = (plan.channel_blocks, plan.position_chunks, plan.steps)
         _partial_sums[(plan.programs,)](
             grad_output, input, residual, weight, bias, stats, dr, parts, *sizes, *strides, *cut, **tile,
-            maxnreg=min(255, 2048 // plan.warps),  # what there is; unasked ptxas spills where that fits another block
+            maxnreg=plan.registers,
         )  # fmt: skip
         block = min(_power(per_group), 1024)
         _merge_sums[(samples * num_groups,)](
