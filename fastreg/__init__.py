@@ -1,5 +1,7 @@
 """Fused regularisation ops for PyTorch, for people who train classifiers and vision models."""
 
+from inspect import isfunction as _isfunction
+
 from torch import fx as _fx
 
 from . import compat, longtail, nn
@@ -63,17 +65,6 @@ __all__ = [
 ]
 
 # To torch.fx.symbolic_trace, whose stand-ins for tensors have no shape to check, each is one step of the graph.
-for _name in (
-    "cross_entropy",
-    "drop_path",
-    "flood",
-    "focal_loss",
-    "group_norm",
-    "linear_cross_entropy",
-    "lp_penalty",
-    "max_norm",
-    "row_norms",
-    "sigmoid_focal_loss",
-    "soft_threshold",
-):
-    _fx.wrap(_name)
+for _name in __all__:
+    if _isfunction(globals()[_name]):
+        _fx.wrap(_name)
