@@ -862,9 +862,12 @@ def _cap_column(cap: Cap, rows: Tensor) -> Tensor:
 
 def _toward_zero(exact: Tensor, rounded: Tensor) -> Tensor:
     """`exact` rounded towards zero, given it rounded to the nearest: where that went up, one step back."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rounded.element_size()]
     went_up = rounded.to(exact.dtype).abs() > exact.abs()
-    return torch.where(went_up, (rounded.view(bits) - 1).view(rounded.dtype), rounded)
+    if rounded.element_size() == 2:  # Inductor would take the step in fp32
+        back = (rounded.view(torch.int16) - 1).view(rounded.dtype)
+    else:  # in torch 2.11 vmap has no rule for view(dtype)
+        back = torch.nextafter(rounded.detach(), torch.zeros_like(rounded))
+    return torch.where(went_up, back, rounded)
 
 
 def _norms(rows: Tensor, p: float) -> Tensor:
