@@ -156,28 +156,14 @@ FASTREG_INLINE V lerp(V average, V param, A weight) {
 
 #if FASTREG_VECTOR_BYTES == 64
 template <bool from_param>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))) int64_t
-lerp_bfloat16_from(BFloat16* average, const BFloat16* param, int64_t n, float weight) {
-  typedef uint16_t Order __attribute__((vector_size(64)));
-  Order order;  // the even elements stand before the odd ones
-  for (int i = 0; i < 16; ++i) order[2 * i] = i, order[2 * i + 1] = 16 + i;
+int64_t lerp_bfloat16_from(BFloat16* average, const BFloat16* param, int64_t n, float weight) {
   constexpr int64_t step = 2 * lanes<float>;
   int64_t i = 0;
 #pragma GCC unroll 2
   for (; i + step <= n; i += step) {
     const auto s = load_two(average + i), p = load_two(param + i);
-    const Vec<float> even = lerp<from_param>(s.first, p.first, weight),
-                     odd = lerp<from_param>(s.second, p.second, weight);
-    constexpr int subnormal = 0x20;  // which the instruction takes for zeros
-    if (__builtin_expect(_mm512_fpclass_ps_mask(bits<__m512>(even), subnormal) |
-                             _mm512_fpclass_ps_mask(bits<__m512>(odd), subnormal),
-                         0)) {
-      store_two<true>(average + i, Two<Vec<float> >{even, odd});
-    } else {
-      const auto rounded = _mm512_cvtne2ps_pbh(bits<__m512>(odd), bits<__m512>(even));
-      _mm512_storeu_si512(average + i,
-                          _mm512_permutexvar_epi16(bits<__m512i>(order), bits<__m512i>(rounded)));
-    }
+    store_two<true>(average + i, Two<Vec<float> >{lerp<from_param>(s.first, p.first, weight),
+                                                  lerp<from_param>(s.second, p.second, weight)});
   }
   return i;
 }

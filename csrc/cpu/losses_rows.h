@@ -232,7 +232,7 @@ FASTREG_INLINE A highest(const Z& z, int64_t n) {
   return horizontal_max(larger(top, other));
 }
 
-// The same, and the sum of factor * (z - high), for which the largest of the block is taken first.
+// What reduce() gives, and the sum of factor * (z - high), for which the largest of the block is taken first.
 template <class A, class Z, class F>
 Partial<A> reduce_linear(const Z& z, int64_t n, const F& factors) {
   constexpr int64_t step = 2 * lanes<A>;
@@ -403,13 +403,6 @@ struct Quick {
   }
 };
 
-// The elements before the first of to[0, n) that can be written past the caches, if that is asked for.
-template <class T>
-FASTREG_INLINE int64_t before_stream(const T* to, int64_t n, bool stream) {
-  const int64_t past = reinterpret_cast<uintptr_t>(to) % FASTREG_VECTOR_BYTES;
-  return stream && past ? std::min<int64_t>((FASTREG_VECTOR_BYTES - past) / sizeof(T), n) : 0;
-}
-
 // grad = slope * p and, if it is to `spread`, less factors * share. `finite` says that no gradient can be
 // NaN; `stream`, that it is to pass by the caches.
 template <bool spread, bool finite, class A, class Z, class P, class F, class T>
@@ -441,7 +434,7 @@ FASTREG_INLINE void write_gradient(const Z& z, int64_t n, const P& p, const F& f
       Z::template put_two<finite>(grad + j, g, stream);
     }
   };
-  one_by_one(before_stream(grad, n, stream));
+  one_by_one(stream ? std::min(before_vector(grad), n) : 0);
   if (stream)
     two_by_two(true);
   else

@@ -328,8 +328,7 @@ void gradient_floats(const T* x, T* out, int64_t n, double factor, bool stream) 
   int64_t i = 0;
   if constexpr (std::is_same_v<T, float>) {
     if (stream && reinterpret_cast<uintptr_t>(out) % sizeof(T) == 0) {
-      const int64_t past = reinterpret_cast<uintptr_t>(out) % sizeof(V) / sizeof(T),
-                    head = past ? width - past : 0;
+      const int64_t head = before_vector(out);
       if (head >= n) return n ? some(0, n) : void();
       if (head) some(0, head);
       // In turn from four parts, each a stream to the prefetchers.

@@ -590,6 +590,13 @@ struct VectorMath {
   }
 };
 
+// Elements before the first that can be written past the caches, which takes a multiple of the vector's size.
+template <class T>
+FASTREG_INLINE int64_t before_vector(const T* to) {
+  const int64_t past = reinterpret_cast<uintptr_t>(to) % FASTREG_VECTOR_BYTES;
+  return past ? (FASTREG_VECTOR_BYTES - past) / sizeof(T) : 0;
+}
+
 // Past the caches, to a multiple of the vector's size. `finish_writing` when all is written.
 template <class A>
 FASTREG_INLINE void store_past_caches(A* to, Vec<A> v) {
