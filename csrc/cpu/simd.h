@@ -202,7 +202,8 @@ static const bool has_bfloat16 = __builtin_cpu_supports("avx512bf16");
 FASTREG_INLINE bool store_by_instruction(BFloat16* to, Two<Vec<float>> v) {
   const __m512 even = bits<__m512>(v.first), odd = bits<__m512>(v.second);
   constexpr int subnormal = 0x20;
-  if (!has_bfloat16 || (_mm512_fpclass_ps_mask(even, subnormal) | _mm512_fpclass_ps_mask(odd, subnormal)))
+  if (!has_bfloat16 ||
+      !_kortestz_mask16_u8(_mm512_fpclass_ps_mask(even, subnormal), _mm512_fpclass_ps_mask(odd, subnormal)))
     return false;
   typedef uint16_t Order __attribute__((vector_size(64)));
   Order order;
