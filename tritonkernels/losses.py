@@ -1296,7 +1296,9 @@ class _Call:
 
     def tile(self, limit: int, **options) -> _Tile:
         if self.dense:  # every class has its own logarithms and, mostly, a probability beside its logit
-            options |= dict(half=True, whole=RESIDENT // 2)
+            # They do not fit in 128 registers beside a row's two ends: ptxas spills up to 44 times. In 255 they do; a
+            # multiprocessor then holds 8 warps of them, not 16: which is faster is to be tried on a GPU.
+            options |= dict(half=True, registers=255)
         return _tile(self.layout, self.inner, self.outer, self.classes, self.input.element_size(), limit, **options)
 
     def edge(self, tile: _Tile) -> int:
@@ -1383,10 +1385,8 @@ def cross_entropy_forward_extra(
     vectors = weight is not None or alpha is not None
     thin = logit_adjustment is not None or (linear and vectors)
     half = want_argmax or (thin and other_target is not None)
-    # The terms of every class do not fit in 128 beside a row's two ends: Triton 3.8's ptxas spills up to 44 times. In
-    # 192 they do; a multiprocessor then holds one program of 8 warps, not two: which is faster is to be tried on a GPU.
-    registers = 192 if call.dense else 128
-    tile = call.tile(16384, thin=thin, half=half, whole=RESIDENT if grad is not None else 0, registers=registers)
+    whole = RESIDENT // 2 if call.dense else RESIDENT if grad is not None else 0
+    tile = call.tile(16384, thin=thin, half=half, whole=whole)
     split = tile.splits > 1
     later = call.dense and not tile.whole  # the losses come from _dense
     merge_rows = 16
