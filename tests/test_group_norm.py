@@ -475,6 +475,12 @@ def test_empty(shape):
     assert (gw == 0).all() and (gb == 0).all() and gw.shape == gb.shape == (6,)
 
 
+def test_empty_with_gaps():
+    for x in (torch.randn(1, 6, 4, 5)[:0, :, :, :2], torch.empty_strided((2, 6, 2, 0, 3), (60, 10, 5, 5, 1))):
+        y, gx, gw, gb, _ = run(ours, torch.ones_like(x), x, 3, *affine(6), 1e-5, "silu", None)
+        assert y.shape == gx.shape == x.shape and (gw == 0).all() and (gb == 0).all()
+
+
 # ---- what autograd, autocast and the compiler ask ----------------------------------------------------------
 
 

@@ -501,6 +501,8 @@ def _rows(tensor: Tensor | None, last: bool) -> tuple[int, int]:
 
 def _kind(tensor: Tensor) -> bool | None:
     """Whether rows are positions; None if the tensor can be read neither as rows of channels nor of positions."""
+    if not tensor.numel():
+        return False  # nothing is read, and no copy would lie otherwise
     step = expected = None
     for d in range(tensor.dim() - 1, 1, -1):
         if tensor.shape[d] != 1:
