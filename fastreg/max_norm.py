@@ -184,7 +184,7 @@ def _refuse_rows(backend: str, tensor: Tensor, cap: Cap | None = None) -> str | 
 def _as_rows(tensor: Tensor, dim: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The tensor as a matrix of rows that lie one after the other, copied if need be, and the way back."""
     if tensor.dim() < 2:
-        return tensor.reshape(-1, 1), lambda rows: rows.reshape(tensor.shape)
+        return tensor.reshape(-1, 1).contiguous(), lambda rows: rows.reshape(tensor.shape)
     if tensor.dim() == 2 and dim in (0, -2):
         return tensor.contiguous(), lambda rows: rows
     moved = tensor.movedim(dim, 0)
@@ -355,11 +355,18 @@ class MaxNorm(_Constraint):
 
     def project(self, decay: float | Tensor = 0.0) -> Tensor:
         """Projects now; returns how many rows were scaled down, as `max_norm_` does."""
+        self._follow()
         return self._project(self.params, self.caps, _check_decay(decay))
+
+    def _follow(self) -> None:
+        """The weights may have been moved to another device since."""
+        device = self.params[0].device
+        if self.total.device != device:
+            self.total = self.total.to(device)
+            self.caps = [cap.to(device) if isinstance(cap, Tensor) else cap for cap in self.caps]
 
     def _project(self, params: list[Tensor], caps: list[Cap], decay: float | Tensor) -> Tensor:
         count = _run("max_norm_", "cap", params, caps, self.p, self.dim, self.tau, decay)
-        self.total = self.total.to(count.device)
         if type(count) is Tensor:
             self.total += count  # in place: so every replay of a CUDA graph adds its own
         else:
@@ -370,6 +377,7 @@ class MaxNorm(_Constraint):
         if not self.weight_decay:
             self.project()
             return
+        self._follow()
         rates = {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
         by_rate: dict[object, tuple[float | Tensor, list[int]]] = {}
         for index, param in enumerate(self.params):
@@ -798,7 +806,10 @@ def _new_constants(caps: tuple[float, ...], device: torch.device) -> tuple[Tenso
     return _plan._to_device(np.array(caps), device), tuple((index, 0) for index in range(len(caps)))
 
 
-_kept_constants = functools.lru_cache(16)(_new_constants)
+@functools.lru_cache(16)
+@torch.inference_mode(False)  # a later call may save them for its backward
+def _kept_constants(caps: tuple[float, ...], device: torch.device) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    return _new_constants(caps, device)
 
 
 # ---- reference -------------------------------------------------------------------------------------------

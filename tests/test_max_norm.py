@@ -669,6 +669,21 @@ def test_functional_form_of_long_rows(dtype, p):
     torch.testing.assert_close(of_norms[kept], theirs_of_norms[kept], rtol=tolerance, atol=0)
 
 
+def test_functional_form_and_norms_of_one_dimension_with_gaps():
+    """Each element is a row, wherever it lies."""
+    x = torch.tensor([3.0, 9.0, -0.5, 9.0, 4.0, 9.0])[::2].requires_grad_()
+    y = fastreg.max_norm(x, 1.0)
+    y.backward(torch.ones(3))
+    assert y.tolist() == [1.0, -0.5, 1.0] and x.grad.tolist() == [0.0, 1.0, 0.0]
+
+
+def test_functional_form_after_a_call_in_inference_mode():
+    x = torch.tensor([[3.0, 4.0]], requires_grad=True)
+    with torch.inference_mode():
+        fastreg.max_norm(x, 2.5)
+    fastreg.max_norm(x, 2.5).sum().backward()  # saves the cap, of which one tensor is kept
+
+
 def test_functional_gradient_of_renorm():
     w = torch.randn(7, 30, dtype=torch.float64, requires_grad=True)
     (ours,) = torch.autograd.grad(fastreg.max_norm(w, 5.0).sin().sum(), w)
@@ -776,6 +791,11 @@ def test_row_norms(dtype, p, dim):
     )
 
 
+def test_row_norms_of_one_dimension_with_gaps():
+    assert fastreg.row_norms(torch.tensor([3.0, 9.0, -4.0])[::2]).tolist() == [3.0, 4.0]
+    assert fastreg.row_norms(torch.tensor([-2.0]).expand(3)).tolist() == [2.0, 2.0, 2.0]
+
+
 def test_row_norms_gradient():
     w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(fastreg.row_norms, (w,))
@@ -839,6 +859,14 @@ def test_caps_by_name_and_per_layer():
     assert net[1].weight.tolist() == [0.5] * 4
     with pytest.raises(ValueError, match="no parameters of the module"):
         fastreg.MaxNorm(net, {"fc.weight": 1.0})
+
+
+def test_caps_follow_weights_to_another_device():
+    constraint = fastreg.MaxNorm([torch.ones(2, 3)], [torch.ones(2)])
+    constraint.params = [torch.ones(2, 3, device="meta")]  # to a GPU a parameter moves as it is
+    with fastreg.use_backend("reference"):
+        constraint.project()
+    assert constraint.caps[0].is_meta and constraint.total.is_meta
 
 
 def test_exactly_one_of_max_norm_and_thresh():
