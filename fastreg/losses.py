@@ -906,7 +906,8 @@ def sigmoid_focal_loss(
     """
     _check_sigmoid(inputs, targets, alpha, gamma, reduction, weight, normalizer)
     backend = _backends.choose("sigmoid_focal_loss", inputs.device.type, _refuse_sigmoid, inputs, targets)
-    if backend == "reference":
+    classes = inputs.shape[-1] if inputs.dim() else 1
+    if backend == "reference" or not classes:
         return sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction, weight, normalizer)
     compute = _ops.accumulator(inputs)
     if targets.shape == inputs.shape:
@@ -916,7 +917,6 @@ def sigmoid_focal_loss(
         scale = 1 / inputs.numel() if inputs.numel() else float("nan")
     elif normalizer is not None and not isinstance(normalizer, Tensor):
         scale, normalizer = 1 / (normalizer or 1), None
-    classes = inputs.shape[-1] if inputs.dim() else 1
     small = (
         backend == "cpu"
         and inputs.requires_grad

@@ -1719,6 +1719,15 @@ def test_sigmoid_focal_takes_indices_without_onehots(sigmoid_backend):
     assert nothing.isfinite()  # no positives: the sum itself
 
 
+@pytest.mark.parametrize("targets", [torch.zeros(2, 0), torch.tensor([0, -1])], ids=["dense", "indices"])
+def test_sigmoid_focal_of_no_classes(sigmoid_backend, targets):
+    x = torch.randn(2, 0, requires_grad=True)
+    assert serve(sigmoid_backend, lambda: sigmoid_focal_loss(x, targets)).shape == (2, 0)
+    total = serve(sigmoid_backend, lambda: sigmoid_focal_loss(x, targets, reduction="sum"))
+    total.backward()
+    assert total == 0
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_sigmoid_focal_gradcheck(sigmoid_backend, gamma):
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
