@@ -44,6 +44,14 @@ def test_force_ends_with_the_block_even_after_an_error():
     fastreg.cross_entropy(X, Y)
 
 
+def test_the_table_may_be_read_in_part():
+    """As `python -m fastreg | head -1` does."""
+    program = [sys.executable, "-m", "fastreg"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as told:
+        told.stdout.close()
+        assert told.stderr.read() == ""
+
+
 def test_blocks_nest():
     with fastreg.use_backend("cuda"):
         with fastreg.use_backend("reference"):
