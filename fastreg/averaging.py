@@ -676,10 +676,12 @@ class _Clock:
         return self.n_averaged.to(device, non_blocking=True), self.calls.to(device, non_blocking=True)
 
 
-def _check_clock(update_every: int, start_step: int) -> None:
+def _check_numbers(update_every: int, start_step: int, rounding_seed: int | None) -> None:
     for name, value, low in (("update_every", update_every, 1), ("start_step", start_step, 0)):
-        if not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} must be an integer, at least {low}, got {value!r}")
+        _checks.is_integer(name, value)
+        _checks.in_range(name, value, low)
+    if rounding_seed is not None:
+        _checks.is_integer("rounding_seed", rounding_seed)
 
 
 def _check_found_inf(found_inf: Tensor | None, clock: _Clock | None) -> None:
@@ -823,7 +825,7 @@ class AveragedModel(nn.Module):
         super().__init__()
         _checks.is_module("model", model)
         self.rule = _check_rule("rule", SWA() if rule is None else rule)
-        _check_clock(update_every, start_step)
+        _check_numbers(update_every, start_step, rounding_seed)
         _check_dtype(dtype)
         _check_averageable(dict(model.named_parameters()))
         if any(map(_is_fully_sharded, model.modules())):
@@ -1007,7 +1009,7 @@ class WeightAverager:
         if not isinstance(rules, Mapping) or not rules:
             raise ValueError(f"rules must map at least one name to a rule, got {rules!r}")
         self.rules = {name: _check_rule(f"rules[{name!r}]", rule) for name, rule in rules.items()}
-        _check_clock(update_every, start_step)
+        _check_numbers(update_every, start_step, rounding_seed)
         _check_dtype(dtype)
         _checks.choice("buffers", buffers, ("copy", "average"))
         _reshard(model)

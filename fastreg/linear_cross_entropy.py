@@ -319,5 +319,6 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
         raise ValueError(
             f"linear_bias must have the shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
         )
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size!r}")
+    if chunk_size is not None:
+        _checks.is_integer("chunk_size", chunk_size)
+        _checks.in_range("chunk_size", chunk_size, 1)

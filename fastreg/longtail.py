@@ -58,6 +58,7 @@ def long_tailed_counts(n_max: int, num_classes: int, imbalance: float) -> Tensor
     """Counts that fall off exponentially from n_max to n_max / imbalance: ⌊n_max · imbalance^(−c / (C − 1))⌋, at
     least 1. int64, (C,). Source: Cui et al., CVPR 2019, where CIFAR-100-LT has imbalance 100.
     """
+    _checks.is_integer("n_max", n_max)
     _checks.in_range("n_max", n_max, 1)
     _checks.is_integer("num_classes", num_classes)
     _checks.in_range("num_classes", num_classes, 1)

@@ -79,6 +79,14 @@ def test_objects_say_what_they_hold(made, expected):
         (lambda: longtail.log_prior([1], tau=None), "tau must be a number, got NoneType"),
         (lambda: longtail.long_tailed_counts(500, 10.5, 100), "num_classes must be an integer, got float"),
         (lambda: longtail.ClassStatistics(2.5), "num_classes must be an integer, got float"),
+        (lambda: longtail.long_tailed_counts(10.5, 3, 10), "n_max must be an integer, got float"),
+        (lambda: fastreg.AveragedModel(MODEL, update_every=True), "update_every must be an integer, got bool"),
+        (lambda: fastreg.AveragedModel(MODEL, rounding_seed="1"), "rounding_seed must be an integer, got str"),
+        (
+            lambda: fastreg.WeightAverager(MODEL, {"swa": fastreg.SWA()}, rounding_seed=1.5),
+            "rounding_seed must be an integer, got float",
+        ),
+        (lambda: fastreg.linear_cross_entropy(X, X, Y, chunk_size=True), "chunk_size must be an integer, got bool"),
     ],
 )
 def test_wrong_kinds_of_argument_are_named(call, expected):
@@ -117,6 +125,7 @@ def test_numbers_of_numpy_are_numbers():
     assert torch.equal(fastreg.group_norm(x, np.int64(2)), fastreg.group_norm(x, 2))
     assert torch.equal(fastreg.max_norm(x, np.float32(0.5)), fastreg.max_norm(x, 0.5))
     assert torch.equal(fastreg.lp_penalty(x, np.int64(2)), fastreg.lp_penalty(x, 2))
+    fastreg.AveragedModel(MODEL, update_every=np.int64(2), rounding_seed=np.int64(3)).update_parameters(MODEL)
 
 
 @pytest.mark.parametrize("function", [fastreg.cross_entropy, fastreg.focal_loss, fastreg.linear_cross_entropy])
