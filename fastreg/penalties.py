@@ -345,13 +345,16 @@ class Perturbation:
         """What the kernels need, or None if the attack is made, in plain PyTorch."""
         device = next(iter(chosen.values())).device
         backend = _backends.choose("FGM", device.type, _refuse_fgm, list(chosen.values()))
+        attacked = [self.backups[name] for name in chosen if name in self.backups]
+        if _backends.forced() is None and any(backup.marks is None for backup in attacked):
+            backend = "reference"  # to the kernels, which back up block by block, those hold nothing
+        if any((backup.marks is None) != (backend == "reference") for backup in attacked):
+            raise RuntimeError("attack: the attacks before one restore must run on one backend")
         if backend == "reference":
             self.backups = dict(self.backups)
             for name, param in chosen.items():
                 if name not in self.backups:
                     self.backups[name] = _Backup(param, param.clone())
-                elif self.backups[name].marks is not None:
-                    raise RuntimeError("attack: the attacks before one restore must run on one backend")
                 fgm_reference_(param, param.grad, epsilon)
             return None
         backups = {}

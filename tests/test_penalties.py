@@ -307,6 +307,19 @@ def test_fgm_step_and_exact_restore(dtype, sparse, backend):
     assert not model.emb.weight.any()
 
 
+def test_fgm_restores_what_a_sparse_and_a_dense_gradient_moved(monkeypatch):
+    monkeypatch.setattr(_backends, "_forced", None)
+    model = Text()
+    before = model.emb.weight.detach().clone()
+    fgm = fastreg.FGM(model)
+    for grad in (torch.ones(20, 6).to_sparse(1), torch.ones(20, 6)):
+        model.emb.weight.grad = grad
+        fgm.attack()
+    torch.testing.assert_close(model.emb.weight.detach(), before + 2 / 120**0.5)
+    fgm.restore()
+    assert torch.equal(model.emb.weight, before)
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
 def test_fgm_leaves_parameters_with_an_unusable_gradient_alone(value):
     model = Text()
