@@ -144,6 +144,16 @@ def test_scaled_rows_are_close_to_the_exact_ones(dtype, length, p):
     assert (error <= (3 if dtype != torch.float64 else 16 + 2 * length) * info.eps * exact.abs()).all()
 
 
+@pytest.mark.parametrize("length", [16, 300])
+def test_rows_whose_elements_all_round_alike_end_below_their_caps(length):
+    """Nothing averages out in their sums and products."""
+    for values in (torch.rand(250, 1), torch.rand(250, 2)):
+        w = (0.5 + 3 * values).repeat(1, length // values.shape[1])
+        caps = torch.rand(250) * norms64(w).float()
+        after = w.clone()
+        assert_projected(w, after, caps, count=fastreg.max_norm_(after, caps))
+
+
 # Rows that the kernels for a GPU cut into pieces.
 LONG = [(torch.float32, p) for p in (1.0, 2.0, 3.0, math.inf)]
 LONG += [(torch.bfloat16, 1.0), (torch.bfloat16, 2.0), (torch.float16, 2.0), (torch.float64, 2.0), (torch.float64, 3.0)]

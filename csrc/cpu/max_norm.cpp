@@ -36,7 +36,7 @@ struct Passes {
   // Order of |x * inverse|^p, or the largest of them; NaN if an element is NaN, or inf where the largest is
   // asked for.
   double (*reduce)(int64_t code, const void* x, int64_t n, double p, double inverse);
-  // The sum of squares to a relative 2^-22, if it is far from float's ends; NaN and inf show.
+  // The sum of squares to a relative 2 * kEstimate, if it is far from float's ends; NaN and inf show.
   double (*squares)(int64_t code, const void* x, int64_t n);
   // Writes the changed elements, rounded to the nearest or towards zero, and reduces the rounded ones:
   // squares of 16-bit elements as roughly as `squares`.
@@ -70,6 +70,10 @@ using namespace max_norm;
 
 constexpr int64_t kSegment = 16384;  // elements summed at a time
 constexpr int64_t kLong = 1 << 18;   // rows longer than this are shared among the threads
+// Shorter rows, where half a unit in the last place shows, are brought as close to their caps as they go.
+constexpr int64_t kBlind = 16;
+// Three roundings of a square and of sums, half of which the root halves.
+constexpr double kEstimate = 1.5 * 0x1p-24;
 
 int64_t size_of(int64_t code) { return code == kDouble ? 8 : code == kFloat ? 4 : 2; }
 
@@ -149,11 +153,10 @@ struct Row {
     return true;
   }
 
-  // The Euclidean norm of a row of a narrow dtype to a relative 2^-23, in half of the time, if it can be
-  // told. Where it scales a row, its error vanishes behind that row's roundings: in `treat` their margin
-  // holds both.
+  // The Euclidean norm of a row of a narrow dtype, in half of the time, if it can be told: too short by
+  // kEstimate of it at most.
   bool estimate(Norm* out) const {
-    if (sum != Order::two || code == kDouble || rounding_margin(n, code) == 0) return false;
+    if (sum != Order::two || code == kDouble || n < kBlind) return false;
     const double squares = collect([&](int64_t i, int64_t m) { return passes.squares(code, at(i), m); });
     *out = {1, sqrt(squares)};
     return in_float(squares);
@@ -196,14 +199,15 @@ bool treat(const Row& row, Kind kind, double cap, double tau, char* out, double*
   Norm norm;
   bool known = kind == Kind::cap && tau == 1 && row.estimate(&norm);
   if (known && norm.s < cap * (1 - kDoubt)) return false;
-  known = known && norm.s > cap * (1 + kDoubt) && norm_out == nullptr;
+  known = known && norm.s > cap * (1 + kDoubt);
   if (!known && !row.norm(&norm)) return false;
   const Margins m = margins(row.n, row.p);
-  // Rounding to fp32 lengthens a row by 2^-24 of it at most. Long rows aim that much lower, and need no
-  // second look.
+  // Rounding to fp32 lengthens a row by 2^-24 of it at most. A row that aims that much lower, and lower by
+  // what an estimate may have missed, needs no second look.
   const bool blind = bounded && kind == Kind::cap && row.code == kFloat && row.sum != Order::largest &&
-                     row.n >= kRounded && cap > 0x1p-60;
-  const double margin = blind ? 0x1p-24 * (1 + 0x1p-16) : rounding_margin(row.n, row.code);
+                     row.n >= kBlind && cap > 0x1p-60;
+  const double missed = 0x1p-24 + (known ? kEstimate : 0);
+  const double margin = blind ? missed * (1 + 0x1p-16) : rounding_margin(row.n, row.code);
   const double bound = cap * (1 - m.below), target = cap * (1 - m.aim - margin);
   Change how{kind, 1 / norm.scale, 0, blind};
   if (kind == Kind::cap || kind == Kind::normalize) {
@@ -214,7 +218,10 @@ bool treat(const Row& row, Kind kind, double cap, double tau, char* out, double*
     how.a = kind == Kind::l1_ball ? row.largest() : row.passes.lower(row.code, bound);
     how.b = kind == Kind::l1_ball ? row.theta(how.a, target) : 0;
   }
-  if (norm_out) *norm_out = norm.scale * norm.s;
+  if (norm_out) {
+    if (known) row.norm(&norm);
+    *norm_out = norm.scale * norm.s;
+  }
   double sum = row.change(out, how, false);
   if (!bounded || blind || row.code == kDouble || kind == Kind::linf_ball) return true;
   // Above the bound after rounding: what was rounded is scaled once more, at last towards zero.
