@@ -111,7 +111,7 @@ class _FromCounts(CrossEntropyLoss):
         if self._vector in options:
             raise TypeError(f"{self._vector} follows from the counts and must not be given")
         super().__init__(**options)
-        self.register_buffer("counts", longtail.check_counts(counts))
+        self.register_buffer("counts", longtail.check_counts(counts).clone())  # loading writes to it
 
     def _refresh(self) -> None:
         self.register_buffer(self._vector, self._derive(), persistent=False)
