@@ -277,6 +277,7 @@ class _Constraint(ABC):
         """Projects after every `every`-th `optimizer.step()`; `.remove()` of the returned handle ends it."""
         _checks.is_integer("every", every)
         _checks.in_range("every", every, 1)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper, which has no hooks of its own
         if not hasattr(optimizer, "register_step_post_hook"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
 

@@ -925,6 +925,24 @@ def test_attach_projects_after_steps(every):
         constraint.attach(optimizer, every=0)
 
 
+def test_attach_to_a_wrapped_optimizer():
+    """As accelerate wraps one: an Optimizer by class that is not initialised as such."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def step(self):
+            self.optimizer.step()
+
+    layer = nn.Linear(4, 3)
+    optimizer = Wrapper(torch.optim.SGD(layer.parameters(), lr=0.1))
+    constraint = fastreg.MaxNorm(layer, 0.1)
+    constraint.attach(optimizer)
+    optimizer.step()
+    assert constraint.total.item() == 3
+
+
 def test_attach_leaves_the_optimizer_state_alone():
     states = []
     for attached in (False, True):
