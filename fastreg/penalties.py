@@ -258,6 +258,7 @@ class FGM:
     def __repr__(self) -> str:
         return f"FGM({_checks.counted(self._chosen, 'tensor')}, epsilon={self.epsilon})"
 
+    @_plan.eagerly
     def attack(self, epsilon: float | None = None) -> None:
         if not self._watch.unchanged():
             self._chosen = _select(self.module, self.include)

@@ -119,6 +119,7 @@ def test_compiled_autograd(op):
     torch.testing.assert_close(x.grad, want)
 
 
+@pytest.mark.filterwarnings("error:Dynamo does not know how to trace")
 class TestCompiledByAddress:
     """What works on the addresses of parameters does it in compiled code too, in its turn."""
 
