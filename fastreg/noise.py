@@ -13,8 +13,11 @@ drop_path reads x where the branch is kept, and the residual; the backward of so
 writes x's, and sums tau's over each run of elements that share a threshold.
 """
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import _backends, _checks, _ops, _plan
 
@@ -59,7 +62,7 @@ def drop_path(
         _checks.same_device("residual", residual, "x", x)
     if not training or p == 0.0:
         return x if residual is None else x + residual
-    mask = x.new_empty(x.shape[:1] if mode == "row" else [1]).bernoulli_(1.0 - p)
+    mask = x.new_empty([x.shape[0] if mode == "row" else 1]).bernoulli_(1.0 - p)
     backend = _backends.choose("drop_path", x.device.type, lambda _: _backends.unusual(x, residual))
     if backend == "reference" or not x.numel():
         return drop_path_reference(x, mask, p, residual)
@@ -121,6 +124,8 @@ def soft_threshold(x: Tensor, tau: float | Tensor) -> Tensor:
     _check_float("x", x)
     if not isinstance(tau, Tensor):
         _checks.in_range("tau", tau, 0.0)
+        if _backends.forced() is None and x.dtype in (torch.float32, torch.float64) and tau < math.inf:
+            return F.softshrink(x, float(tau))  # the same passes, called sooner; in 16 bits it rounds another way
         tau = x.new_full((), tau)
     _check_float("tau", tau)
     _checks.same_device("tau", tau, "x", x)
