@@ -503,7 +503,8 @@ def _check_cap(name: str, cap: Cap, tensor: Tensor, rows: int) -> Cap:
     _checks.dtype_in(name, cap, _checks.FLOATS)
     if cap.dim() and tuple(cap.shape) != (rows,):
         raise ValueError(f"{name} must have no dimension or one cap per row, ({rows},), got shape {tuple(cap.shape)}")
-    if cap.device.type == "cpu" and not torch.compiler.is_compiling():
+    has_values = type(cap) is Tensor or type(cap) is nn.Parameter  # those of a FakeTensor nobody knows
+    if cap.device.type == "cpu" and has_values and not torch.compiler.is_compiling():
         low = cap.detach().min().item() if cap.numel() else 0.0  # NaN wins in min
         _checks.in_range(f"{name} (its smallest value)", low, 0.0)
         if not cap.dim() and tensor.device.type != "cpu":

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastreg
 from fastreg import _backends
@@ -626,6 +627,18 @@ def test_functional_form_has_the_values_of_the_one_in_place(dtype, tau):
         torch.testing.assert_close(out, expected, rtol=2**-50, atol=0, equal_nan=True)
     else:
         assert torch.equal(bits(out), bits(expected))
+
+
+@pytest.mark.parametrize("mode", [nullcontext, FakeTensorMode])
+@pytest.mark.parametrize("cap", [1.0, (), (6,)])
+def test_tensors_without_values(mode, cap, backend):
+    if backend != "reference":
+        pytest.skip("no kernel takes them")
+    with mode(), torch.device("meta" if mode is nullcontext else "cpu"):
+        w = torch.rand(6, 8)
+        cap = cap if isinstance(cap, float) else torch.rand(cap)
+        assert fastreg.max_norm_(w, cap).shape == () and fastreg.max_norm(w, cap).shape == (6, 8)
+        assert fastreg.MaxNorm([w], cap).project().dtype == torch.int64
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 0.7, math.inf])
