@@ -163,7 +163,7 @@ def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one run of memory, each place once, in whatever order of dimensions."""
     if tensor.layout is not torch.strided:
         return False
-    if tensor.numel() == 0:
+    if tensor.is_contiguous() or tensor.numel() == 0:
         return True
     expected = 1
     for stride, size in sorted((st, n) for n, st in zip(tensor.shape, tensor.stride()) if n != 1):

@@ -296,12 +296,12 @@ class _Ready:
     wide: bool
     in_graph: bool  # made while a CUDA graph was captured: nothing of it can be used outside
 
-    def serves(self, names: list[str], params: list[Tensor], grads: list[Tensor]) -> bool:
+    def serves(self, params: list[Tensor], grads: list[Tensor]) -> bool:
         return (
             self.forced == _backends.forced()
-            and list(self.backups) == names
+            and len(params) == len(self.params)
             and all(map(is_, params, self.params))
-            and all(grad.layout is torch.strided for grad in grads)
+            and {grad.layout for grad in grads} == {torch.strided}
             and _plan.unchanged(params + grads, self.with_grads)
         )
 
@@ -329,7 +329,7 @@ class Perturbation:
                 grads.append(grad)
         if not chosen:
             return
-        if self._ready is None or not self._ready.serves(names, chosen, grads):
+        if self._ready is None or not self._ready.serves(chosen, grads):
             self._ready = self._prepare(dict(zip(names, chosen)), epsilon)
         if (ready := self._ready) is None:
             return
@@ -428,7 +428,7 @@ def _refuse_fgm(backend: str, params: list[Tensor]) -> str | None:
 def _select(module: nn.Module, include: str | Iterable[str] | Callable[[str, Tensor], bool]) -> dict[str, Tensor]:
     """The module's parameters chosen by name; tied ones once."""
     _checks.is_module("module", module)
-    if not callable(include) and not isinstance(include, Iterable):
+    if isinstance(include, bytes) or not (callable(include) or isinstance(include, Iterable)):
         raise TypeError(f"include must be strings or a function, got {type(include).__name__}")
     if not callable(include):
         parts = [include] if isinstance(include, str) else list(include)
@@ -448,6 +448,8 @@ def _check_tensors(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
         raise TypeError(f"tensors must be a tensor or an iterable of tensors, got {type(tensors).__name__}")
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for index, tensor in enumerate(tensors):
+        if isinstance(tensor, Tensor) and tensor.dtype in _checks.FLOATS and tensor.device == tensors[0].device:
+            continue  # before a name is made for each
         _checks.is_tensor(f"tensors[{index}]", tensor)
         _checks.dtype_in(f"tensors[{index}]", tensor, _checks.FLOATS)
         _checks.same_device(f"tensors[{index}]", tensor, "tensors[0]", tensors[0])

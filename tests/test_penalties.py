@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastreg
 from fastreg import _backends
@@ -260,6 +261,8 @@ def test_penalty_include_and_errors():
         fastreg.Penalty(model, include="conv")
     with pytest.raises(TypeError, match="include must be strings or a function, got int"):
         fastreg.Penalty(model, include=[3])
+    with pytest.raises(TypeError, match="include must be strings or a function, got bytes"):
+        fastreg.Penalty(model, include=b"weight")
     with pytest.raises(ValueError, match="l1 must be at least 0"):
         fastreg.Penalty(model, l1=-1.0)
     with pytest.raises(TypeError, match="module"):
@@ -369,6 +372,21 @@ def test_fgm_on_weights_so_large_that_copies_bypass_the_caches(dtype, offset, ba
     torch.testing.assert_close(w.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     fgm.restore()
     assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("mode", [nullcontext, FakeTensorMode])
+def test_tensors_without_values(mode, backend):
+    if backend != "reference":
+        pytest.skip("no kernel takes them")
+    with mode(), torch.device("meta" if mode is nullcontext else "cpu"):
+        model = nn.ModuleDict({"emb": nn.Embedding(5, 4)})
+        weight = model["emb"].weight
+        fastreg.lp_penalty(weight).backward()
+        fastreg.lp_penalty_backward_(weight)
+        fgm = fastreg.FGM(model)
+        fgm.attack()
+        fgm.restore()
+        assert weight.grad.shape == weight.shape
 
 
 def test_fgm_errors():
