@@ -189,7 +189,7 @@ def plan_for(op: Hashable, tensors: Sequence[Tensor], build: Callable[[], T]) ->
         key = (op, len(tensors), tensors[0].data_ptr(), tensors[-1].data_ptr()) if tensors else (op,)
         kept = _plans.get(key)
         if kept is not None and unchanged(tensors, kept[0]):
-            _plans.move_to_end(key)
+            _keep(key, kept)
             if in_graph:
                 stays(kept[1])
             return kept[1]
@@ -199,8 +199,13 @@ def plan_for(op: Hashable, tensors: Sequence[Tensor], build: Callable[[], T]) ->
     plan = build()
     if in_graph:
         return plan
-    _plans[key] = rows, plan
-    _plans.move_to_end(key)
+    _keep(key, (rows, plan))
+    return plan
+
+
+def _keep(key: tuple, entry: tuple[np.ndarray, Any]) -> None:
+    """As the most recent one. Another thread may be dropping it just now."""
+    _plans.pop(key, None)
+    _plans[key] = entry
     if len(_plans) > _KEPT:
         _plans.popitem(last=False)
-    return plan

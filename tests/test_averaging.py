@@ -805,6 +805,14 @@ def test_fp32_average_of_a_low_precision_model_does_not_stall(dtype, device):
     torch.testing.assert_close(averaged.module.weight, torch.full((4, 4), 1 - 0.999**2000), rtol=1e-4, atol=0)
 
 
+def test_another_thread_may_drop_a_plan_that_is_being_checked(monkeypatch):
+    average, param, unchanged = [torch.zeros(2)], [torch.ones(2)], _plan.unchanged
+    average_(average, param, 0.5)
+    monkeypatch.setattr(_plan, "unchanged", lambda *args: _plan._plans.clear() or unchanged(*args))
+    average_(average, param, 0.5)
+    assert average[0].tolist() == [0.75, 0.75]
+
+
 def test_models_that_cannot_be_averaged_are_refused():
     with pytest.raises(ValueError, match="not initialised yet"):
         WeightAverager(nn.LazyLinear(3), {"a": EMA()})
@@ -817,7 +825,7 @@ def test_models_that_cannot_be_averaged_are_refused():
     for kwargs, error in (
         ({"update_every": 0}, ValueError),
         ({"start_step": -1}, ValueError),
-        ({"update_every": 1.5}, ValueError),
+        ({"update_every": 1.5}, TypeError),
         ({"dtype": torch.int32}, TypeError),
     ):
         with pytest.raises(error, match=next(iter(kwargs))):
