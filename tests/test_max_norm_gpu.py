@@ -266,9 +266,10 @@ def compile_all():
     plan = max_norm._build(mixed, 0, ((0, 0),) * 3)
     for p, decay in ((2.0, 0.0), (3.0, 0.1)):
         triton_kernels.max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, p, 1.0, decay, None, 0)
-    narrow = [torch.empty(64, 100), torch.empty(64, 100, dtype=torch.bfloat16)]
-    plan = max_norm._build(narrow, 0, ((0, 0),) * 2)
-    triton_kernels.max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, 3.0, 1.0, 0.1, None, 0)
+    for length in (100, 4095):
+        two = [torch.empty(64, length), torch.empty(64, length, dtype=torch.bfloat16)]
+        plan = max_norm._build(two, 0, ((0, 0),) * 2)
+        triton_kernels.max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, 3.0, 1.0, 0.1, None, 0)
     plan = max_norm._build([torch.empty(64, 1 << 16)], 0, ((0, 0),), False)
     triton_kernels.max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, 1.0, 1.0, 0.0, None, 2)  # the l1 ball
 

@@ -251,7 +251,10 @@ def _tile(
         if SCALED:
             unit = wide * (1 / scale)[:, None]
         exact = unit * factor[:, None]
-        new = _rounded(exact, TYPE)
+        if (KIND == CAP) and (ORDER == ANY) and (not TAU):  # to take powers again costs more than it gains
+            new = _toward_zero(exact, TYPE)
+        else:
+            new = _rounded(exact, TYPE)
     else:
         over = s > cap * (1 + slack) / scale
         top = tl.max(size, 1)
@@ -264,7 +267,7 @@ def _tile(
             new = _toward_zero(tl.where(wide < 0, -limit, limit), TYPE)
     over = over & finite & live
     if TYPE != tl.float64:
-        if ((KIND == CAP) and (not TAU)) or (KIND == L1_BALL):
+        if ((KIND == CAP) and (ORDER != ANY) and (not TAU)) or (KIND == L1_BALL):
             ratio = _plain_norm(tl.where(over[:, None], new, 0.0), p, ORDER, SCALED) / bound
             high = over & (ratio > 1)
             if tl.max(high.to(tl.int32), 0) > 0:
@@ -458,6 +461,9 @@ def _long(
         elif (TYPE == tl.float64) or (KIND == NORMALIZE) or TAU:
             _long_sum(base, to, row, 0, length, box, p, keep, a, b, one,
                       ORDER, SOFT, DECAY, BOXED, TYPE, "write nearest")  # fmt: skip
+        elif ORDER == ANY:
+            _long_sum(base, to, row, 0, length, box, p, keep, a, b, one,
+                      ORDER, SOFT, DECAY, BOXED, TYPE, "write zero")  # fmt: skip
         else:
             inverse = 1 / tl.where(bound > 0, bound, INF)
             tried = _long_sum(base, to, row, 0, length, box, p, keep, a, b, inverse,
