@@ -27,7 +27,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 import torch
@@ -476,7 +475,7 @@ def _check_decay(decay: float | Tensor) -> float | Tensor:
 
 
 def _check_order(p: float) -> None:
-    if isinstance(p, bool) or not isinstance(p, Real) or not p > 0:
+    if not _checks.is_real(p) or not p > 0:
         raise ValueError(f"p must be a number above 0, or inf, got {p!r}")
 
 
@@ -496,7 +495,7 @@ def _caps(tensors: list[Tensor], caps: Cap | Sequence[Cap], name: str, dim: int)
 
 def _check_cap(name: str, cap: Cap, tensor: Tensor, rows: int) -> Cap:
     if not isinstance(cap, Tensor):
-        if isinstance(cap, bool) or not isinstance(cap, Real):
+        if not _checks.is_real(cap):
             raise TypeError(f"{name} must be a number or a tensor, got {type(cap).__name__}")
         _checks.in_range(name, cap, 0.0)
         return float(cap)

@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
-from numbers import Real
 from operator import is_
 
 import numpy as np
@@ -457,7 +456,7 @@ def _check_tensors(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 def _check_order(p: float, squared: bool) -> None:
-    if isinstance(p, bool) or not isinstance(p, Real) or not p >= 1:
+    if not _checks.is_real(p) or not p >= 1:
         raise ValueError(f"p must be a number of at least 1, got {p!r}")
     if squared and p == math.inf:
         raise ValueError("p must be finite where squared is set: ‖w‖_p^p has no meaning for p = inf")
