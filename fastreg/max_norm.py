@@ -162,7 +162,7 @@ def row_norms(tensor: Tensor, p: float = 2.0, dim: int = 0) -> Tensor:
         return row_norms_reference(tensor, p, dim)
     rows, _ = _as_rows(tensor, dim)
     if torch.is_grad_enabled() and tensor.requires_grad:
-        return _RowNorms.apply(rows, float(p), backend).to(_norm_dtype(tensor))
+        return _RowNorms.apply(rows, float(p), backend)
     return _norms_forward[backend](rows, float(p)).to(_norm_dtype(tensor))
 
 
@@ -222,15 +222,15 @@ class _RowNorms(torch.autograd.Function):
         norms = _norms_forward[backend](rows, p)
         ctx.save_for_backward(rows, norms)
         ctx.p, ctx.backend = p, backend
-        return norms
+        return norms.to(_norm_dtype(rows))
 
     @staticmethod
     def backward(ctx, grad):
         rows, norms = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             norms = _norms(_rows(rows, 0), ctx.p)
-            return torch.autograd.grad(norms, rows, grad, create_graph=True)[0], None, None
-        return _norms_backward[ctx.backend](grad.contiguous(), rows, norms, ctx.p), None, None
+            return torch.autograd.grad(norms, rows, grad.double(), create_graph=True)[0], None, None
+        return _norms_backward[ctx.backend](grad.double().contiguous(), rows, norms, ctx.p), None, None
 
 
 # ---- constraints on a model's weights --------------------------------------------------------------------

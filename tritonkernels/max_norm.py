@@ -11,7 +11,8 @@ Launches  1 for all tensors of the plan, whatever their sizes and dtypes; 1 each
           ball cuts none.)
 Tiles     [rows, elements] in registers, of four widths; a program takes the width that its tensor's rows need.
 Numerics  norms in fp64. Values are scaled by a power of two (by the largest one for other p) where sums of fp64
-          or high powers could overflow. Cap after rounding as in the reference.
+          or high powers could overflow. Cap after rounding as in the reference; but rows that are capped by a norm of
+          powers are rounded towards zero.
 """
 
 # Conditions known when a kernel is compiled stand apart from those known when it runs.
