@@ -1,4 +1,5 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter, mended so that they compute what a GPU computes."""
+"""Without a GPU, Triton kernels run in Triton's interpreter, mended so that they compute what a GPU computes; with
+FASTREG_TEST_PTX=90, as what Triton compiles them to for sm_90 (tests/proving/ptx.py)."""
 
 import os
 import random
@@ -9,7 +10,11 @@ import pytest
 import torch
 
 # Triton decides at its own import which functions are interpreted, so this stands before anything imports it.
-if find_spec("triton") is not None and not torch.cuda.is_available():
+if os.environ.get("FASTREG_TEST_PTX"):  # run what they are compiled to, in place of their source
+    from tests.proving import ptx
+
+    ptx.install(int(os.environ["FASTREG_TEST_PTX"]))
+elif find_spec("triton") is not None and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ["TRITON_INTERPRET"] == "1":
         from tests.proving import interpreter

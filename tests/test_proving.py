@@ -390,6 +390,37 @@ def test_thread_sanitizer_finds_missing_barriers():
     assert "data race" in cudahost.run_sanitized("thread", f"{cases}:sum_warps", "2")
 
 
+# ---- compiled Triton kernels -----------------------------------------------------------------------------
+
+PTX = "tests.proving.planted.ptx_cases"
+
+
+@needs_ptxas
+@needs_cudahost
+@pytest.mark.parametrize("case", ["values", "approximations", "misaligned", "assertion:0", "assertion:1"])
+def test_compiled_kernels_run(case):
+    assert cudahost.run_sanitized("", f"{PTX}:{case}") == ""
+
+
+@pytest.mark.slow
+@needs_ptxas
+@needs_sanitizers
+def test_sanitizers_see_into_compiled_kernels():
+    assert cudahost.run_sanitized("thread", f"{PTX}:values") == ""
+    assert cudahost.run_sanitized("thread", f"{PTX}:clear_marks:1") == ""
+    assert "data race" in cudahost.run_sanitized("thread", f"{PTX}:clear_marks:0")
+    assert cudahost.run_sanitized("address", f"{PTX}:out_of_bounds:1024") == ""
+    assert "heap-buffer-overflow" in cudahost.run_sanitized("address", f"{PTX}:out_of_bounds:1000")
+
+
+def test_an_instruction_that_is_not_there_is_named():
+    from tests.proving import ptx
+
+    text = ".visible .entry f(\n.param .u64 f_param_0\n)\n{\n.reg .b32 %r<2>;\nsin.approx.f32 %r1, %r1;\nret;\n}"
+    with pytest.raises(NotImplementedError, match=r"sin\.approx\.f32"):
+        ptx.translate(text)
+
+
 # ---- machine ---------------------------------------------------------------------------------------------
 
 

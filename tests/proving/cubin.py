@@ -175,16 +175,12 @@ def call_reference(reference: str, *arguments: str) -> None:
     getattr(import_module(module), name)(*first, *arguments)
 
 
-def _record_launches(references: list[str], architectures: list[int]) -> dict[str, list[dict]]:
-    """Runs in the fresh process: compiles instead of launching."""
-    import triton
+def offline_driver(arch: int) -> object:
+    """For Triton, a GPU of the given compute capability that has no memory and runs nothing."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
-    from triton.runtime import autotuner, jit
 
     class OfflineDriver(DriverBase):
-        """Stands for a GPU of the given compute capability that has no memory and runs nothing."""
-
         def __init__(self, arch):
             self.arch, self.binary_ext = arch, "cubin"
 
@@ -221,7 +217,15 @@ def _record_launches(references: list[str], architectures: list[int]) -> dict[st
         def clear_cache(self, cache):
             pass
 
-    drivers = [OfflineDriver(arch) for arch in architectures]
+    return OfflineDriver(arch)
+
+
+def _record_launches(references: list[str], architectures: list[int]) -> dict[str, list[dict]]:
+    """Runs in the fresh process: compiles instead of launching."""
+    import triton
+    from triton.runtime import autotuner, jit
+
+    drivers = [offline_driver(arch) for arch in architectures]
     found: list[Facts] = []
     old_run = jit.JITFunction.run
 

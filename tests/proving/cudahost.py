@@ -158,7 +158,7 @@ def _link(*objects: Path, options: Iterable[str] = ()) -> Path:
     return _make(library, [*_compiler(), "-shared", *map(str, objects), *options, "-ldl"])
 
 
-def _make(target: Path, command: list[str], text: str = "") -> Path:
+def _make(target: Path, command: list[str], text: str | None = None) -> Path:
     if target.exists():
         return target
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -174,14 +174,14 @@ def _compiler() -> list[str]:
 
 
 def run_sanitized(sanitizer: str, reference: str, *args: str, seed: int = 0) -> str:
-    """Runs "module:function", with string arguments, under ASan ("address") or TSan ("thread").
+    """Runs "module:function", with string arguments, under ASan ("address"), TSan ("thread") or neither ("").
 
     Returns "" if nothing was found, else the sanitizer's report or the exception's traceback. The function's
     module should not import torch where it can do without: numpy arrays serve, and start much faster.
     """
     environment = {
         **os.environ,
-        **_preload(sanitizer),
+        **(_preload(sanitizer) if sanitizer else {}),
         SANITIZE: sanitizer,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",

@@ -135,6 +135,39 @@ if triton is not None:
         a = tl.load(x + i)
         tl.store(y + i, a / tl.sum(a, 0))
 
+    @triton.jit
+    def transpose_and_sum(x, out, sums, SIZE: tl.constexpr):
+        i = tl.arange(0, SIZE)
+        a = tl.load(x + i[:, None] * SIZE + i[None, :])
+        tl.store(out + i[:, None] * SIZE + i[None, :], tl.trans(a).to(tl.bfloat16))
+        tl.store(sums + i, tl.sum(tl.exp(a), 1))
+
+    @triton.jit
+    def divide_and_exp2(x, out, SIZE: tl.constexpr):
+        i = tl.arange(0, SIZE)
+        a = tl.load(x + i)
+        tl.store(out + i, 1 / (3 * a))
+        tl.store(out + SIZE + i, tl.exp2(a))
+
+    @triton.jit
+    def take_mark(mark, out, BARRIER: tl.constexpr, SIZE: tl.constexpr):
+        taken = tl.load(mark)
+        if BARRIER:
+            tl.debug_barrier()
+        if taken != 0:
+            tl.store(mark, 0)
+            tl.store(out + tl.arange(0, SIZE), 1.0)
+
+    @triton.jit
+    def copy_claimed_aligned(address, y, BLOCK: tl.constexpr):  # which is so if the address is
+        x = tl.multiple_of(tl.load(address).to(tl.pointer_type(tl.float32)), 16)
+        i = tl.arange(0, BLOCK)
+        tl.store(y + i, tl.load(x + i))
+
+    @triton.jit(debug=True)
+    def assert_positive(x, SIZE: tl.constexpr):
+        tl.device_assert(tl.load(x + tl.arange(0, SIZE)) > 0, "not positive")
+
 
 def launch_aligned_then_odd():
     x, y = torch.empty(1 << 20), torch.empty(1 << 20)
