@@ -241,5 +241,6 @@ def drop_path_reference(x: Tensor, mask: Tensor, p: float, residual: Tensor | No
 def soft_threshold_reference(x: Tensor, tau: Tensor) -> Tensor:
     """The formula in plain PyTorch; tau broadcasts against x."""
     wide = x if x.dtype == torch.float64 else x.float()
-    tau = tau.to(wide.dtype).clamp(min=0)
+    tau = tau.to(wide.dtype)
+    tau = tau.masked_fill(tau < 0, 0)  # since torch 2.14 clamp(min=0) has no derivative at 0
     return torch.where(wide.abs() > tau, wide - tau * wide.sign(), wide * 0).to(x.dtype)
