@@ -55,7 +55,7 @@ def missing(op: str, backend: str) -> str | None:
 
 
 def _wrong_device(backend: str, device: str) -> str | None:
-    if backend == "reference" or device in _DEVICES[backend] or (backend == "triton" and interpreting()):
+    if device in _DEVICES[backend] or (backend == "triton" and interpreting()):
         return None
     hint = " (set TRITON_INTERPRET=1 to run it in Triton's interpreter)" if backend == "triton" else ""
     return f"it serves {' and '.join(_DEVICES[backend])} tensors, not {device}{hint}"
@@ -99,19 +99,22 @@ def forced() -> str | None:
     return _forced
 
 
+def _against(backend: str, op: str, device: str, refuse: Callable[..., str | None], *args: object) -> str | None:
+    """Why `backend` cannot serve this call, or None if it can."""
+    if backend == "reference":
+        return None
+    return missing(op, backend) or _wrong_device(backend, device) or refuse(backend, *args)
+
+
 def choose(op: str, device: str, refuse: Callable[..., str | None], *args: object) -> str:
     """The backend that serves this call of `op` on tensors of device type `device`.
 
     `refuse(backend, *args)` says why a backend other than `reference` cannot take these arguments, or None.
     """
     if _forced is not None:
-        backend = _forced
-        reason = missing(op, backend) or _wrong_device(backend, device)
-        if reason is None and backend != "reference":
-            reason = refuse(backend, *args)
-        if reason is not None:
-            raise RuntimeError(f"fastreg.{op}: backend {backend!r} is forced but cannot serve this call: {reason}")
-        return backend
+        if (reason := _against(_forced, op, device, refuse, *args)) is not None:
+            raise RuntimeError(f"fastreg.{op}: backend {_forced!r} is forced but cannot serve this call: {reason}")
+        return _forced
     for backend in _PREFERENCE.get(device, ()):
         if missing(op, backend) is None and refuse(backend, *args) is None:
             return backend
@@ -120,13 +123,7 @@ def choose(op: str, device: str, refuse: Callable[..., str | None], *args: objec
 
 def explain(op: str, device: str, refuse: Callable[..., str | None], *args: object) -> dict[str, str]:
     """For one call: per backend "usable" or the reason against it."""
-    out = {}
-    for backend in BACKENDS:
-        reason = missing(op, backend) or _wrong_device(backend, device)
-        if reason is None and backend != "reference":
-            reason = refuse(backend, *args)
-        out[backend] = reason or "usable"
-    return out
+    return {backend: _against(backend, op, device, refuse, *args) or "usable" for backend in BACKENDS}
 
 
 def backends() -> dict[str, dict[str, str]]:
