@@ -156,10 +156,12 @@ def cross_entropy(
             that was saved, and so does a second backward; both are right, and the host never waits to see.
             On a GPU some rows are read a second time after all, right after the first, so from its cache as far as
             that holds them. In Triton: rows of more than 16,384 classes, or of 1,024 strided ones (fp32: 2,048); half
-            of that with terms of every class. In CUDA, on an H100 or H200: what of a row lies beyond 115,000 classes
-            in 16 bits (fp32: 57,000; half of that with terms of every class), or beyond 1,600 strided ones (800); and
-            few rows, which are dealt out to several multiprocessors each: up to as many as there are of those, if they
-            have more than 4,096 classes in 16 bits (fp32: 2,048), or 32 times as many of more than 64 strided ones.
+            of that with terms of every class. In CUDA, on an H100 or H200: what of a row lies beyond 920,000 classes
+            in 16 bits (fp32: 460,000; half of that with terms of every class), or beyond 13,000 strided ones (6,500).
+            On GPUs without thread block clusters, an A100 for one: what lies beyond 82,000 classes (41,000), or 1,100
+            strided ones (580); and few rows, which are dealt out to several multiprocessors each: up to as many as
+            there are of those, if they have more than 4,096 classes in 16 bits (fp32: 2,048), or 32 times as many of
+            more than 64 strided ones.
             fp16 input is treated as without it: a gradient scaler's factor must come before the rounding.
             "in_place" lets the gradient take the place of the logits, which are then spoilt: for logits that nobody
             else needs, not a leaf, and for one backward. Where the gradient is not made in the forward, they stay.

@@ -11,6 +11,7 @@ from tests.proving import cudahost
 
 MULTIPROCESSORS = 4  # of the imagined GPU: few, so that small tests have grids that loop, and rows that are split
 SHARED_BYTES = 40 << 10  # of a block: little, so that not only short rows wait there and long ones do not
+CAPABILITY = 90  # below, blocks cannot share a row
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
@@ -90,6 +91,7 @@ def _call(
         **_strides("other_", other_target, False), share=share, **_strides("share_", share, False), **dict(vectors),
         ignore_index=ignore_index, reduction=reduction, smoothing=label_smoothing, gamma=gamma,
         alpha_scale=alpha_scale, scale=scale, z_loss=z_loss, multiprocessors=MULTIPROCESSORS, shared_bytes=SHARED_BYTES,
+        capability=CAPABILITY,
     )  # fmt: skip
 
 

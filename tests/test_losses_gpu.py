@@ -901,6 +901,28 @@ def compile_dense_odd(classes="1001"):
             run("triton", x, target_for(name, x, target), **DENSE[name](x.shape[1]))
 
 
+def compile_short_rows():
+    """Of two classes, which many rows of a program have; what is known of each row takes registers."""
+    x, target = torch.empty(2_000_000, 2, dtype=torch.bfloat16), torch.zeros(2_000_000, dtype=torch.int64)
+    for name in ("plain", "all-smooth", "pair-all", "smooth-focal-all"):
+        run("triton", x, target_for(name, x, target), **BUDGET_OPTIONS[name](2))
+
+
+def compile_one_long_row():
+    """Which 245 programs share, whose parts are merged."""
+    x, target = torch.empty(1, 1_000_000, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
+    for name in ("plain", "all-smooth", "smooth-focal"):
+        run("triton", x, target, **BUDGET_OPTIONS[name](x.shape[1]))
+
+
+@needs_ptxas
+@pytest.mark.parametrize("calls", ["compile_short_rows", "compile_one_long_row"])
+@pytest.mark.slow
+def test_the_shortest_and_the_longest_rows_do_not_spill(calls):
+    (launches,) = cubin.launch_facts(f"tests.test_losses_gpu:{calls}").values()
+    assert launches and all(facts.spills == 0 for facts in launches), [f for f in launches if f.spills]
+
+
 def compile_pairs():
     target = torch.zeros(4096, dtype=torch.int64)
     for name in ("pair", "pair-all", "pair-smooth"):
@@ -1012,6 +1034,73 @@ def test_cuda_has_no_spills_and_wide_accesses():
             assert facts.stores.get(128, 0) >= (3 if "(Mode)2" in facts.kernel else 5), facts
 
 
+FEW = {("all-smooth", 90), ("smooth-focal-all", 90), ("pair-all", 80)}
+
+
+@needs_cudahost
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        pytest.param(name, capability, marks=() if (name, capability) in FEW else pytest.mark.slow)
+        for name in ("plain", "all-smooth", "pair-all", "smooth-focal-all", "probabilities-all")
+        for capability in (80, 90)
+    ],
+)
+def test_cuda_walks_long_rows_again_with_and_without_clusters(name, capability, monkeypatch):
+    """Few rows and many for four multiprocessors, contiguous and strided; rows that a cluster holds in half or in all
+    of its shared memory, or does not hold."""
+    monkeypatch.setattr(losses_cudahost, "CAPABILITY", capability)
+    shapes = [((1, 9001), torch.bfloat16), ((3, 30000), torch.float32), ((6, 9001), torch.float32)]
+    shapes += [((5, 45000), torch.float32), ((1, 2000, 9), torch.bfloat16), ((9, 500, 33), torch.float32)]
+    shapes += [((2, 5000, 5), torch.float32), ((7, 2100), torch.float64)]
+    if name == "plain":
+        shapes += [((5, 90000), torch.float32), ((2, 170000), torch.bfloat16)]
+    for shape, dtype in shapes:
+        x, target = inputs(shape, dtype)
+        target, options = target_for(name, x, target), BUDGET_OPTIONS[name](shape[1])
+        options.pop("ignore_index", None)
+        apart = run("host", x, target, **options)
+        for grad in (x, torch.empty_like(x)):
+            y = x.clone() if grad is x else x
+            got = run_extra("host", y, target, y if grad is x else grad, **options)
+            wide = 64 * torch.finfo(got.lse.dtype).eps
+            torch.testing.assert_close(got.loss, apart.loss, rtol=torch.finfo(dtype).eps + wide, atol=wide)
+            largest = apart.grad.abs().max().item()
+            torch.testing.assert_close(got.grad, apart.grad, rtol=2 * torch.finfo(dtype).eps, atol=wide * largest)
+            torch.testing.assert_close(got.lse, apart.lse, rtol=wide, atol=wide)
+            assert torch.equal(got.argmax, x.argmax(1))
+        exact = expect(x.double(), target, **options).grad.to(dtype)
+        torch.testing.assert_close(got.grad, exact, rtol=max(2 * torch.finfo(dtype).eps, 1e-4), atol=1e-7)
+
+
+@needs_cudahost
+@pytest.mark.parametrize(("name", "apart"), [("plain", 3), ("smooth-focal", 5)])
+def test_cuda_runs_a_row_that_a_cluster_shares_in_one_launch(name, apart, monkeypatch):
+    from tests.proving.traffic import traffic
+
+    x, target = inputs((1, 30000), torch.bfloat16)
+    options = BUDGET_OPTIONS[name](30000) | dict(reduction="sum")
+    for capability, launches in ((90, 1), (80, apart)):
+        monkeypatch.setattr(losses_cudahost, "CAPABILITY", capability)
+        with traffic() as log:
+            run_extra("host", x, target, torch.empty_like(x), **options)
+        assert len(log) == launches, log.kernels
+
+
+@needs_cudahost
+def test_cuda_counts_many_rows_and_classes_in_two_stages(monkeypatch):
+    """What the mean of a gradient in the forward divides by, and the sum of all classes' weights."""
+    monkeypatch.setattr(losses_cudahost, "MULTIPROCESSORS", 8)
+    x, target = inputs((9000, 3))
+    target[::7] = -100
+    for options in ({}, dict(weight=torch.rand(3) + 0.1)):
+        grad = run_extra("host", x, target, torch.empty_like(x), **options).grad
+        torch.testing.assert_close(grad, expect(x.double(), target, **options).grad.float(), rtol=1e-5, atol=1e-10)
+    for classes in (4096, 5000):
+        x, target = inputs((3, classes))
+        check("cuda", x, target, label_smoothing=0.3, weight=vectors(classes)["weight"])
+
+
 @needs_cudahost
 @pytest.mark.parametrize("kilobytes", [99, 163, 227])
 def test_cuda_asks_for_the_shared_memory_that_rows_take(kilobytes, monkeypatch):
@@ -1019,7 +1108,9 @@ def test_cuda_asks_for_the_shared_memory_that_rows_take(kilobytes, monkeypatch):
     monkeypatch.setenv("CUDAHOST_SHARED_BYTES", str(kilobytes << 10))
     monkeypatch.setattr(losses_cudahost, "SHARED_BYTES", kilobytes << 10)
     monkeypatch.setattr(losses_cudahost, "MULTIPROCESSORS", 1)  # two rows fill it, and are not split
-    for classes in (12_100, kilobytes * 128 - 600, kilobytes * 256 - 600, kilobytes * 256 + 600):
+    sizes = (12_100, kilobytes * 128 - 600, kilobytes * 256 - 600, kilobytes * 256 + 600)
+    for classes, capability in (*((classes, 80) for classes in sizes), (kilobytes * 2048 - 8000, 90)):
+        monkeypatch.setattr(losses_cudahost, "CAPABILITY", capability)
         x, target = inputs((2, classes))
         for options in ({"gamma": 2.0}, {"gamma": 2.0, "label_smoothing": 0.1}):
             got, exact = (
@@ -1034,7 +1125,10 @@ def test_cuda_asks_for_the_shared_memory_that_rows_take(kilobytes, monkeypatch):
 
 def cuda_calls():
     """What the sanitizers watch: every kernel of the file, each with a rest."""
-    for shape in ((37, 10), (6, 1001), (2, 9001), (3, 30, 40)):
+    losses_cudahost.CAPABILITY = 90
+    for shape in ((37, 10), (6, 1001), (2, 9001), (3, 30, 40), (1, 500, 9), (2, 4999)):
+        if shape[1] == 4999:
+            losses_cudahost.CAPABILITY = 80
         for options in (dict(ignore_index=0), dict(**vectors(shape[1]), label_smoothing=0.1)):
             x, target = inputs(shape, torch.bfloat16)
             run("host", x.clone(), target, **options)
@@ -1051,15 +1145,19 @@ def cuda_calls():
 
 
 @needs_cudahost
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", ["plain", "all", "pair", "smooth-focal", "probabilities"])
-def test_cuda_bytes(name):
-    """Rows for which shared memory has room are read once, with the gradient in the forward or every class's share in
-    the loss; of longer ones what has no room is read a second time, or a third. Each lane looks at the targets' logits
-    besides."""
+def test_cuda_bytes(name, capability, monkeypatch):
+    """Rows for which the shared memory of a block, or of a cluster, has room are read once, with the gradient in the
+    forward or every class's share in the loss; of longer ones what has no room is read a second time, or a third. Each
+    lane looks at the targets' logits besides."""
     from tests.proving.traffic import traffic
 
+    monkeypatch.setattr(losses_cudahost, "CAPABILITY", capability)
     every = name in ("smooth-focal", "probabilities")
     shapes = [((9, 1000), torch.float32), ((5, 33), torch.bfloat16), ((9, 4501), torch.bfloat16)]
+    if capability == 90:
+        shapes += [((2, 9001), torch.bfloat16), ((1, 60001), torch.bfloat16), ((1, 700, 9), torch.float32)]
     shapes += [((9, 60, 33), torch.float32), ((9, 500, 30), torch.bfloat16)]  # strided classes
     for shape, dtype in (*shapes, ((9, 15001), torch.bfloat16), ((9, 30000), torch.bfloat16)):
         x, target = inputs(shape, dtype)
@@ -1069,11 +1167,14 @@ def test_cuda_bytes(name):
         for y in () if name == "probabilities" else target[:2] if isinstance(target, tuple) else (target,):
             other.scatter_(1, y.unsqueeze(1), False)
         half = (losses_cudahost.SHARED_BYTES // 2 - (8192 if len(shape) == 3 else 2048)) // dtype.itemsize
+        room = 8 * (half // 32 if len(shape) == 3 else half - 32)  # of a cluster
         half = half // 32 // 64 * 64 if len(shape) == 3 else half - 16
         whole = half if every or len(shape) == 3 else (losses_cudahost.SHARED_BYTES - 2048) // dtype.itemsize - 16
         grad = torch.empty_like(x)
         with traffic() as log:
             run_extra("host", x, target, grad, **options)
+        if capability == 90 and shape[1] <= room:
+            half = whole = shape[1]
         held = shape[1] if shape[1] <= whole else whole - 16  # of each row, wherever it begins
         assert (log.reads(x)[:, :held][other[:, :held]] == 1).all() and (log.writes(grad) == 1).all()
         assert (log.reads(x)[:, held + 32 :][other[:, held + 32 :]] == 2 + every).all()

@@ -306,6 +306,24 @@ def test_cudahost_lets_each_block_start_with_nan_in_shared_memory():
 
 
 @needs_cudahost
+@pytest.mark.parametrize("blocks", ["1", "2", "8"])
+def test_cudahost_runs_clusters(blocks):
+    with traffic():
+        cuda_cases.cluster_sum("0", blocks=blocks)
+
+
+@needs_cudahost
+def test_cudahost_finds_what_is_wrong_with_clusters():
+    with traffic(), pytest.raises(RuntimeError, match=r"race: block number 3 stores to element 1 .*, which .* 0 read"):
+        cuda_cases.cluster_sum("1", blocks="2")
+    for bug in ("2", "3"):
+        with pytest.raises(RuntimeError, match="deadlock in block"):
+            cuda_cases.cluster_sum(bug)
+    with pytest.raises(RuntimeError, match="a cluster has 1 to 8 blocks"):
+        cuda_cases.cluster_sum(blocks="9")
+
+
+@needs_cudahost
 def test_cudahost_checks_what_is_passed_for_pointers():
     rowsum = cuda_cases.kernels().rowsum
     x, out = np.zeros((2, 8), np.float32), np.zeros(2, np.float32)
@@ -386,6 +404,8 @@ def test_thread_sanitizer_finds_missing_barriers():
     assert cudahost.run_sanitized("thread", f"{cases}:rowsum", "0") == ""
     assert "data race" in cudahost.run_sanitized("thread", f"{cases}:rowsum", "1")
     assert cudahost.run_sanitized("thread", f"{cases}:sum_warps", "0") == ""
+    assert cudahost.run_sanitized("thread", f"{cases}:cluster_sum", "0") == ""
+    assert "data race" in cudahost.run_sanitized("thread", f"{cases}:cluster_sum", "1")
     assert "data race" in cudahost.run_sanitized("thread", f"{cases}:sum_warps", "1")
     assert "data race" in cudahost.run_sanitized("thread", f"{cases}:sum_warps", "2")
 

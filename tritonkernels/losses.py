@@ -1197,7 +1197,8 @@ def _tile(
         rows *= 2
     if total * width * itemsize <= limit and outer == 1:
         rows = _power_of_2(max(1, inner))  # one program does it all, and no second launch is needed
-    warps = min(16, max(1, rows * width * itemsize // (1024 if half else 2048)))
+    # four rows per thread at most: what is known of each is a dozen numbers
+    warps = min(16, max(1, rows * width * itemsize // (1024 if half else 2048), rows // 128))
     odd = layout.unit * itemsize < 16
     return _Tile(rows, width, True, warps, 1, registers=min(registers, 2048 // warps) if odd else None)
 
@@ -1389,7 +1390,8 @@ def cross_entropy_forward_extra(
     tile = call.tile(16384, thin=thin, half=half, whole=whole)
     split = tile.splits > 1
     later = call.dense and not tile.whole  # the losses come from _dense
-    merge_rows = 16
+    splits = max(tile.splits, call.tile(8192).splits if later else 1)
+    merge_rows = 2048 // max(128, _power_of_2(splits))  # 16 numbers per thread, of each kind
     programs = call.blocks(merge_rows if split or later else tile.rows)
     alone = programs == 1
     partial = None if alone or reduction == 0 else call.empty(2, programs)

@@ -5,16 +5,19 @@
 // every class has a share of its own (probabilities, smoothing with gamma) are walked twice in the forward,
 // and the gradient in the forward walks a row once more. Rows wait for that in shared memory: in half of a
 // multiprocessor's, so that another block has the other half (on sm_90 some 110 KB: 57,000 contiguous classes
-// of bf16, or 1,600 strided ones); a longer row whose gradient is made at once in all of it. What of a row
-// finds no room there is read again by the same threads at once, so from L2: it is the rest of a row for each
-// multiprocessor that must stay there. Few and long rows, which are split over blocks, are read again as a
-// whole, and so are probabilities where the gradient is made at once. Beside them only vectors with one
-// element per row or per class. Ignored rows are not read.
+// of bf16, or 1,600 strided ones). Longer rows, and rows too few for the GPU, are shared by a cluster of two
+// to eight blocks, which tell each other their parts through L2: 460,000 classes of bf16, or 13,000 strided
+// ones; and 920,000 if their gradient is made at once, by eight blocks that have all of a multiprocessor
+// each. On GPUs without clusters such a row is walked by one block with all of that memory, and few and long
+// rows are split over blocks and read again as a whole, as are probabilities everywhere where the gradient is
+// made at once. What of a row finds no room in shared memory is read again by the same threads at once, so
+// from L2, which has to hold it for all multiprocessors. Few rows that are too long for a cluster are split
+// too. Beside the logits only vectors with one element per row or per class. Ignored rows are not read.
 //
 // Launches: forward, one if one block can do everything, else the rows and then the sum of the blocks'
-// losses. Rows split over blocks add a merge, and where every class has a share two launches more for those;
-// smoothing with class weights adds one for their sum, the gradient of a mean in the forward one for what
-// it divides by. Backward, one.
+// losses. Rows split over blocks add a merge, and where every class has a share two launches more for those.
+// Smoothing with class weights adds one for their sum, the gradient of a mean in the forward one for what it
+// divides by; each of these one more where there are more than 4,096 classes, or 8,192 rows. Backward, one.
 //
 // Rows of contiguous classes are walked by 1 to 32 lanes, or by a block if they are long; few and long rows
 // by several blocks each. Rows of strided classes, such as (N, C, H*W), lie along a warp: one thread each,
@@ -52,8 +55,8 @@ constexpr int dense_in_flight = 2;
 constexpr int class_lanes = 8;     // warps that share the classes of 32 rows, where classes are strided
 constexpr int most_threads = 512;  // of a block whose row takes all of a multiprocessor's shared memory
 constexpr int blocks_per_processor = 16;
-constexpr int count_blocks = 32;
-constexpr int slot = 24;  // bytes that hold what threads merge: a Partial, Best or Sums of any type
+constexpr int most_counts = 32;  // that a thread adds up by itself
+constexpr int slot = 24;         // bytes that hold what threads merge: a Partial, Best or Sums of any type
 
 // What a kernel is compiled for. plain: z is x, one target, no smoothing, and the loss is all that is asked
 // for. dense: every class has a share of its own.
@@ -600,9 +603,9 @@ __device__ void write_gradient(const Problem<A>& p, const Row<T, MODE>& row, con
 
 // ---- forward --------------------------------------------------------------------------------------------
 
-// What a launch makes of its rows: all of it; the partials of their splits; or, of rows whose log-sum-exp is
-// known, the sums of their splits.
-enum class Stage { whole, parts, sums };
+// What a launch makes of its rows: all of it, a block or the blocks of a cluster; the partials of their
+// splits; or, of rows whose log-sum-exp is known, the sums of their splits.
+enum class Stage { whole, cluster, parts, sums };
 
 template <class A>
 struct Results {
@@ -612,9 +615,10 @@ struct Results {
   A* losses;        // per row, or null
   int64_t* argmax;  // per row, or null
   A* block_sums;    // (losses, weights) per block
-  const A* counts;  // of count_blocks blocks: what the gradient of a mean in the forward is divided by
-  A* parts;         // (high, sum, linear) per split and row
-  A* best_x;        // per split and row
+  const A* counts;  // their sum is what the gradient of a mean in the forward is divided by
+  int64_t count_parts;
+  A* parts;   // (high, sum, linear) per split and row
+  A* best_x;  // per split and row
   int64_t* best_c;
   A* sums;           // (loss, slope) per split and row
   A* target_logits;  // (z_y, z_other) per row, or null
@@ -694,18 +698,39 @@ __device__ void leave_row_sums(const Problem<A>& p, const Results<A>& out, int64
   at[0] = sums.loss, at[1] = sums.slope;
 }
 
+// What the blocks of a cluster have left, through L2.
+template <class A>
+__device__ void merge_parts(const Problem<A>& p, const Results<A>& out, int64_t r, Partial<A>& part,
+                            Best<A>& best) {
+  wait_for_cluster();
+  part = nothing<A>();
+  for (int64_t at = r; r < p.rows && at < gridDim.y * p.rows; at += p.rows) {
+    part = merge(part, Partial<A>{out.parts[3 * at], out.parts[3 * at + 1], out.parts[3 * at + 2]});
+    if (out.argmax) best.take(out.best_x[at], out.best_c[at]);
+  }
+}
+
+template <class A>
+__device__ Sums<A> merge_row_sums(const Problem<A>& p, const Results<A>& out, int64_t r) {
+  wait_for_cluster();
+  Sums<A> sums;
+  for (int64_t at = r; r < p.rows && at < gridDim.y * p.rows; at += p.rows)
+    sums = merge(sums, Sums<A>{out.sums[2 * at], out.sums[2 * at + 1]});
+  return sums;
+}
+
 // The gradient of each row's loss, where it is made in the forward.
 template <class A>
 __device__ A incoming_gradient(const Problem<A>& p, const Results<A>& out) {
   A weights = p.target_bytes == 0 ? A(p.rows) : A(0);
   if (p.reduction == reduction_mean && p.target_bytes != 0)
-    for (int b = 0; b < count_blocks; ++b) weights += out.counts[b];
+    for (int64_t b = 0; b < out.count_parts; ++b) weights += out.counts[b];
   return 1 / divisor_of(p, weights);
 }
 
 // Rows of contiguous classes: `lanes` threads each. STRIDED: 32 neighbouring rows per block, their classes
-// dealt out to its `lanes` warps. HOLD: rows, none of them split, are walked again; their first `hold`
-// classes wait for that in dynamic shared memory, the others are in L2.
+// dealt out to its `lanes` warps. HOLD: rows are walked again; the first `hold` classes of a block wait for
+// that in dynamic shared memory, the others are in L2. blockIdx.y: which of the splits, or of a cluster.
 template <class T, Mode MODE, bool STRIDED, bool HOLD, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(sizeof(T) == 8 || MODE == dense ? 256 : most_threads, 1)
     forward_rows(Problem<A> p, Logits<const T> x, Logits<T> grad, Results<A> out, int lanes, int64_t split,
@@ -722,6 +747,7 @@ __global__ void __launch_bounds__(sizeof(T) == 8 || MODE == dense ? 256 : most_t
   };
   const int64_t begin = blockIdx.y * split, end = begin + split < p.classes ? begin + split : p.classes;
   const bool want_argmax = MODE != plain && out.argmax && out.stage != Stage::sums;
+  const bool cluster = HOLD && out.stage == Stage::cluster;
   A losses = 0, weights = 0, incoming = 0;
   if (MODE != plain && grad.data) incoming = incoming_gradient(p, out);
   for (int64_t first = int64_t(blockIdx.x) * groups; first < p.rows; first += int64_t(gridDim.x) * groups) {
@@ -732,11 +758,11 @@ __global__ void __launch_bounds__(sizeof(T) == 8 || MODE == dense ? 256 : most_t
     T* held = nullptr;
     int64_t seam = end;
     if constexpr (HOLD) {
-      if (hold < end) seam = STRIDED ? hold : hold - past_vector(from + hold);
+      if (hold < end - begin) seam = begin + (STRIDED ? hold : hold - past_vector(from + begin + hold));
       if constexpr (STRIDED) {
-        held = reinterpret_cast<T*>(memory) + threadIdx.x;
+        held = reinterpret_cast<T*>(memory) + threadIdx.x - begin * 32;
       } else {
-        held = place_of(memory, from, group, hold);
+        held = place_of(memory, from + begin, group, hold) - begin;
         wait_for_group(lanes);
       }
     }
@@ -753,12 +779,11 @@ __global__ void __launch_bounds__(sizeof(T) == 8 || MODE == dense ? 256 : most_t
       }
       part = merged(part);
       if (want_argmax) best = merged(best);
-      if (out.stage == Stage::parts) {
-        if (mine) leave_part(p, out, r, part, best);
-        continue;
-      }
+      if (mine && (cluster || out.stage == Stage::parts)) leave_part(p, out, r, part, best);
+      if (out.stage == Stage::parts) continue;
+      if (cluster) merge_parts(p, out, r, part, best);
       softmax = {part.high, log(part.sum)};
-      if (mine) leave_softmax(p, row, out, r, softmax, best);
+      if (mine && blockIdx.y == 0) leave_softmax(p, row, out, r, softmax, best);
     } else if (r < p.rows) {
       softmax = {out.lse[r], out.lse[p.rows + r]};
     }
@@ -769,12 +794,11 @@ __global__ void __launch_bounds__(sizeof(T) == 8 || MODE == dense ? 256 : most_t
         sum_classes(sums, p, row, softmax, again, begin, seam, lane, lanes);
       }
       sums = merged(sums);
-      if (out.stage == Stage::sums) {
-        if (mine) leave_row_sums(p, out, r, sums);
-        continue;
-      }
+      if (mine && (cluster || out.stage == Stage::sums)) leave_row_sums(p, out, r, sums);
+      if (out.stage == Stage::sums) continue;
+      if (cluster) sums = merge_row_sums(p, out, r);
     }
-    if (mine) finish_row(p, row, out, r, softmax, part.linear, sums, losses, weights);
+    if (mine && blockIdx.y == 0) finish_row(p, row, out, r, softmax, part.linear, sums, losses, weights);
     if constexpr (MODE != plain)
       if (grad.data) {
         __syncwarp();  // x may be written now: every lane has read its target's logit
@@ -786,7 +810,7 @@ __global__ void __launch_bounds__(sizeof(T) == 8 || MODE == dense ? 256 : most_t
         write_gradient(p, row, slope, again, to, grad.stride_c, begin, seam, lane, lanes);
       }
   }
-  if (out.stage == Stage::whole) leave_sums<T>(p, out, losses, weights);
+  if (out.stage <= Stage::cluster && blockIdx.y == 0) leave_sums<T>(p, out, losses, weights);
 }
 
 // Merges rows that several blocks walked, a warp per row: their partials, or their sums.
@@ -853,12 +877,13 @@ __global__ void __launch_bounds__(256) count_rows(Problem<A> p, Logits<const T> 
   if (threadIdx.x == 0) counts[blockIdx.x] = weights;
 }
 
-// weight·alpha of every class, and the sum.
+// weight·alpha of every class, and each block's sum.
 template <class A>
-__global__ void __launch_bounds__(1024) combine_factors(Problem<A> p, A* factors, A* total) {
+__global__ void __launch_bounds__(1024) combine_factors(Problem<A> p, A* factors, A* sums) {
   __shared__ A shared[32];
   A sum = 0;
-  for (int64_t c = threadIdx.x; c < p.classes; c += blockDim.x) {
+  for (int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; c < p.classes;
+       c += int64_t(gridDim.x) * blockDim.x) {
     A factor = p.alpha_scale;
     if (p.weight) factor *= p.weight[c];
     if (p.alpha) factor *= p.alpha[c];
@@ -866,7 +891,16 @@ __global__ void __launch_bounds__(1024) combine_factors(Problem<A> p, A* factors
     sum += factor;
   }
   sum = sum_block(sum, shared);
-  if (threadIdx.x == 0) *total = sum;
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+template <class A>
+__global__ void __launch_bounds__(1024) add_up(const A* parts, int64_t count, A* sum) {
+  __shared__ A shared[32];
+  A own = 0;
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) own += parts[i];
+  own = sum_block(own, shared);
+  if (threadIdx.x == 0) *sum = own;
 }
 
 // ---- backward -------------------------------------------------------------------------------------------
@@ -946,13 +980,16 @@ __global__ void __launch_bounds__(256) scale_elements(T* data, const A* factor, 
 struct Plan {
   bool contiguous;  // the classes
   int lanes, threads;
-  int64_t blocks, split, splits;
+  int64_t blocks, split, splits;  // `splits` blocks have `split` classes of a row each; they are a cluster,
+  bool cluster;                   // or leave their parts to the next launch
 };
+
+int64_t at_most(int64_t count, int64_t most) { return count < most ? count : most; }
 
 // A lane gets four vectors, what it has in flight at once, or more; a row too long for 32 such lanes gets a
 // block, and splits where rows are too few for two blocks on every multiprocessor.
 Plan plan(int64_t rows, int64_t classes, int64_t stride_c, int itemsize, int multiprocessors) {
-  Plan plan = {stride_c == 1 || classes == 1, 1, 128, 0, classes, 1};
+  Plan plan = {stride_c == 1 || classes == 1, 1, 128, 0, classes, 1, false};
   const int64_t per_lane = in_flight * 16 / itemsize;
   if (plan.contiguous) {
     while (plan.lanes < 32 && plan.lanes * per_lane < classes) plan.lanes *= 2;
@@ -966,11 +1003,10 @@ Plan plan(int64_t rows, int64_t classes, int64_t stride_c, int itemsize, int mul
   const int64_t pieces = ceil_div(classes, piece),
                 wanted = 2 * multiprocessors / (plan.blocks > 0 ? plan.blocks : 1);
   if (rows > 0 && (!plan.contiguous || plan.lanes > 32) && wanted > 1 && pieces > 1) {
-    plan.split = ceil_div(pieces, wanted < pieces ? wanted : pieces) * piece;
+    plan.split = ceil_div(pieces, at_most(wanted, pieces)) * piece;
     plan.splits = ceil_div(classes, plan.split);
   }
-  const int64_t most = int64_t(multiprocessors) * blocks_per_processor;
-  if (plan.blocks > most) plan.blocks = most;
+  plan.blocks = at_most(plan.blocks, int64_t(multiprocessors) * blocks_per_processor);
   if (plan.blocks < 1) plan.blocks = 1;
   return plan;
 }
@@ -1004,7 +1040,8 @@ struct Prepared {
   Logits<T> grad;
   Results<A> out;
   Incoming<A> in;
-  A *factors, *total, *counts;
+  A *factors, *factor_sums, *counts;
+  int64_t factor_blocks, count_blocks;
   int64_t used, shared_bytes;
 
   explicit Prepared(const CrossEntropyCall& call) {
@@ -1017,16 +1054,18 @@ struct Prepared {
     mode = every_class ? dense : bare && alone ? plain : general;
     shape = plan(rows, call.classes, call.stride_c, sizeof(T), int(call.multiprocessors));
     shared_bytes = call.shared_bytes;
-    const bool at_once = forward && call.grad_input && call.grad_stride_c == 1 && shape.splits == 1;
-    if (mode == general && at_once && shape.contiguous && shape.lanes > 32 && sizeof(T) < 8 &&
-        held_bytes<T>(call.classes) > shared_bytes / 2 - 2048)
-      shape.lanes = shape.threads = most_threads;
+    grad = {static_cast<T*>(call.grad_input), call.grad_stride_n, call.grad_stride_c, call.grad_stride_d};
+    p.classes = call.classes;
+    if (forward && (mode == dense || (call.grad_input && alike())))
+      make_room(rows, call.multiprocessors, int(call.capability));
     Workspace space(call.workspace);
     factors = space.take<A>((smooth || every_class) && vectors, call.classes);
-    total = space.take<A>(factors, 1);
+    factor_blocks = call.classes <= 4096 ? 1 : at_most(ceil_div(call.classes, 1024), call.multiprocessors);
+    factor_sums = space.take<A>(factors, factor_blocks + 1);
+    count_blocks = at_most(ceil_div(rows, 256), 8 * call.multiprocessors);
     counts = space.take<A>(forward && call.grad_input && !probabilities && call.reduction == reduction_mean,
-                           count_blocks);
-    const bool split = shape.splits > 1;
+                           count_blocks + 1);
+    const bool shared = shape.splits > 1, split = shared && !shape.cluster;
     const int64_t parts = shape.splits * rows;
     p = {rows,
          call.d,
@@ -1050,7 +1089,7 @@ struct Prepared {
          static_cast<const A*>(call.adjustment),
          static_cast<const A*>(call.margin),
          factors,
-         total,
+         sum_of(factor_sums, factor_blocks, 1),
          nullptr,
          A(call.smoothing),
          A(call.smoothing / double(call.classes)),
@@ -1061,7 +1100,6 @@ struct Prepared {
          int(call.reduction),
          call.zero_if_empty != 0};
     x = {static_cast<const T*>(call.input), call.stride_n, call.stride_c, call.stride_d};
-    grad = {static_cast<T*>(call.grad_input), call.grad_stride_n, call.grad_stride_c, call.grad_stride_d};
     out = {call.loss,
            call.wide != 0,
            static_cast<A*>(call.lse),
@@ -1069,34 +1107,66 @@ struct Prepared {
            static_cast<A*>(call.losses),
            static_cast<int64_t*>(call.argmax),
            space.take<A>(forward, 2 * shape.blocks),
-           counts,
-           space.take<A>(forward && split, 3 * parts),
-           space.take<A>(forward && split && call.argmax, parts),
-           space.take<int64_t>(forward && split && call.argmax, parts),
-           space.take<A>(forward && split && mode == dense, 2 * parts),
+           sum_of(counts, count_blocks, most_counts),
+           count_blocks > most_counts ? 1 : count_blocks,
+           space.take<A>(forward && shared, 3 * parts),
+           space.take<A>(forward && shared && call.argmax, parts),
+           space.take<int64_t>(forward && shared && call.argmax, parts),
+           space.take<A>(forward && shared && mode == dense, 2 * parts),
            space.take<A>(forward && split && call.grad_input && mode != dense, 2 * rows),
-           split ? Stage::parts : Stage::whole};
+           split    ? Stage::parts
+           : shared ? Stage::cluster
+                    : Stage::whole};
     in = {call.grad_loss,          call.wide != 0, call.grad_loss_stride_n,
           call.grad_loss_stride_d, out.lse,        out.denominator};
     used = space.used;
   }
 
+  // Where add_up leaves the sum of so many parts, if they are too many to be added up by those who read them.
+  static A* sum_of(A* parts, int64_t count, int64_t most) {
+    return parts && count > most ? parts + count : parts;
+  }
+
   // Whether rows of the gradient are walked like those of the logits.
   bool alike() const { return (grad.stride_c == 1 || p.classes == 1) == shape.contiguous; }
 
-  // How many classes of a row that is walked again can wait in shared memory. Two blocks share that of a
-  // multiprocessor; a row for which that is too little and of which the gradient is made at once has it all.
+  // How many classes of a row, or of a block's share of it, can wait in shared memory to be walked again. Two
+  // blocks share that of a multiprocessor, unless they are large.
   int64_t hold() const {
-    if (shape.splits > 1) return 0;
+    if (shape.splits > 1 && !shape.cluster) return 0;
     const int64_t most =
         shape.threads > 256 ? shared_bytes - 2048 : shared_bytes / 2 - (shape.contiguous ? 2048 : 8192);
     if (most <= 0) return 0;
     if (!shape.contiguous) {
       const int64_t step = strided_in_flight * class_lanes, fit = most / (32 * int64_t(sizeof(T)));
-      return fit >= p.classes ? p.classes : fit / step * step;
+      return fit >= shape.split ? shape.split : fit / step * step;
     }
-    if (shape.threads / shape.lanes * held_bytes<T>(p.classes) <= most) return p.classes;
+    if (shape.threads / shape.lanes * held_bytes<T>(shape.split) <= most) return shape.split;
     return shape.threads == shape.lanes ? most / int64_t(sizeof(T)) - 2 * Vector<T>::size : 0;
+  }
+
+  // Long rows that are walked again, of which a block cannot hold one, or which are too few for the GPU:
+  // clusters of as few blocks as hold a row, and as give every multiprocessor one. What the largest cluster
+  // cannot hold of a row is read again; but few rows of that kind are rather split over the whole GPU.
+  void make_room(int64_t rows, int64_t multiprocessors, int capability) {
+    auto fits = [&] { return hold() == shape.split; };
+    const bool is_long =
+        shape.contiguous ? shape.lanes > 32 : p.classes > strided_in_flight * int64_t(class_lanes);
+    if (!is_long || fits()) return;
+    const Plan before = shape;
+    if (has_clusters(capability)) {
+      const int64_t unit = shape.contiguous ? Vector<T>::size : 1;
+      const int64_t blocks = shape.contiguous ? rows : ceil_div(rows, 32);
+      shape.cluster = true;
+      for (shape.splits = 2;; shape.splits *= 2) {
+        shape.split = ceil_div(ceil_div(p.classes, shape.splits), unit) * unit;
+        if (shape.splits == most_blocks_of_cluster) break;
+        if (fits() && blocks * shape.splits > multiprocessors) break;
+      }
+    }
+    if (!fits() && mode == general && shape.contiguous && sizeof(T) < 8)
+      shape.lanes = shape.threads = most_threads;
+    if (!fits() && (before.splits > 1 || hold() == 0)) shape = before;
   }
 
   // The shared memory for that.
@@ -1108,23 +1178,43 @@ struct Prepared {
 
 template <class T, class A>
 void prepare_factors(const Prepared<T, A>& c, cudaStream_t stream) {
-  if (c.factors) LAUNCH(combine_factors<A>, dim3(1), dim3(1024), 0, stream, c.p, c.factors, c.total);
+  if (!c.factors) return;
+  LAUNCH(combine_factors<A>, dim3(unsigned(c.factor_blocks)), dim3(1024), 0, stream, c.p, c.factors,
+         c.factor_sums);
+  if (c.factor_blocks > 1 && c.mode != dense)
+    LAUNCH(add_up<A>, dim3(1), dim3(1024), 0, stream, c.factor_sums, c.factor_blocks,
+           c.factor_sums + c.factor_blocks);
+}
+
+// What the rows count in a mean, if the gradient is to be divided by it.
+template <class T, class A>
+void prepare_counts(const Prepared<T, A>& c, cudaStream_t stream) {
+  if (!c.counts || c.p.rows == 0) return;
+  auto* count = count_rows<T>;
+  LAUNCH(count, dim3(unsigned(c.count_blocks)), dim3(256), 0, stream, c.p, c.x, c.counts);
+  if (c.count_blocks > most_counts)
+    LAUNCH(add_up<A>, dim3(1), dim3(1024), 0, stream, c.counts, c.count_blocks, c.counts + c.count_blocks);
 }
 
 // One launch over all rows.
 template <class T, Mode MODE, bool STRIDED, class A>
 void launch_rows(const Prepared<T, A>& c, const Results<A>& out, const Logits<T>& grad, cudaStream_t stream) {
   auto* rows = forward_rows<T, MODE, STRIDED, false>;
-  const bool again = out.stage == Stage::whole && (MODE == dense || grad.data);
+  const bool again = out.stage <= Stage::cluster && (MODE == dense || grad.data);
   const int64_t hold = MODE != plain && again ? c.hold() : 0, bytes = hold ? c.held() : 0;
   if constexpr (MODE != plain)
     if (hold) {
       rows = forward_rows<T, MODE, STRIDED, true>;
       if (allow(rows, bytes) != cudaSuccess) return;
     }
-  LAUNCH(rows, dim3(unsigned(c.shape.blocks), unsigned(c.shape.splits)),
-         STRIDED ? dim3(32, class_lanes) : dim3(c.shape.threads), size_t(bytes), stream, c.p, c.x, grad, out,
-         STRIDED ? class_lanes : c.shape.lanes, c.shape.split, hold);
+  const dim3 grid(unsigned(c.shape.blocks), unsigned(c.shape.splits));
+  const dim3 block = STRIDED ? dim3(32, class_lanes) : dim3(c.shape.threads);
+  const int lanes = STRIDED ? class_lanes : c.shape.lanes;
+  if (out.stage == Stage::cluster)
+    LAUNCH_CLUSTERS(rows, grid.y, grid, block, size_t(bytes), stream, c.p, c.x, grad, out, lanes,
+                    c.shape.split, hold);
+  else
+    LAUNCH(rows, grid, block, size_t(bytes), stream, c.p, c.x, grad, out, lanes, c.shape.split, hold);
 }
 
 template <class T, Mode MODE, class A>
@@ -1136,7 +1226,7 @@ void launch_rows(const Prepared<T, A>& c, const Results<A>& out, const Logits<T>
 template <class T, Mode MODE, class A>
 int64_t launch_merge(const Prepared<T, A>& c, const Results<A>& out, cudaStream_t stream) {
   auto* merge = merge_splits<T, MODE>;
-  const int64_t blocks = ceil_div(c.p.rows, 4) < c.shape.blocks ? ceil_div(c.p.rows, 4) : c.shape.blocks;
+  const int64_t blocks = at_most(ceil_div(c.p.rows, 4), c.shape.blocks);
   LAUNCH(merge, dim3(unsigned(blocks)), dim3(128), 0, stream, c.p, c.x, out, int(c.shape.splits));
   return blocks;
 }
@@ -1165,9 +1255,9 @@ cudaError_t backward(const Prepared<T, A>& c, cudaStream_t stream) {
 
 template <class T, Mode MODE, class A>
 cudaError_t forward(Prepared<T, A>& c, cudaStream_t stream) {
-  const bool split = c.shape.splits > 1, wanted = c.grad.data && c.p.rows > 0;
+  const bool split = c.out.stage == Stage::parts, wanted = c.grad.data && c.p.rows > 0;
   const bool in_rows = wanted && !split && c.alike();
-  if (c.counts) LAUNCH(count_rows<T>, dim3(count_blocks), dim3(256), 0, stream, c.p, c.x, c.counts);
+  prepare_counts(c, stream);
   Logits<T> grad = c.grad;
   if (!in_rows) grad.data = nullptr;
   launch_rows<T, MODE>(c, c.out, grad, stream);
@@ -1228,9 +1318,9 @@ cudaError_t scale_gradient(int dtype, void* grad, const void* factor, int64_t n,
   return with_type(dtype, [&]<class T>() {
     if (n == 0) return cudaSuccess;
     const int64_t wanted = ceil_div(n, 256 * in_flight * Vector<T>::size);
-    const int64_t most = int64_t(multiprocessors) * blocks_per_processor;
-    LAUNCH(scale_elements<T>, dim3(unsigned(wanted < most ? wanted : most)), dim3(256), 0, stream,
-           static_cast<T*>(grad), static_cast<const Arithmetic<T>*>(factor), n);
+    const int64_t blocks = at_most(wanted, int64_t(multiprocessors) * blocks_per_processor);
+    LAUNCH(scale_elements<T>, dim3(unsigned(blocks)), dim3(256), 0, stream, static_cast<T*>(grad),
+           static_cast<const Arithmetic<T>*>(factor), n);
     return cudaGetLastError();
   });
 }

@@ -35,6 +35,7 @@ struct CrossEntropyCall {
   void* workspace;
   int64_t multiprocessors;
   int64_t shared_bytes;  // that a block can have
+  int64_t capability;    // of the GPU, 90 for sm_90
 };
 
 // `bytes`: of device memory that `workspace` must have for this call. All else must be filled in, and

@@ -91,6 +91,7 @@ struct Call {
     to.z_loss = z_loss;
     to.multiprocessors = on.multiprocessors();
     to.shared_bytes = on.shared_bytes_of_block();
+    to.capability = on.capability();
   }
 
   void set_gradient(const Tensor& grad) {

@@ -58,6 +58,10 @@ class __attribute__((visibility("hidden"))) OnDevice {
 
   int multiprocessors() const { return attribute<cudaDevAttrMultiProcessorCount>(); }
   int shared_bytes_of_block() const { return attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
+  int capability() const {  // 90 for sm_90
+    return 10 * attribute<cudaDevAttrComputeCapabilityMajor>() +
+           attribute<cudaDevAttrComputeCapabilityMinor>();
+  }
 
   Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
     int64_t strides[8], step = 1;

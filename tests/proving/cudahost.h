@@ -1,4 +1,5 @@
-// Runs CUDA kernels on the CPU, for tests: one fiber per CUDA thread, the blocks of a grid one after another.
+// Runs CUDA kernels on the CPU, for tests: one fiber per CUDA thread, the blocks of a grid one after another,
+// those of a cluster in turns from one of its barriers to the next.
 //
 //   g++ -std=c++20 -x c++ -I$CUDA_HOME/include -include cudahost.h kernel.cu
 //
@@ -12,8 +13,8 @@
 // missing barriers (__syncthreads orders a block, __syncwarp a warp, shuffles order nothing). CUDAHOST_SEED=n
 // runs the threads of a block in a shuffled order.
 //
-// Not covered: races between blocks, the memory model, inline PTX, tensor cores, cp.async and TMA, clusters,
-// speed.
+// Not covered: races between blocks, the memory model, inline PTX, tensor cores, cp.async and TMA, shared
+// memory of other blocks of a cluster, static shared memory that outlives a cluster's barrier, speed.
 #pragma once
 #define CUDAHOST 1
 
@@ -69,7 +70,8 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 #if defined(CUDAHOST_METER)
 extern "C" {
 void cudahost_meter_launch(const void* kernel);
-void cudahost_meter_block(int number);
+void cudahost_meter_block(int number, bool begins);
+void cudahost_meter_cluster(const int* numbers, int count);
 void cudahost_meter_thread(int number);
 const char* cudahost_meter_race();
 }
@@ -84,7 +86,7 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class State { ready, at_block_barrier, at_warp_operation, done };
+enum class State { ready, at_block_barrier, at_warp_operation, at_cluster_barrier, done };
 
 constexpr size_t kStack = 64 << 10;
 
@@ -103,22 +105,29 @@ struct Thread {
   char arrive_tag, resume_tag;  // TSan: from the arriving thread to who completes the barrier, and back
 };
 
+struct Release {
+  void operator()(char* memory) const { ::operator delete(memory, std::align_val_t(16)); }
+};
+
+struct Block {
+  int number;
+  uint3 index;  // blockIdx
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::unique_ptr<char, Release> shared_memory;  // of exactly the bytes asked for, so that ASan sees its end
+  std::mt19937 random;
+};
+
 // One grid runs at a time, on one OS thread.
 inline Thread* current = nullptr;
-inline std::vector<std::unique_ptr<Thread>> threads;
+inline Block* current_block = nullptr;
+inline std::vector<Block> cluster;
 inline ucontext_t scheduler;
 inline void *scheduler_fiber = nullptr, *scheduler_fake_stack = nullptr;
 inline const void* scheduler_stack = nullptr;
 inline size_t scheduler_stack_size = 0;
 inline char start_tag, end_tag;  // what TSan's happens-before edges go through
 inline std::function<void()> kernel;
-inline uint3 block_index;
 inline dim3 grid_size, block_size;
-struct Release {
-  void operator()(char* memory) const { ::operator delete(memory, std::align_val_t(16)); }
-};
-inline std::unique_ptr<char, Release>
-    shared_memory;  // of exactly the bytes asked for, so that ASan sees its end
 inline std::string error;
 inline const unsigned seed = [] {
   const char* text = std::getenv("CUDAHOST_SEED");
@@ -127,8 +136,9 @@ inline const unsigned seed = [] {
 
 inline std::string where() {
   auto number = [](unsigned n) { return std::to_string(n); };
-  return " in block (" + number(block_index.x) + ", " + number(block_index.y) + ", " + number(block_index.z) +
-         "), thread " + (current ? std::to_string(current->linear) : "?");
+  const uint3 at = current_block->index;
+  return " in block (" + number(at.x) + ", " + number(at.y) + ", " + number(at.z) + "), thread " +
+         (current ? std::to_string(current->linear) : "?");
 }
 
 // ---- waiting
@@ -137,7 +147,7 @@ inline std::string where() {
 // The thread of this warp's lane, or null where the block ends before.
 inline Thread* lane_of(int warp, int lane) {
   size_t i = size_t(warp) * 32 + lane;
-  return i < threads.size() ? threads[i].get() : nullptr;
+  return i < current_block->threads.size() ? current_block->threads[i].get() : nullptr;
 }
 
 // TSan's edges of a barrier that just completed: everything before any arrival is before every resumption.
@@ -171,10 +181,10 @@ inline bool release_warp(int warp, unsigned mask) {
 
 // If every thread that still runs waits at the block's barrier: frees them.
 inline bool release_block() {
-  for (auto& thread : threads)
-    if (thread->state == State::ready || thread->state == State::at_warp_operation) return false;
+  for (auto& thread : current_block->threads)
+    if (thread->state != State::at_block_barrier && thread->state != State::done) return false;
   auto each = [](auto&& visit) {
-    for (auto& thread : threads)
+    for (auto& thread : current_block->threads)
       if (thread->state == State::at_block_barrier) visit(*thread);
   };
   bool any = false;
@@ -234,7 +244,7 @@ inline void run_thread() {
 }
 
 inline std::string describe_standstill() {
-  for (auto& thread : threads) {
+  for (auto& thread : current_block->threads) {
     if (thread->state != State::at_warp_operation) continue;
     unsigned alive = 0;
     for (int lane = 0; lane < 32; ++lane) {
@@ -251,36 +261,40 @@ inline std::string describe_standstill() {
   return "deadlock" + where();
 }
 
-inline void run_block() {
+// Until all threads are done, or those that are not wait for the cluster; returns whether any does.
+inline bool run_block() {
+  auto& threads = current_block->threads;
   std::vector<int> order(threads.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
-  std::mt19937 random(seed + block_index.x * 7919u);
   for (;;) {
-    if (seed) std::shuffle(order.begin(), order.end(), random);
-    bool ran = false, left = false;
+    if (seed) std::shuffle(order.begin(), order.end(), current_block->random);
+    bool ran = false, left = false, all_wait = true;
     for (int i : order) {
       Thread* thread = threads[i].get();
       if (thread->state == State::ready) {
         ran = true;
         switch_to(thread);
-        if (!error.empty()) return;
+        if (!error.empty()) return false;
       }
       left |= thread->state != State::done;
+      all_wait &= thread->state == State::at_cluster_barrier || thread->state == State::done;
     }
-    if (!left) return;
+    if (all_wait) return left;
     if (!ran && !release_block()) {
       error = describe_standstill();
-      return;
+      return false;
     }
   }
 }
 
 inline void prepare_block(size_t shared_bytes) {
-  shared_memory.reset(static_cast<char*>(::operator new(shared_bytes, std::align_val_t(16))));
-  std::memset(shared_memory.get(), 0xFF, shared_bytes);
-  for (size_t i = 0; i < threads.size(); ++i) {
-    if (!threads[i]) threads[i] = std::make_unique<Thread>();
-    Thread& thread = *threads[i];
+  current_block->shared_memory.reset(static_cast<char*>(::operator new(shared_bytes, std::align_val_t(16))));
+  std::memset(current_block->shared_memory.get(), 0xFF, shared_bytes);
+  current_block->random.seed(seed + current_block->index.x * 7919u);
+  for (size_t i = 0; i < current_block->threads.size(); ++i) {
+    auto& slot = current_block->threads[i];
+    if (!slot) slot = std::make_unique<Thread>();
+    Thread& thread = *slot;
     thread.linear = int(i);
     thread.index = {unsigned(i % block_size.x), unsigned(i / block_size.x % block_size.y),
                     unsigned(i / block_size.x / block_size.y)};
@@ -294,17 +308,42 @@ inline void prepare_block(size_t shared_bytes) {
   }
 }
 
-inline void run_one_block(uint3 index, size_t shared_bytes) {
-  block_index = index;
-  prepare_block(shared_bytes);
-  CUDAHOST_TSAN(scheduler_fiber = __tsan_get_current_fiber();
-                for (auto& thread : threads) thread->tsan_fiber = __tsan_create_fiber(0);
-                __tsan_release(&start_tag);)
+// Runs the block until it is done or waits for its cluster; returns whether it waits. To TSan, what a block
+// does in its turn is before what the next one does.
+inline bool take_turn(Block& block, size_t shared_bytes, bool begins) {
+  current_block = &block;
+  CUDAHOST_METERED(cudahost_meter_block(block.number, begins);)
+  if (begins) {
+    prepare_block(shared_bytes);
+    CUDAHOST_TSAN(scheduler_fiber = __tsan_get_current_fiber();
+                  for (auto& thread : block.threads) thread->tsan_fiber = __tsan_create_fiber(0);
+                  __tsan_release(&start_tag);)
+  }
+  for (auto& thread : block.threads)
+    if (thread->state == State::at_cluster_barrier) {
+      CUDAHOST_TSAN(__tsan_release(&thread->resume_tag);)
+      thread->state = State::ready;
+    }
   CUDAHOST_QUIET(Begin);
-  run_block();
+  const bool waits = run_block();
   CUDAHOST_QUIET(End);
   CUDAHOST_TSAN(__tsan_acquire(&end_tag);
-                if (error.empty()) for (auto& thread : threads) __tsan_destroy_fiber(thread->tsan_fiber);)
+                for (auto& thread : block.threads) if (thread->state == State::at_cluster_barrier)
+                    __tsan_acquire(&thread->arrive_tag);)
+  CUDAHOST_METERED(if (const char* race = cudahost_meter_race(); race && error.empty()) error = race;)
+  return waits;
+}
+
+inline void run_cluster(size_t shared_bytes) {
+  for (bool begins = true, waits = true; waits && error.empty(); begins = false) {
+    waits = false;
+    for (Block& block : cluster)
+      if (error.empty()) waits |= take_turn(block, shared_bytes, begins);
+    CUDAHOST_METERED(std::vector<int> numbers; for (Block& block : cluster) numbers.push_back(block.number);
+                     cudahost_meter_cluster(numbers.data(), int(numbers.size()));)
+  }
+  CUDAHOST_TSAN(if (error.empty()) for (Block& block : cluster) for (auto& thread : block.threads)
+                    __tsan_destroy_fiber(thread->tsan_fiber);)
 }
 
 template <class F>
@@ -318,7 +357,7 @@ constexpr size_t kUnasked = 48 << 10;  // that a block may have, the static part
 constexpr size_t kStatic = 8 << 10;    // which is at most this: tests hold the compiled kernels to it
 
 inline void launch(const void* function, dim3 grid, dim3 block, size_t shared_bytes,
-                   std::function<void()> body) {
+                   std::function<void()> body, unsigned blocks_of_cluster = 1) {
   grid_size = grid, block_size = block, kernel = std::move(body);
   error.clear();
   size_t count = size_t(block.x) * block.y * block.z;
@@ -334,17 +373,23 @@ inline void launch(const void* function, dim3 grid, dim3 block, size_t shared_by
   if (shared_bytes + kStatic > kUnasked && allowed[function] < shared_bytes)
     throw Error("shared memory above 48 KB, the static part included, has to be asked for: " +
                 std::to_string(shared_bytes) + " bytes");
+  if (blocks_of_cluster == 0 || blocks_of_cluster > 8 || grid.y % blocks_of_cluster)
+    throw Error("a cluster has 1 to 8 blocks, and a grid a whole number of clusters");
   CUDAHOST_METERED(cudahost_meter_launch(function);)
-  threads.resize(count);
-  std::vector<int> order(size_t(grid.x) * grid.y * grid.z);
+  cluster.resize(blocks_of_cluster);
+  for (Block& one : cluster) one.threads.resize(count);
+  std::vector<int> order(size_t(grid.x) * grid.y * grid.z / blocks_of_cluster);
   for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
   if (seed) std::shuffle(order.begin(), order.end(), std::mt19937(seed));
   for (int number : order) {
-    CUDAHOST_METERED(cudahost_meter_block(number);)
-    run_one_block({number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y}, shared_bytes);
-    CUDAHOST_METERED(if (const char* race = cudahost_meter_race(); race && error.empty()) error = race;)
+    const unsigned x = number % grid.x, first = number / grid.x * blocks_of_cluster;
+    for (unsigned i = 0; i < blocks_of_cluster; ++i) {
+      cluster[i].index = {x, (first + i) % grid.y, (first + i) / grid.y};
+      cluster[i].number = int((first + i) * grid.x + x);
+    }
+    run_cluster(shared_bytes);
     if (!error.empty()) {
-      threads.clear();
+      cluster.clear();
       throw Error(error);
     }
   }
@@ -420,15 +465,19 @@ V atomically(V* target, F&& change) {
 #define __launch_bounds__(...)
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   cudahost::launch(cudahost::address_of(kernel), grid, block, shared_bytes, [=] { (kernel)(__VA_ARGS__); })
-#define DYN_SMEM(T, name) T* name = reinterpret_cast<T*>(cudahost::shared_memory.get())
+#define LAUNCH_CLUSTERS(kernel, blocks, grid, block, shared_bytes, stream, ...) \
+  cudahost::launch(                                                             \
+      cudahost::address_of(kernel), grid, block, shared_bytes, [=] { (kernel)(__VA_ARGS__); }, blocks)
+#define DYN_SMEM(T, name) T* name = reinterpret_cast<T*>(cudahost::current_block->shared_memory.get())
 
 #define threadIdx (cudahost::current->index)
-#define blockIdx (cudahost::block_index)
+#define blockIdx (cudahost::current_block->index)
 #define blockDim (cudahost::block_size)
 #define gridDim (cudahost::grid_size)
 #define warpSize 32
 
 inline void __syncthreads() { cudahost::wait(cudahost::State::at_block_barrier, true); }
+inline void wait_for_cluster() { cudahost::wait(cudahost::State::at_cluster_barrier, true); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cudahost::exchange(mask, 0, true); }
 inline unsigned __activemask() {
   throw cudahost::Error("__activemask says nothing that a kernel may rely on");

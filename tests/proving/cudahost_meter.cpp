@@ -148,7 +148,11 @@ void cudahost_meter_launch(const void* kernel) {
   blocks_so_far = 0;
 }
 
-void cudahost_meter_block(int number) { block = number, ++blocks_so_far; }
+void cudahost_meter_block(int number, bool begins) { block = number, blocks_so_far += begins; }
+// What these blocks have done is known to all of them.
+void cudahost_meter_cluster(const int* numbers, int count) {
+  for (int i = 0; count > 1 && i < count; ++i) acquired[numbers[i]].insert(numbers, numbers + count);
+}
 void cudahost_meter_thread(int number) { thread = block * 1024 + number; }
 const char* cudahost_meter_race() { return race.empty() ? nullptr : race.c_str(); }
 

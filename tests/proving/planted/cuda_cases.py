@@ -6,7 +6,7 @@ from tests.proving import cudahost
 
 
 def kernels() -> cudahost.Kernels:
-    names = "rowsum sum_warps read_uninitialised deadlock neighbours broadcast count sum_last_block"
+    names = "rowsum sum_warps read_uninitialised deadlock neighbours broadcast count sum_last_block cluster_sum"
     return cudahost.load("tests/proving/planted/kernels.cu", [f"planted::{name}" for name in names.split()])
 
 
@@ -27,3 +27,10 @@ def sum_warps(kind: str, threads: str = "64") -> None:
 
 def past_shared_memory() -> None:
     kernels().read_uninitialised(np.zeros(64, np.float32), 64, True)
+
+
+def cluster_sum(bug: str = "0", clusters: str = "3", blocks: str = "8") -> None:
+    numbers = np.full((int(clusters), int(blocks)), -1, np.int32)
+    sums = np.full((*numbers.shape, 32), -1, np.int32)
+    kernels().cluster_sum(int(bug), numbers, sums, int(clusters), int(blocks))
+    assert (sums == int(blocks) * (int(blocks) + 1) // 2).all()

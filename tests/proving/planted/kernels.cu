@@ -109,9 +109,44 @@ __global__ void sum_last_block_kernel(const float* rows, float* partial, int* ti
   *total = before + sum;
 }
 
+// Every block of a cluster writes its number, and adds up what all have written. BUG 1: nobody waits; 2: one
+// thread does not; 3: half of the threads wait for their block instead.
+template <int BUG>
+__global__ void cluster_sum_kernel(int* numbers, int* sums) {
+  int* const mine = numbers + blockIdx.x * gridDim.y;
+  if (threadIdx.x == 0) mine[blockIdx.y] = int(blockIdx.y) + 1;
+  const bool other = BUG == 2 ? threadIdx.x == 5 : BUG == 3 && threadIdx.x < 16;
+  if (other && BUG == 3)
+    __syncthreads();
+  else if (BUG != 1 && !other)
+    wait_for_cluster();
+  if (BUG == 2) __syncthreads();
+  int sum = 0;
+  for (unsigned i = 0; i < gridDim.y; ++i) sum += mine[i];
+  sums[(blockIdx.x * gridDim.y + blockIdx.y) * blockDim.x + threadIdx.x] = sum;
+}
+
 }  // namespace
 
 namespace planted {
+
+cudaError_t cluster_sum(int bug, int* numbers, int* sums, int clusters, int blocks, cudaStream_t stream) {
+  const dim3 grid(clusters, blocks);
+  switch (bug) {
+    case 0:
+      LAUNCH_CLUSTERS(cluster_sum_kernel<0>, blocks, grid, dim3(32), 0, stream, numbers, sums);
+      break;
+    case 1:
+      LAUNCH_CLUSTERS(cluster_sum_kernel<1>, blocks, grid, dim3(32), 0, stream, numbers, sums);
+      break;
+    case 2:
+      LAUNCH_CLUSTERS(cluster_sum_kernel<2>, blocks, grid, dim3(32), 0, stream, numbers, sums);
+      break;
+    default:
+      LAUNCH_CLUSTERS(cluster_sum_kernel<3>, blocks, grid, dim3(32), 0, stream, numbers, sums);
+  }
+  return cudaGetLastError();
+}
 
 cudaError_t rowsum(int bug, const void* x, float* out, int64_t rows, int64_t columns, bool bf16, int threads,
                    cudaStream_t stream) {
