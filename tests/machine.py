@@ -84,7 +84,7 @@ def backends(op: str) -> list:
     params = []
     for backend in _backends.BACKENDS:
         for device in ("cpu", "cuda"):
-            reason = _backends.missing(op, backend) or _backends._wrong_device(backend, device)
+            reason = _backends._against(backend, op, device, lambda _: None)
             if backend == "triton" and device == "cuda" and _backends.interpreting():
                 reason = "triton kernels are interpreted in this process"
             if device == "cuda" and not HAS_CUDA:
