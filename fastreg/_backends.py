@@ -82,8 +82,21 @@ def unusual(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def only_arguments_matter() -> bool:
+    """Whether nothing but its arguments can keep a call from the CPU kernels: what `choose` and `unusual` find, without
+    their calls, which would be two microseconds of forty."""
+    return (
+        (_forced is None or _forced == "cpu")
+        and _native.missing["cpu"] is None
+        and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
 def apply(function: type[torch.autograd.Function], *args: object) -> Any:
-    """`function.apply(*args)`, also where torch.compile traces it, which wants no tensor to come twice."""
+    """`function.apply(*args)` of a call that a kernel serves, also where torch.compile traces it, which wants no tensor
+    to come twice. Elsewhere without the look around for torch.func transforms, which no kernel serves: 3 µs."""
     if torch.compiler.is_compiling():
         tensors: list[Tensor] = []
         args = list(args)
@@ -91,7 +104,8 @@ def apply(function: type[torch.autograd.Function], *args: object) -> Any:
             if isinstance(arg, Tensor):
                 args[i] = arg.view_as(arg) if any(arg is other for other in tensors) else arg
                 tensors.append(arg)
-    return function.apply(*args)
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def forced() -> str | None:

@@ -14,6 +14,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import _backends, _checks, _ops
 from ._ops import ACTIVATIONS
@@ -21,6 +22,13 @@ from ._ops import ACTIVATIONS
 _forward = _ops.kernels("group_norm_forward")
 _backward = _ops.kernels("group_norm_backward")
 _backends.register("group_norm", kernels=("cpu", "cuda", "triton"))
+
+# A plain call on the CPU of no more elements, and channels of all samples, goes to PyTorch's operator: see _is_little.
+_LITTLE, _FEW = 65_536, 2_048
+
+_FLOATS = frozenset(_checks.FLOATS)
+_is_compiling = torch.compiler.is_compiling
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # without a device to parse
 
 
 def group_norm(
@@ -50,7 +58,9 @@ def group_norm(
     Returns:
         The result in the input's dtype and memory format. The statistics are those of fp32 (fp64 for fp64) taken
         about the mean, accurate also where |mean| is 10⁴ times the standard deviation. Under CUDA autocast the
-        input is widened to fp32, as in PyTorch.
+        input is widened to fp32, as in PyTorch. On the CPU a plain call on at most 65,536 elements and 2,048
+        channels of all samples, contiguous and in fp32 or fp64 throughout, is PyTorch's own operator unless a backend
+        is forced: so little is not worth the way to a kernel.
 
     Raises:
         TypeError: an argument is no tensor where one is expected, or has a dtype that is not listed.
@@ -58,23 +68,89 @@ def group_norm(
 
     Source: Wu & He, Group Normalization, ECCV 2018.
     """
-    _check(input, num_groups, weight, bias, eps, activation, residual)
-    if _ops.autocast_enabled(input.device.type):
-        input, residual = _autocast(input, residual)
-    if residual is not None and residual.dtype != input.dtype:
-        raise TypeError(f"residual must have the dtype of input, {input.dtype}, got {residual.dtype}")
-    tensors = (input, weight, bias, residual)
-    backend = _backends.choose("group_norm", input.device.type, _refuse, tensors)
-    if backend == "reference":
-        if _backends.recorded():  # what runs the graph later knows PyTorch's group norm, and has a kernel for it
-            weight, bias = (vector if vector is None else vector.to(input.dtype) for vector in (weight, bias))
-            x = torch.group_norm(input, num_groups, weight, bias, eps)
-            return _activate(x if residual is None else x + residual, activation)
-        return group_norm_reference(input, num_groups, weight, bias, eps, activation=activation, residual=residual)
+    try:
+        if activation is residual is None and _is_little(input, num_groups, weight, bias, eps):
+            return torch.group_norm(input, num_groups, weight, bias, eps)
+    except (RuntimeError, IndexError, TypeError, AttributeError):
+        pass  # what is wrong is said below in this function's own words
+    if residual is None and _ready(input, num_groups, weight, bias, eps) and activation in ACTIVATIONS:
+        backend = "cpu"
+    else:
+        _check(input, num_groups, weight, bias, eps, activation, residual)
+        if _ops.autocast_enabled(input.device.type):
+            input, residual = _autocast(input, residual)
+        if residual is not None and residual.dtype != input.dtype:
+            raise TypeError(f"residual must have the dtype of input, {input.dtype}, got {residual.dtype}")
+        backend = _backends.choose("group_norm", input.device.type, _refuse, (input, weight, bias, residual))
+        if backend == "reference":
+            if _backends.recorded():  # what runs the graph later knows PyTorch's group norm, and has a kernel for it
+                weight, bias = (vector if vector is None else vector.to(input.dtype) for vector in (weight, bias))
+                x = torch.group_norm(input, num_groups, weight, bias, eps)
+                return _activate(x if residual is None else x + residual, activation)
+            return group_norm_reference(input, num_groups, weight, bias, eps, activation=activation, residual=residual)
     index = ACTIVATIONS.index(activation)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
         return _backends.apply(_GroupNorm, input, weight, bias, residual, num_groups, eps, index, backend)
     return _forward[backend](input, num_groups, weight, bias, eps, index, residual, False)[0]
+
+
+def _ready(input, num_groups, weight, bias, eps) -> bool:
+    """Whether nothing is wrong or unusual, and the CPU kernels serve the call: what `_check` and `_backends.choose`
+    find, without their calls, which take longer than the kernel where the tensor is small."""
+    return (
+        not _is_compiling()
+        and type(input) is Tensor
+        and input.is_cpu
+        and input.dtype in _FLOATS
+        and input.dim() > 1
+        and type(num_groups) is int
+        and num_groups > 0
+        and (channels := input.size(1)) % num_groups == 0
+        and (weight is None or _is_vector(weight, channels))
+        and (bias is None or _is_vector(bias, channels))
+        and type(eps) is float
+        and eps >= 0
+        and not _is_any_autocast_enabled()
+        and _backends.only_arguments_matter()
+    )
+
+
+def _is_little(input, num_groups, weight, bias, eps) -> bool:
+    """Whether a plain call on the CPU has so little to do that the kernels cannot save what the way to them and back
+    through an autograd.Function takes. PyTorch's own operator serves it as well in fp32 and fp64 where channels are not
+    last: else it sums with less care, and in 16 bits rounds the statistics that the backward works with."""
+    return (
+        type(input) is Tensor
+        and (numel := input.numel()) <= _LITTLE
+        and input.is_cpu
+        and 0 < (samples := input.size(0)) * input.size(1) <= _FEW
+        and type(num_groups) is not bool
+        and numel > samples * num_groups  # more than one element in each group
+        and ((dtype := input.dtype) is torch.float32 or dtype is torch.float64)
+        and input.is_contiguous()
+        and (
+            (weight is None and bias is None) or (weight.dtype is bias.dtype is dtype and weight.is_cpu and bias.is_cpu)
+        )
+        and type(eps) is float
+        and eps >= 0
+        and _backends.forced() is None
+        and not _is_compiling()
+    )
+
+
+def _is_vector(vector, channels: int) -> bool:
+    return (
+        (type(vector) is Parameter or type(vector) is Tensor)
+        and vector.is_cpu
+        and vector.dtype in _FLOATS
+        and vector.dim() == 1
+        and vector.size(0) == channels
+    )
 
 
 def _refuse(backend: str, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -93,22 +169,30 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx, grad_output):
         input, weight, bias, residual, stats = ctx.saved_tensors
         num_groups, eps, activation, backend = ctx.options
-        needed = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        of_input, of_weight, of_bias, of_residual, *_ = needed = ctx.needs_input_grad
+        if torch.is_grad_enabled() and not _is_compiling():
             # create_graph: a second derivative may be asked for
-            if not activation and needed[3]:
+            if not activation and of_residual:
                 residual = torch.zeros_like(input, requires_grad=True)
             grads = _differentiable_backward(
-                grad_output, needed, (input, weight, bias, residual), num_groups, eps, activation
+                grad_output, needed[:4], (input, weight, bias, residual), num_groups, eps, activation
             )
             return *grads, None, None, None, None
         # Without an activation the residual's gradient is the output's.
-        wanted = sum(1 << i for i in range(3 if not activation else 4) if needed[i])
-        grads = _backward[backend](grad_output, input, num_groups, weight, bias, activation, residual, stats, wanted)
-        grads = [grad if wanted >> i & 1 else None for i, grad in enumerate(grads)]
-        if not activation and needed[3]:
-            grads[3] = grad_output
-        return *grads, None, None, None, None
+        wanted = of_input + 2 * of_weight + 4 * of_bias + (8 * of_residual if activation else 0)
+        grad_input, grad_weight, grad_bias, grad_residual = _backward[backend](
+            grad_output, input, num_groups, weight, bias, activation, residual, stats, wanted
+        )
+        return (
+            grad_input if of_input else None,
+            grad_weight if of_weight else None,
+            grad_bias if of_bias else None,
+            (grad_residual if activation else grad_output) if of_residual else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _differentiable_backward(grad_output, needed, tensors, num_groups, eps, activation) -> list[Tensor | None]:

@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _backends, _checks, _ops
@@ -43,7 +42,6 @@ _SMALL = 1 << 20
 _small = _ops.kernels("cross_entropy_small")["cpu"]
 _small = getattr(_small, "_op", _small)  # without the wrapper that Dynamo wants: a third of a microsecond
 _INT64, _FP16, _FP32 = torch.int64, torch.float16, torch.float32
-_current_level = torch._C._functorch.maybe_current_level
 _is_autocast_enabled = torch.is_autocast_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # without a device to parse
 _is_compiling = torch.compiler.is_compiling
@@ -199,7 +197,8 @@ def cross_entropy(
             and target.dtype is _INT64
             and input.numel() <= _SMALL
             and not _is_compiling()
-            and _small_ready()
+            and torch.is_grad_enabled()
+            and _backends.only_arguments_matter()
         ):
             widen = dtype is not _FP32 and _is_any_autocast_enabled() and _is_autocast_enabled("cpu")
             return _small_cross_entropy(input, target, (ignore_index, _REDUCTION[reduction], widen))
@@ -285,7 +284,7 @@ def cross_entropy(
     )
     if not extra:
         if input.requires_grad and torch.is_grad_enabled():
-            loss = _apply(_CrossEntropy, *args)
+            loss = _backends.apply(_CrossEntropy, *args)
         else:
             loss, _, _ = _forward[backend](*args[:-1])
         return loss.reshape(_rows(shape)) if reduction == "none" else loss
@@ -293,7 +292,7 @@ def cross_entropy(
     memory = None
     if grad_in_forward and input.requires_grad and torch.is_grad_enabled():
         memory = _memory_for_gradient(input, grad_in_forward)
-    loss, *known = _apply(_CrossEntropyExtra, *args, want, want, memory)
+    loss, *known = _backends.apply(_CrossEntropyExtra, *args, want, want, memory)
     if memory is not None and memory.data_ptr() == input.data_ptr():
         # Whoever saved the logits, this node too, must not use them any more.
         torch.autograd.graph.increment_version(input)
@@ -487,25 +486,6 @@ def _as_kernels_know(input: Tensor, target: Tensor, *per_row: Tensor | None) -> 
     return input.flatten(2), target, *(None if t is None else t.flatten(1) for t in per_row)
 
 
-def _small_ready() -> bool:
-    """Whether nothing but the arguments can keep a call from the CPU kernels, and a gradient is wanted: what
-    `_backends.choose` finds, without its calls, which would be a microsecond of forty."""
-    return (
-        (_backends._forced is None or _backends._forced == "cpu")
-        and torch.is_grad_enabled()
-        and _current_level() is None
-        and forward_ad._current_level < 0
-        and _backends._native.missing["cpu"] is None
-    )
-
-
-def _apply(function: type[torch.autograd.Function], *args: object) -> Any:
-    """function.apply without its look around for torch.func transforms, which no kernel serves: 4 µs a call."""
-    if _is_compiling():
-        return _backends.apply(function, *args)
-    return super(torch.autograd.Function, function).apply(*args)
-
-
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
@@ -559,7 +539,7 @@ class _SmallCrossEntropy(torch.autograd.Function):
         return grad, None, None
 
 
-_small_cross_entropy = super(torch.autograd.Function, _SmallCrossEntropy).apply  # see _apply
+_small_cross_entropy = super(torch.autograd.Function, _SmallCrossEntropy).apply  # see _backends.apply
 
 
 class _CrossEntropyExtra(torch.autograd.Function):
@@ -927,7 +907,7 @@ def sigmoid_focal_loss(
         and torch.is_grad_enabled()
         and not _is_compiling()
     )
-    return _apply(
+    return _backends.apply(
         _SmallSigmoidFocal if small else _SigmoidFocal,
         inputs.reshape(-1, classes),
         targets.reshape(-1, classes) if targets.shape == inputs.shape else targets.reshape(-1),

@@ -194,6 +194,68 @@ def test_positions(positions, groups):
     check(x.to(memory_format=torch.channels_last), groups, *affine(6), activation="gelu")
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(35, 16, 8, 8), (34, 12, 7, 7), (33, 8, 17, 1), (70, 96), (3, 2048), (33, 24, 3, 1)])
+def test_small_groups_of_many_samples(shape, dtype, activation, backend):
+    """Rows of whole vectors and of others, rows shorter than a vector, and rank 2."""
+    if backend == "triton" and device_of(backend) == "cpu":
+        shape = (3, *shape[1:])  # in the interpreter
+    x = tensor(*shape, dtype=dtype, mean=3.0)
+    for groups in (1, 2, shape[1] // 2):
+        check(x, groups, *affine(shape[1], dtype), activation=activation)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("channels", [32, 48, 40])  # of two groups: one vector, whole vectors and others
+def test_small_groups_with_channels_last(channels, activation):
+    x = tensor(35, channels, 3, 2).to(memory_format=torch.channels_last)
+    check(x, 2, *affine(channels), activation=activation)
+    check(x[:, :, 1:], 2, *affine(channels), activation=activation, grad_out=tensor(35, channels, 2, 2, seed=4))
+
+
+def test_small_groups_give_each_gradient_alone():
+    x, (w, b), grad = tensor(3, 8, 5, 5), affine(8), tensor(3, 8, 5, 5, seed=4)
+    for activation in (None, "silu"):
+        every = run(ours, grad, x, 4, w, b, 1e-5, activation, None)[1:]
+        for i in range(3):
+            leaves = [t.clone().requires_grad_(k == i) for k, t in enumerate((x, w, b))]
+            y = group_norm(leaves[0], 4, *leaves[1:], activation=activation)
+            (alone,) = torch.autograd.grad(y, leaves[i], grad)
+            torch.testing.assert_close(alone, every[i], rtol=1e-6, atol=1e-6)
+
+
+def test_little_plain_calls_are_pytorchs_own(backend, monkeypatch):
+    """Where no backend is forced."""
+    if backend != "cpu":
+        pytest.skip("about the automatic choice on the CPU")
+    monkeypatch.setattr(fastreg._backends, "_forced", None)
+    x, (w, b) = tensor(2, 8, 5, 5).requires_grad_(), affine(8)
+
+    def node(*args, **options):
+        return group_norm(*args, **options).grad_fn.name()
+
+    assert torch.equal(group_norm(x, 4, w, b, 0.1), torch.group_norm(x, 4, w, b, 0.1))
+    assert node(x, 4, w, b) == node(x, 4) == node(x.double(), 4, w.double(), b.double()) == "NativeGroupNormBackward0"
+    kernels = [
+        node(x.bfloat16(), 4), node(x, 4, w), node(x, 4, w, b.double()), node(x, 4, activation="relu"),
+        node(x, 4, residual=x), node(x.to(memory_format=torch.channels_last), 4), node(x[..., 1:], 4),
+        node(x[:, :, :1, 0], 8), node(tensor(1, 8, 91, 91).requires_grad_(), 4),
+        node(tensor(257, 8, 2).requires_grad_(), 4),
+    ]  # fmt: skip
+    assert set(kernels) == {"_GroupNormBackward"}
+    for error, message, args in (
+        (ValueError, "num_groups must be positive and divide the 8 channels", (x, 3)),
+        (TypeError, "num_groups must be an integer", (x, 2.0)),
+        (ValueError, r"bias must have shape \(8,\)", (x, 4, w, b[:4])),
+        (TypeError, "weight must be a tensor", (x, 4, [1.0], b)),
+        (ValueError, "eps must be at least 0", (x, 4, w, b, -1.0)),
+        (ValueError, "input must have at least 2 dimensions", (x[0, :, 0, 0], 4)),
+    ):
+        with pytest.raises(error, match=message):
+            group_norm(*args)
+
+
 @pytest.mark.parametrize("positions", [65_537, 2**18 + 1])
 def test_many_positions(positions, backend):
     if backend == "triton":
@@ -571,7 +633,9 @@ def test_operators_keep_their_promises(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("shape", [(1, 64, 40, 40), (67, 64, 5, 3)])  # the second: many groups at a time
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 40, 40), (67, 64, 5, 3), (100, 64, 8, 8)]
+)  # the others: many groups at a time
 def test_number_of_threads_changes_no_bit(shape, format, dtype, backend):
     if backend != "cpu":
         pytest.skip("about the threads of the CPU kernels")
@@ -592,7 +656,9 @@ def test_number_of_threads_changes_no_bit(shape, format, dtype, backend):
 def test_every_instruction_set(level, backend):
     if backend != "cpu" or "FASTREG_CPU_CAPABILITY" in os.environ:
         pytest.skip("about the CPU kernels, once")
-    chosen = "cpu and (activation or per_group or positions or mean or overflows or nan or slices or two_channels)"
+    chosen = (
+        "cpu and (activation or per_group or positions or mean or overflows or nan or slices or two_channels or small)"
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
     done = subprocess.run(
         command, env=os.environ | {"FASTREG_CPU_CAPABILITY": level}, capture_output=True, text=True, timeout=600

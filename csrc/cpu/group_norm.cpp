@@ -7,6 +7,12 @@
 // slots are merged in order, in double: no result depends on the number of threads. With at least as many
 // units as threads, a thread takes a unit through all steps while it is in its cache; with fewer, the threads
 // share the parts.
+//
+// Small groups are another matter: what is done once for each of them must not cost more than their elements.
+// A task takes some groups of some samples, and what ends a group's step is computed for all of them at once.
+// A group is read as columns of vectors that have the same parameters lane by lane: one of a channel, or of
+// the same channels at each position. Tables hold the parameters of each column, and the sums for their
+// gradients.
 #ifndef FASTREG_ISA
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -57,6 +63,11 @@ constexpr int64_t kStream = int64_t{4} << 20;  // bytes of a result that bypasse
 // Elements of small units that a thread takes through a step before the next step: what a unit's step ends
 // with, a chain of sums, divisions and a root, is then computed beside the other units'.
 constexpr int64_t kBatch = 4096;
+// Elements of the largest small group, and of a task's groups; of a table; and samples of a task.
+constexpr int64_t kSmall = 2048, kTable = 1024, kSamples = 32;
+// Elements of the shortest run of adjacent ones for which small groups are worth it where rows are positions.
+constexpr int64_t kShortest = 16;
+constexpr int64_t kGrain = 16384;  // elements for which another thread is woken up
 
 // Elements of a row of the scratch: whole vectors.
 inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
@@ -82,11 +93,14 @@ struct GroupNorm {
   // Statistics: per group and part, or per sample, part and channel. Sums: per sample, channel and piece, or
   // per sample, part and channel; twice, for dz and dz·x̂.
   std::unique_ptr<double[]> slots;
-  std::unique_ptr<double[]> sums;  // the same merged, [2, samples, channels]
+  std::unique_ptr<double[]> sums;  // the same merged, [2, samples (small groups: blocks), channels]
   std::unique_ptr<A[]> terms;      // m1 and m2 times rstd, [2, samples, groups]
   // Whether what is written is too large to stay in the caches until someone reads it: then it bypasses them.
   bool stream = false;
   Rows dz;  // the gradient before the activation: written with the sums where there is one, read for dx
+  int64_t small = 0;                                     // groups of a task if groups are small, else 0
+  bool by_channel = false;                               // whether a column is a channel
+  int64_t columns = 0, depth = 0, slots_of_channel = 0;  // of a group; vectors of a column; table's entries
 
   // `size`: bytes of an element of the tensors; `read`: of all that belongs to an element of a unit and is
   // read again; `keep`: whether dz may go to a scratch.
@@ -136,16 +150,38 @@ struct GroupNorm {
   }
   // What weights the deviation from the mean.
   A scale(int64_t group, int64_t c) const { return static_cast<A>(double(rstd[group]) * weight[c]); }
+  int64_t sum_rows() const { return small ? blocks() : samples; }
   double* sum_dz(int64_t n) const { return sums.get() + n * channels; }
-  double* sum_dz_x(int64_t n) const { return sums.get() + (samples + n) * channels; }
+  double* sum_dz_x(int64_t n) const { return sums.get() + (sum_rows() + n) * channels; }
+
+  // A small group is this many runs of as many adjacent elements.
+  int64_t runs() const { return last ? positions : 1; }
+  int64_t run() const { return last ? per_group() : per_group() * positions; }
+  int64_t blocks() const { return (samples + kSamples - 1) / kSamples; }
+  int64_t chunks() const { return (groups + small - 1) / small; }
+  // `lanes`: of a vector.
+  void find_small(int64_t lanes, std::initializer_list<Rows> used) {
+    if (stream || residual.data || runs() * run() > kSmall) return;
+    if (runs() > 1 && run() < kShortest) return;
+    for (const Rows& rows : used)
+      if (rows.data && !last && rows.row != positions && channels > 1) return;
+    const auto vectors = [&](int64_t n) { return (n + lanes - 1) / lanes; };
+    by_channel = !last && positions >= lanes && vectors(positions) * lanes * 3 <= positions * 4;
+    columns = by_channel ? per_group() : vectors(run());
+    depth = by_channel ? vectors(positions) : runs();
+    slots_of_channel = last ? 1 : by_channel ? lanes : positions;
+    small = std::min(kTable / (columns * lanes), kSmall / (runs() * run()));
+    small = std::clamp<int64_t>(small, 1, groups);
+  }
 
   void allocate_moments() {
     slots = std::make_unique_for_overwrite<double[]>(units() * parts() * 2 * width());
   }
   void allocate_sums() {
+    sums = std::make_unique_for_overwrite<double[]>(2 * sum_rows() * channels);
+    if (small) return;
     slots = std::make_unique_for_overwrite<double[]>(
         2 * (last ? units() * parts() * width() : samples * channels * pieces));
-    sums = std::make_unique_for_overwrite<double[]>(2 * samples * channels);
     terms = std::make_unique_for_overwrite<A[]>(2 * samples * groups);
   }
 };
@@ -189,8 +225,16 @@ Piece piece_of(const GroupNorm<A>& call, int64_t unit, int64_t part) {
 
 namespace fastreg {
 namespace {
+template <class A, class F>
+void over_small(const GroupNorm<A>& call, F f) {
+  const int64_t size = call.runs() * call.run() * call.small * std::min(call.samples, kSamples);
+  torch::stable::parallel_for(0, call.blocks() * call.chunks(), std::max<int64_t>(1, kGrain / size),
+                              [&](int64_t begin, int64_t end) { f(call, begin, end); });
+}
+
 template <class A>
 void run_forward(GroupNorm<A>& call) {
+  if (call.small) return over_small(call, FASTREG_PICK(small_forward<A>));
   call.allocate_moments();
   const auto moments = FASTREG_PICK(moments<A>);
   const auto finish = FASTREG_PICK(finish_moments<A>);
@@ -223,6 +267,7 @@ void run_forward(GroupNorm<A>& call) {
 template <class A>
 void run_backward(GroupNorm<A>& call) {
   call.allocate_sums();
+  if (call.small) return over_small(call, FASTREG_PICK(small_backward<A>));
   const auto sums = FASTREG_PICK(sums<A>);
   const auto finish = FASTREG_PICK(finish_sums<A>);
   const auto apply = FASTREG_PICK(apply_backward<A>);
@@ -284,10 +329,11 @@ const A* parameter(const std::optional<Tensor>& tensor, int64_t channels, A fill
     return copy.data();
   }
   const int64_t stride = channels > 1 ? tensor->stride(0) : 1;
-  if (stride == 1 && tensor->scalar_type() == own) return static_cast<const A*>(tensor->const_data_ptr());
+  const void* const data = tensor->const_data_ptr();
+  const ScalarType dtype = tensor->scalar_type();  // each of these is a call
+  if (stride == 1 && dtype == own) return static_cast<const A*>(data);
   copy.resize(channels);
-  for (int64_t c = 0; c < channels; ++c)
-    copy[c] = value_at<A>(tensor->const_data_ptr(), tensor->scalar_type(), c * stride);
+  for (int64_t c = 0; c < channels; ++c) copy[c] = value_at<A>(data, dtype, c * stride);
   return copy.data();
 }
 
@@ -295,9 +341,10 @@ Tensor parameter_gradient(const Tensor& like, const double* sums, int64_t sample
   std::vector<double> total(channels, 0.0);
   for (int64_t n = 0; n < samples; ++n)
     for (int64_t c = 0; c < channels; ++c) total[c] += sums[n * channels + c];
-  Tensor out = new_tensor({channels}, like.scalar_type());
+  const ScalarType dtype = like.scalar_type();
+  Tensor out = new_tensor({channels}, dtype);
   void* data = out.data_ptr();
-  for (int64_t c = 0; c < channels; ++c) switch (like.scalar_type()) {
+  for (int64_t c = 0; c < channels; ++c) switch (dtype) {
       case ScalarType::Half:
         static_cast<Half*>(data)[c] = static_cast<float>(total[c]);
         break;
@@ -353,6 +400,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, int64_t groups, const st
   call.eps = eps;
   call.dtype = input.scalar_type();
   call.stream = input.numel() * input.element_size() >= kStream;
+  call.find_small(FASTREG_PICK(lanes<A>), {call.input, call.output});
   run_forward(call);
   return {output, stats};
 }
@@ -405,14 +453,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   // own.
   call.dz = activation == 0 ? call.grad_output : wanted & 8 ? call.grad_residual : call.grad_input;
   if (input.numel()) {
+    if (!(wanted & 8))
+      call.find_small(FASTREG_PICK(lanes<A>), {call.input, call.grad_output, call.grad_input});
     run_backward(call);
   } else {
     call.allocate_sums();
     std::fill(call.sums.get(), call.sums.get() + 2 * samples * channels, 0.0);
   }
-  return {
-      grad_input, wanted & 2 ? parameter_gradient(*weight, call.sum_dz_x(0), samples, channels) : nothing(),
-      wanted & 4 ? parameter_gradient(*bias, call.sum_dz(0), samples, channels) : nothing(), grad_residual};
+  return {grad_input,
+          wanted & 2 ? parameter_gradient(*weight, call.sum_dz_x(0), call.sum_rows(), channels) : nothing(),
+          wanted & 4 ? parameter_gradient(*bias, call.sum_dz(0), call.sum_rows(), channels) : nothing(),
+          grad_residual};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output, const Tensor& input,
@@ -435,6 +486,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
 #include "group_norm.h"
 
 namespace fastreg::FASTREG_ISA {
+
+#define FASTREG_LAMBDA __attribute__((always_inline))
 
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -1348,6 +1401,222 @@ void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin,
   }
 }
 
+// ---- small groups
+// ------------------------------------------------------------------------------------------ A task's groups:
+// `count` from the `first` on, in samples [begin, end).
+struct Task {
+  int64_t first, count, block, begin, end;
+};
+
+template <class A>
+Task task_of(const GroupNorm<A>& call, int64_t task) {
+  const int64_t block = task / call.chunks(), first = task % call.chunks() * call.small;
+  return {first, std::min(call.small, call.groups - first), block, block * kSamples,
+          std::min((block + 1) * kSamples, call.samples)};
+}
+
+// f(k, r, i, valid) for the vectors of a group, `valid` elements at the i-th of its r-th run; k is 0 or 1.
+template <class A, class F>
+FASTREG_INLINE void over_group(int64_t runs, int64_t run, F f) {
+  constexpr int64_t L = lanes<A>;
+  for (int64_t r = 0; r < runs; ++r) {
+    int64_t i = 0;
+    for (; i + 2 * L <= run; i += 2 * L) f(0, r, i, L), f(1, r, i + L, L);
+    if (i + L <= run) f(0, r, i, L), i += L;
+    if (i < run) f(1, r, i, run - i);
+  }
+}
+
+// The same for those of a column.
+template <class A, class F>
+FASTREG_INLINE void over_column(const GroupNorm<A>& call, int64_t column, F f) {
+  constexpr int64_t L = lanes<A>;
+  if (call.by_channel) {
+    const int64_t end = (column + 1) * call.positions;
+    int64_t i = column * call.positions;
+    for (; i + 2 * L <= end; i += 2 * L) f(0, 0, i, L), f(1, 0, i + L, L);
+    if (i + L <= end) f(0, 0, i, L), i += L;
+    if (i < end) f(1, 0, i, end - i);
+    return;
+  }
+  const int64_t i = column * L, valid = std::min(L, call.run() - i);
+  if (valid == L)
+    for (int64_t r = 0; r < call.depth; ++r) f(0, r, i, L);
+  else
+    for (int64_t r = 0; r < call.depth; ++r) f(0, r, i, valid);
+}
+
+// Values per channel as a table, padded with zeros.
+template <class A>
+void expand(const GroupNorm<A>& call, const Task& task, const A* of_channel, A* table) {
+  const int64_t row = call.columns * lanes<A>, repeat = call.slots_of_channel, n = call.per_group();
+  for (int64_t g = 0; g < task.count; ++g) {
+    A* to = table + g * row;
+    const A* from = of_channel + (task.first + g) * n;
+    if (repeat == 1)
+      std::copy(from, from + n, to);
+    else
+      for (int64_t c = 0; c < n; ++c) std::fill(to + c * repeat, to + (c + 1) * repeat, from[c]);
+    std::fill(to + n * repeat, to + row, A(0));
+  }
+}
+
+// A number from which deviations are taken, as in moments_of_block.
+template <class T, class A>
+FASTREG_INLINE A pivot_of(const T* x, int64_t runs, int64_t run, int64_t step) {
+  const int64_t n = runs > 1 ? run : (run + 7) / 8, rows = (runs + 7) / 8;
+  if (n == 1) return static_cast<A>(x[0]);
+  Vec<A> sum[2] = {};
+  over_group<A>(rows, n, [&](int k, int64_t r, int64_t i, int64_t valid) FASTREG_LAMBDA {
+    sum[k] += load_part<T, A>(x + r * step + i, valid, A(0));
+  });
+  return horizontal_sum(sum[0] + sum[1]) / static_cast<A>(rows * n);
+}
+
+template <int act, class T, class A>
+void small_forward_typed(const GroupNorm<A>& call, int64_t begin, int64_t end) {
+  constexpr int64_t L = lanes<A>;
+  const int64_t runs = call.runs(), run = call.run(), row = call.columns * L, step = call.input.row;
+  const double share = 1 / call.group_size();
+  std::vector<A> memory(call.small * (2 * row + 3));
+  A *weight = memory.data(), *bias = weight + call.small * row, *pivot = bias + call.small * row;
+  A *sum = pivot + call.small, *square = sum + call.small;
+  for (int64_t t = begin; t < end; ++t) {
+    const Task task = task_of(call, t);
+    expand(call, task, call.weight, weight);
+    expand(call, task, call.bias, bias);
+    for (int64_t n = task.begin; n < task.end; ++n) {
+      const T* const x = call.input.template at<T>(n, 0) + task.first * run;
+      T* const y = call.output.template at<T>(n, 0) + task.first * run;
+      A *mean = call.mean + n * call.groups + task.first, *rstd = call.rstd + n * call.groups + task.first;
+      for (int64_t g = 0; g < task.count; ++g) {
+        const T* const from = x + g * run;
+        const A at = pivot_of<T, A>(from, runs, run, step);
+        Vec<A> s[2] = {}, q[2] = {};
+        over_group<A>(runs, run, [&](int k, int64_t r, int64_t i, int64_t valid) FASTREG_LAMBDA {
+          const Vec<A> d = load_part<T, A>(from + r * step + i, valid, at) - at;
+          s[k] += d;
+          q[k] += d * d;
+        });
+        pivot[g] = at, sum[g] = horizontal_sum(s[0] + s[1]), square[g] = horizontal_sum(q[0] + q[1]);
+      }
+      for (int64_t g = 0; g < task.count; ++g) {
+        const double off = sum[g] * share, variance = square[g] * share - off * off;
+        mean[g] = static_cast<A>(pivot[g] + off);
+        rstd[g] = static_cast<A>(1 / std::sqrt((variance < 0 ? 0 : variance) + call.eps));
+      }
+      for (int64_t g = 0; g < task.count; ++g) {
+        if (square[g] <= std::numeric_limits<A>::max()) continue;
+        Moments<double> all{0, 0, 0};  // squares overflowed
+        for (int64_t r = 0; r < runs; ++r) all = merge(all, moments_in_double(x + g * run + r * step, run));
+        store_statistics(call, n * call.groups + task.first + g, all);
+      }
+      const int64_t ahead = n + 1 < task.end ? call.input.sample : 0;  // to what is read next
+      for (int64_t g = 0; g < task.count; ++g) {
+        const T* const from = x + g * run;
+        T* const to = y + g * run;
+        const A m = mean[g], inverse = rstd[g];
+        for (int64_t column = 0; column < call.columns; ++column) {
+          const int64_t slot = g * row + column * L;
+          const Vec<A> scale = load(weight + slot) * inverse, shift = load(bias + slot);
+          over_column(call, column, [&](int, int64_t r, int64_t i, int64_t valid) FASTREG_LAMBDA {
+            ask_for(from + r * step + i + ahead, 1);
+            const Vec<A> z = (load_part<T, A>(from + r * step + i, valid, A(0)) - m) * scale + shift;
+            store_part(to + r * call.output.row + i, activate<act, Math<T> >(z), valid);
+          });
+        }
+      }
+    }
+  }
+}
+
+template <int act, class T, class A>
+void small_backward_typed(const GroupNorm<A>& call, int64_t begin, int64_t end) {
+  constexpr int64_t L = lanes<A>;
+  const int64_t run = call.run(), row = call.columns * L, table = call.small * row;
+  const int64_t step = call.input.row, step_dy = call.grad_output.row, step_dx = call.grad_input.row;
+  const double share = call.group_size() == 1 ? 0 : 1 / call.group_size();
+  std::vector<A> memory(4 * table + 2 * call.small + (act == kNone ? 0 : table * call.depth));
+  A *weight = memory.data(), *bias = weight + table, *total = bias + table, *total_x = total + table;
+  A *m1 = total_x + table, *m2 = m1 + call.small, *kept = m2 + call.small;  // kept: dz
+  for (int64_t t = begin; t < end; ++t) {
+    const Task task = task_of(call, t);
+    expand(call, task, call.weight, weight);
+    if (act != kNone) expand(call, task, call.bias, bias);
+    std::fill(total, total + 2 * table, A(0));
+    for (int64_t n = task.begin; n < task.end; ++n) {
+      const T* const x = call.input.template at<T>(n, 0) + task.first * run;
+      const T* const dy = call.grad_output.template at<T>(n, 0) + task.first * run;
+      const A* const mean = call.mean + n * call.groups + task.first;
+      const A* const rstd = call.rstd + n * call.groups + task.first;
+      A* dz = kept;
+      for (int64_t g = 0; g < task.count; ++g) {
+        const T *const from = x + g * run, *const from_dy = dy + g * run;
+        const A m = mean[g], inverse = rstd[g];
+        Sums<A> of_group;
+        for (int64_t column = 0; column < call.columns; ++column) {
+          const int64_t slot = g * row + column * L;
+          const Vec<A> w = load(weight + slot), scale = w * inverse;
+          Sums<A> sums[2];
+          over_column(call, column, [&](int k, int64_t r, int64_t i, int64_t valid) FASTREG_LAMBDA {
+            Derived<A> of{load_part<T, A>(from + r * step + i, valid, A(0)) - m,
+                          load_part<T, A>(from_dy + r * step_dy + i, valid, A(0))};
+            if constexpr (act != kNone) {
+              of.dz = activation_gradient<act, Math<T> >(of.dz, of.centred * scale + load(bias + slot));
+              store(dz, of.dz), dz += L;
+            }
+            sums[k].add(of);
+          });
+          sums[0] += sums[1];
+          store(total + slot, load(total + slot) + sums[0].dz);
+          store(total_x + slot, load(total_x + slot) + sums[0].dz_x * inverse);
+          of_group += {w * sums[0].dz, w * sums[0].dz_x};
+        }
+        m1[g] = horizontal_sum(of_group.dz), m2[g] = horizontal_sum(of_group.dz_x);
+      }
+      if (!call.grad_input.data) continue;
+      for (int64_t g = 0; g < task.count; ++g) {
+        const double scale = share * rstd[g];
+        m1[g] = static_cast<A>(scale * m1[g]);
+        m2[g] = static_cast<A>(scale * (m2[g] * static_cast<double>(rstd[g])));
+      }
+      T* const dx = call.grad_input.template at<T>(n, 0) + task.first * run;
+      const bool more = n + 1 < task.end;
+      const int64_t ahead = more ? call.input.sample : 0, ahead_dy = more ? call.grad_output.sample : 0;
+      dz = kept;
+      for (int64_t g = 0; g < task.count; ++g) {
+        const T *const from = x + g * run, *const from_dy = dy + g * run;
+        T* const to = dx + g * run;
+        // With one element in a group x̂ is 0, and dx too, exactly.
+        const A inverse = share == 0 ? A(0) : rstd[g];
+        for (int64_t column = 0; column < call.columns; ++column) {
+          const BackTerms<A> terms{splat(mean[g]), splat(inverse),
+                                   load(weight + g * row + column * L) * inverse, splat(m1[g]), splat(m2[g])};
+          over_column(call, column, [&](int, int64_t r, int64_t i, int64_t valid) FASTREG_LAMBDA {
+            ask_for(from + r * step + i + ahead, 1);
+            ask_for(from_dy + r * step_dy + i + ahead_dy, 1);
+            Vec<A> v;
+            if constexpr (act != kNone)
+              v = load(dz), dz += L;
+            else
+              v = load_part<T, A>(from_dy + r * step_dy + i, valid, A(0));
+            store_part(to + r * step_dx + i, terms(load_part<T, A>(from + r * step + i, valid, A(0)), v),
+                       valid);
+          });
+        }
+      }
+    }
+    const int64_t per_group = call.per_group(), each = call.slots_of_channel;
+    for (int64_t g = 0; g < task.count; ++g)
+      for (int64_t c = 0; c < per_group; ++c) {
+        const int64_t channel = (task.first + g) * per_group + c, at = g * row + c * each;
+        double sum = 0, sum_x = 0;
+        for (int64_t k = at; k < at + each; ++k) sum += total[k], sum_x += total_x[k];
+        call.sum_dz(task.block)[channel] = sum, call.sum_dz_x(task.block)[channel] = sum_x;
+      }
+  }
+}
+
 // ---- by dtype and activation
 // ----------------------------------------------------------------------------------
 template <class A, class F>
@@ -1387,6 +1656,20 @@ template <class A>
 void apply(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, int64_t next) {
   by_dtype(call, [&](auto t) {
     by_activation(call, [&]<int act>() { apply_typed<act, decltype(t), A>(call, unit, begin, end, next); });
+  });
+}
+
+template <class A>
+void small_forward(const GroupNorm<A>& call, int64_t begin, int64_t end) {
+  by_dtype(call, [&](auto t) {
+    by_activation(call, [&]<int act>() { small_forward_typed<act, decltype(t), A>(call, begin, end); });
+  });
+}
+
+template <class A>
+void small_backward(const GroupNorm<A>& call, int64_t begin, int64_t end) {
+  by_dtype(call, [&](auto t) {
+    by_activation(call, [&]<int act>() { small_backward_typed<act, decltype(t), A>(call, begin, end); });
   });
 }
 
