@@ -121,9 +121,17 @@ _define(
     "losses",
 )
 _define(
+    "cross_entropy_with_gradient",
+    # The loss and its gradient, for the reductions mean and sum.
+    f"({_TENSORS}, {_OPTIONS}, bool zero_if_empty, bool fp32_loss) -> (Tensor loss, Tensor grad)",
+    lambda input, *args: (_cross_entropy_forward(input, *args)[0], torch.empty_like(input)),
+    "losses",
+    backends=("cpu",),
+)
+_define(
     "cross_entropy_small",
-    # The loss without options, input (N, C), target (N), and its gradient, for the reductions mean and sum, with few
-    # arguments: each costs time, which shows where the batch is small.
+    # The same without options, for input (N, C) and target (N), with few arguments: each costs time, which shows where
+    # the batch is small.
     "(Tensor input, Tensor target, int ignore_index, int reduction, bool fp32_loss) -> (Tensor loss, Tensor grad)",
     lambda input, target, ignore_index, reduction, fp32_loss: (
         input.new_empty([], dtype=accumulator(input) if fp32_loss else input.dtype),

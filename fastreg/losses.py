@@ -36,11 +36,12 @@ _backends.register("cross_entropy", kernels=_ops.KERNEL_BACKENDS)
 # A target is class indices, probabilities of the input's shape, or two index tensors and the share of the first.
 Target = Tensor | tuple[Tensor, Tensor, float | Tensor]
 
-# On the CPU a plain call, or the sigmoid focal loss, makes the gradient of at most this many logits together with the
-# loss, which saves a call and a read. The gradient that waits for the backward is at most 4 MiB of fp32.
+# On the CPU the gradient of at most this many logits is made together with the loss, which saves a call and a read. The
+# gradient that waits for the backward is at most 4 MiB of fp32.
 _SMALL = 1 << 20
 _small = _ops.kernels("cross_entropy_small")["cpu"]
 _small = getattr(_small, "_op", _small)  # without the wrapper that Dynamo wants: a third of a microsecond
+_with_gradient = _ops.kernels("cross_entropy_with_gradient")["cpu"]
 _INT64, _FP16, _FP32 = torch.int64, torch.float16, torch.float32
 _is_autocast_enabled = torch.is_autocast_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # without a device to parse
@@ -163,7 +164,7 @@ def cross_entropy(
             fp16 input is treated as without it: a gradient scaler's factor must come before the rounding.
             "in_place" lets the gradient take the place of the logits, which are then spoilt: for logits that nobody
             else needs, not a leaf, and for one backward. Where the gradient is not made in the forward, they stay.
-            On the CPU plain calls on up to 2^20 logits do so by themselves.
+            On the CPU calls on up to 2^20 logits of (N, C) do so by themselves.
         outputs: return `LossOutputs`, what else the same pass knows, instead of the loss alone.
         statistics: a `fastreg.longtail.ClassStatistics`, to which this call's rows are added per target class.
             Only for class indices.
@@ -284,6 +285,15 @@ def cross_entropy(
     )
     if not extra:
         if input.requires_grad and torch.is_grad_enabled():
+            if (
+                backend == "cpu"
+                and input.numel() <= _SMALL
+                and input.dtype is not _FP16
+                and reduction != "none"
+                and len(shape) <= 2
+                and not _is_compiling()
+            ):
+                return _small_cross_entropy(input, target, args[8:-1], args[2:8])
             loss = _backends.apply(_CrossEntropy, *args)
         else:
             loss, _, _ = _forward[backend](*args[:-1])
@@ -499,7 +509,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grad = _differentiable_backward(ctx, grad_loss)  # create_graph: a second derivative may be asked for
+            # create_graph: a second derivative may be asked for
+            grad = _differentiable_backward(grad_loss, ctx.saved_tensors[:8], ctx.options, ctx.zero_if_empty)
         else:
             grad = _backward[ctx.backend](grad_loss, *ctx.saved_tensors, *ctx.options)
         return grad, *([None] * 17)
@@ -507,9 +518,11 @@ class _CrossEntropy(torch.autograd.Function):
 
 class _SmallCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, target, options):
-        loss, ctx.made = _small(input, target, *options)
-        ctx.save_for_backward(input, target)
+    def forward(ctx, input, target, options, vectors=()):
+        """Without `vectors`, a call without options, of which only ignore_index, the reduction and fp32_loss are told;
+        else all that the operators take behind target."""
+        loss, ctx.made = (_with_gradient if vectors else _small)(input, target, *vectors, *options)
+        ctx.save_for_backward(input, target, *vectors)
         ctx.options = options
         return loss
 
@@ -521,22 +534,21 @@ class _SmallCrossEntropy(torch.autograd.Function):
         except RuntimeError:
             factor = None  # one of many, under vmap
         if factor == 1.0 and grad is not None and not torch.is_grad_enabled():
-            return grad, None, None
-        input, target = ctx.saved_tensors
-        ignore_index, reduction, _ = ctx.options
+            return grad, None, None, None
+        input, target, *vectors = ctx.saved_tensors
+        tensors = input, target, *(vectors or [None] * 6)
+        told = ctx.options if vectors else (*ctx.options[:2], 0.0, 0.0, 1.0, 1.0, 0.0, False, False)
+        *options, zero_if_empty, _ = told
         if torch.is_grad_enabled():  # create_graph: a second derivative may be asked for
-            named = _ops.REDUCTIONS[reduction]
-            loss = cross_entropy_reference(input, target, ignore_index=ignore_index, reduction=named)
-            grad = _differentiable_gradient(loss, input, grad_loss)
+            grad = _differentiable_backward(grad_loss, tensors, options, zero_if_empty)
         elif factor is not None and not math.isfinite(factor):  # times an exact 0 it would be NaN
-            args = input, target, *[None] * 6, ignore_index, reduction, 0.0, 0.0, 1.0, 1.0, 0.0
-            _, *softmax = _forward["cpu"](*args, False, False)
-            grad = _backward["cpu"](grad_loss, *args[:8], *softmax, *args[8:])
+            _, *softmax = _forward["cpu"](*tensors, *options, zero_if_empty, False)
+            grad = _backward["cpu"](grad_loss, *tensors, *softmax, *options)
         else:
             if grad is None:
-                _, grad = _small(input, target, ignore_index, reduction, False)
+                _, grad = (_with_gradient if vectors else _small)(input, target, *vectors, *ctx.options)
             grad = grad * grad_loss if factor is None else grad.mul_(factor)
-        return grad, None, None
+        return grad, None, None, None
 
 
 _small_cross_entropy = super(torch.autograd.Function, _SmallCrossEntropy).apply  # see _backends.apply
@@ -565,7 +577,7 @@ class _CrossEntropyExtra(torch.autograd.Function):
             return (None,) * 21
         made, ctx.made = ctx.made, None  # handed over once; a second backward makes its own
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grad = _differentiable_backward(ctx, grad_loss)
+            grad = _differentiable_backward(grad_loss, ctx.saved_tensors[:8], ctx.options, ctx.zero_if_empty)
         elif made is not None:
             _scale_gradient[ctx.backend](made, grad_loss)
             grad = made
@@ -608,9 +620,9 @@ def _with_extra(
     return LossOutputs(loss, lse, argmax, correct) if outputs else loss
 
 
-def _differentiable_backward(ctx, grad_loss: Tensor) -> Tensor:
-    input, target, weight, alpha, logit_adjustment, margin, other_target, share, _, _ = ctx.saved_tensors
-    ignore_index, reduction, label_smoothing, gamma, alpha_scale, scale, z_loss = ctx.options
+def _differentiable_backward(grad_loss: Tensor, tensors: tuple, options: tuple, zero_if_empty: bool) -> Tensor:
+    input, target, weight, alpha, logit_adjustment, margin, other_target, share = tensors
+    ignore_index, reduction, label_smoothing, gamma, alpha_scale, scale, z_loss = options
     loss = cross_entropy_reference(
         input,
         target if other_target is None else (target, other_target, share),
@@ -624,7 +636,7 @@ def _differentiable_backward(ctx, grad_loss: Tensor) -> Tensor:
         margin=margin,
         scale=scale,
         z_loss=z_loss,
-        all_ignored="zero" if ctx.zero_if_empty else "nan",
+        all_ignored="zero" if zero_if_empty else "nan",
     )
     return _differentiable_gradient(loss, input, grad_loss)
 

@@ -239,7 +239,7 @@ def test_a_target_that_is_no_class_is_an_index_error(shape, bad):
     with pytest.raises(IndexError, match=rf"target must hold .* got {bad} in row 1"):
         cross_entropy(x, target)
     good = torch.zeros_like(target)
-    loss = cross_entropy(x, good, label_smoothing=0.1)
+    loss = cross_entropy(x, good, label_smoothing=0.1, reduction="none").sum()
     good.data.view(-1)[1] = bad  # behind autograd's back
     with pytest.raises(IndexError, match="target"):
         loss.backward()
@@ -627,6 +627,63 @@ def test_small_batches_pass_opcheck():
     (x, target), _ = small_and_large()
     for fp32_loss in (False, True):
         torch.library.opcheck(torch.ops.fastreg.cross_entropy_small.cpu, (x.detach(), target, -100, 1, fp32_loss))
+
+
+def options_of(name, classes):
+    if name == "weighted":
+        return {"weight": torch.linspace(0.1, 1, classes), "label_smoothing": 0.1, "alpha": torch.rand(classes)}
+    if name == "odd weights":
+        return {"weight": torch.arange(classes) % 3 * 0.5, "label_smoothing": 0.1}
+    if name == "z loss":
+        return {"z_loss": 1e-2, "gamma": 0.5, "alpha": 0.3, "all_ignored": "zero"}
+    return {k: v[:classes] if isinstance(v, torch.Tensor) else v for k, v in KINDS[name].items()}
+
+
+@pytest.mark.parametrize("kind", ["index", "pair", "probabilities"])
+@pytest.mark.parametrize("name", [*KINDS, "weighted", "odd weights", "z loss"])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_small_batches_with_options(dtype, name, kind, monkeypatch):
+    """Together with the loss the gradient is what it is apart, whatever comes in, a second time, and for a penalty."""
+    for classes, layout in (
+        (7, "contiguous"),
+        (100, "sliced"),
+        (4096, "contiguous"),
+        (4097, "contiguous"),
+    ):
+        torch.manual_seed(classes)
+        x, options = with_layout((3 * torch.randn(5, classes)).to(dtype), layout), options_of(name, classes)
+        target = targets_of(kind, (5,), classes)
+        found = []
+        for most in (1 << 20, 0):
+            monkeypatch.setattr(fastreg.losses, "_SMALL", most)
+            leaf = x.detach().requires_grad_()
+            loss = cross_entropy(leaf, target, **options)
+            ways = [torch.autograd.grad(loss, leaf, factor, retain_graph=True)[0]
+                    for factor in (None, torch.tensor(-2.5, dtype=dtype), None)]  # fmt: skip
+            (penalty,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            found.append([loss.detach(), *ways, penalty.detach()])
+            assert (loss.grad_fn.name() == "_SmallCrossEntropyBackward") == (most > 0)
+            assert torch.equal(ways[0], ways[2])
+        together, apart = found
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(together[0], apart[0], rtol=max(eps, 2.0**-22), atol=0)
+        for mine, theirs in zip(together[1:], apart[1:], strict=True):
+            # An exponential or a quotient rounded in another order; p and what is taken from it may cancel.
+            largest = theirs.abs().max().item()
+            torch.testing.assert_close(mine, theirs, rtol=2 * eps, atol=16 * min(eps, 2.0**-24) * largest)
+
+
+def test_small_batches_with_options_take_batches_of_gradients_and_infinite_ones():
+    x, y = torch.randn(6, 7, requires_grad=True), torch.tensor([0, 6, -100, 3, 3, 1])
+    loss = cross_entropy(x, y, label_smoothing=0.1)
+    factors = torch.tensor([1.0, 2.0, -3.0])
+    (batch,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True, retain_graph=True)
+    (one,) = torch.autograd.grad(loss, x, retain_graph=True)
+    torch.testing.assert_close(batch, factors[:, None, None] * one)
+    (infinite,) = torch.autograd.grad(loss, x, torch.tensor(float("inf")))
+    assert (infinite[2] == 0).all() and not infinite[[0, 1, 3, 4, 5]].isfinite().any()
+    args = (x.detach(), y, torch.rand(7), *[None] * 5, -100, 1, 0.1, 2.0, 1.0, 1.0, 0.0, False, False)
+    torch.library.opcheck(torch.ops.fastreg.cross_entropy_with_gradient.cpu, args)
 
 
 def test_small_batches_leave_fp16_to_its_scaler():

@@ -30,10 +30,11 @@
 #include "cpu/tensors.h"
 
 namespace fastreg {
-constexpr int64_t kBlock = 4096;               // classes reduced at a time
-constexpr int64_t kManyClasses = 256;          // from which on sums of all hide what cancels in one of them
-constexpr int64_t kColumns = 256;              // the most rows side by side in a task of the column kernels
-constexpr int64_t kTask = 16384;               // elements a task has at least, where there are as many
+constexpr int64_t kBlock = 4096;       // classes reduced at a time
+constexpr int64_t kShort = 32;         // the most classes of which a vector may hold one in several rows
+constexpr int64_t kManyClasses = 256;  // from which on sums of all hide what cancels in one of them
+constexpr int64_t kColumns = 256;      // the most rows side by side in a task of the column kernels
+constexpr int64_t kTask = 16384;       // elements a task has at least, where there are as many
 constexpr int64_t kStream = int64_t{4} << 20;  // bytes of a gradient that bypasses the caches
 // Bytes of columns that are walked more than once, so that they stay in the cache.
 constexpr int64_t kTileBytes = 262144;
@@ -550,9 +551,10 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, cons
 }
 
 template <class A>
-std::tuple<Tensor, Tensor> small(const Tensor& input, const Tensor& target, const Tensor& grad,
-                                 int64_t ignore_index, int64_t reduction, bool fp32_loss) {
+std::tuple<Tensor, Tensor> small(const Tensor& input, const Tensor& target, int64_t ignore_index,
+                                 int64_t reduction, bool fp32_loss) {
   const ScalarType dtype = input.scalar_type();
+  const Tensor grad = new_tensor({input.size(0), input.size(1)}, dtype);
   Tensor loss = new_tensor({}, fp32_loss ? torch::headeronly::CppTypeToScalarType<A>::value : dtype);
   SmallCrossEntropy<A> call{};
   call.input = static_cast<const char*>(input.const_data_ptr());
@@ -582,20 +584,29 @@ std::tuple<Tensor, Tensor> small(const Tensor& input, const Tensor& target, cons
   return {loss, grad};
 }
 
+std::tuple<Tensor, Tensor> cross_entropy_with_gradient(
+    const Tensor& input, const Tensor& target, MaybeTensor weight, MaybeTensor alpha,
+    MaybeTensor logit_adjustment, MaybeTensor margin, MaybeTensor other_target, MaybeTensor share,
+    int64_t ignore_index, int64_t reduction, double smoothing, double gamma, double alpha_scale, double scale,
+    double z_loss, bool zero_if_empty, bool fp32_loss) {
+  const Options options{input,     target,       weight,      alpha,        logit_adjustment,
+                        margin,    other_target, share,       ignore_index, reduction,
+                        smoothing, gamma,        alpha_scale, scale,        z_loss};
+  const Tensor grad = new_like(input);
+  const auto made = forward_of(options, zero_if_empty, fp32_loss, {false, false, grad});
+  return {std::get<0>(made), grad};
+}
+
 std::tuple<Tensor, Tensor> cross_entropy_small(const Tensor& input, const Tensor& target,
                                                int64_t ignore_index, int64_t reduction, bool fp32_loss) {
   STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == input.size(0) && input.size(1) > 0,
                   "target must have one class index per row, of a class at least");
-  const Tensor grad = new_like(input);
-  if (input.stride(1) == 1 && grad.stride(1) == 1 && input.size(1) <= kBlock)
-    return input.scalar_type() == ScalarType::Double
-               ? small<double>(input, target, grad, ignore_index, reduction, fp32_loss)
-               : small<float>(input, target, grad, ignore_index, reduction, fp32_loss);
-  const MaybeTensor none;
-  const Options options{input,        target,    none, none, none, none, none, none,
-                        ignore_index, reduction, 0,    0,    1,    1,    0};
-  const auto made = forward_of(options, false, fp32_loss, {false, false, grad});
-  return {std::get<0>(made), grad};
+  if (input.stride(1) != 1 || input.size(1) > kBlock)
+    return cross_entropy_with_gradient(input, target, {}, {}, {}, {}, {}, {}, ignore_index, reduction, 0, 0,
+                                       1, 1, 0, false, fp32_loss);
+  return input.scalar_type() == ScalarType::Double
+             ? small<double>(input, target, ignore_index, reduction, fp32_loss)
+             : small<float>(input, target, ignore_index, reduction, fp32_loss);
 }
 
 void scale_gradient(const Tensor& grad, const Tensor& factor) {
@@ -631,6 +642,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
   m.impl("cross_entropy_forward.cpu", TORCH_BOX(&fastreg::cross_entropy_forward));
   m.impl("cross_entropy_forward_extra.cpu", TORCH_BOX(&fastreg::cross_entropy_forward_extra));
   m.impl("cross_entropy_backward.cpu", TORCH_BOX(&fastreg::cross_entropy_backward));
+  m.impl("cross_entropy_with_gradient.cpu", TORCH_BOX(&fastreg::cross_entropy_with_gradient));
   m.impl("cross_entropy_small.cpu", TORCH_BOX(&fastreg::cross_entropy_small));
   m.impl("scale_gradient_.cpu", TORCH_BOX(&fastreg::scale_gradient));
 }

@@ -39,6 +39,10 @@ int64_t first_of(const T* x, int64_t n, A value) {
 // caches: the processor does not follow the row then. None may be left out, or it waits for that one.
 constexpr int64_t kAhead = 8 * kDepth;
 
+// The most classes whose arrays stay in the first-level cache beside the rows: with no more of them the
+// processor does follow, and fetching ahead only takes time.
+constexpr int64_t kNear = 2048;
+
 // Asks for x[0, 2 * lanes<A>), for the cache of that level.
 template <int level, class A, class T>
 FASTREG_INLINE void fetch_two(const T* x) {
@@ -97,7 +101,7 @@ struct Direct {
   }
 };
 
-// From memory, scaled and, with an adjustment, moved.
+// From memory, moved by an adjustment or scaled, and `taken` from that of the class y, if y is in the block.
 template <class T, class A, bool moved>
 struct Adjusted {
   using Element = T;
@@ -105,22 +109,40 @@ struct Adjusted {
   const T* x;
   const A* adjustment;
   A scale;
+  int64_t y;
+  A taken;
 
   FASTREG_INLINE_MEMBER Vec<A> at(int64_t j) const {
-    const Vec<A> scaled = load(x + j) * scale;
-    if constexpr (moved) return scaled + load(adjustment + j);
-    return scaled;
+    Vec<A> z = load(x + j);
+    if constexpr (moved)
+      z += load(adjustment + j);
+    else
+      z *= scale;
+    return less_margin(z, j);
   }
   FASTREG_INLINE_MEMBER Vec<A> first(int64_t j, int64_t n, A fill) const {
-    Vec<A> z = load_first(x + j, n, A(0)) * scale;
-    if constexpr (moved) z += load_first(adjustment + j, n, A(0));
-    return is_first<A>(n) ? z : splat(fill);
+    Vec<A> z = load_first(x + j, n, A(0));
+    if constexpr (moved)
+      z += load_first(adjustment + j, n, A(0));
+    else
+      z *= scale;
+    return is_first<A>(n) ? less_margin(z, j) : splat(fill);
   }
   FASTREG_INLINE_MEMBER Two<Vec<A>> two(int64_t j) const {
-    const auto from = load_two(x + j);
-    if constexpr (!moved) return {from.first * scale, from.second * scale};
-    const auto by = load_two_as<T>(adjustment + j);
-    return {from.first * scale + by.first, from.second * scale + by.second};
+    Two<Vec<A>> z = load_two(x + j);
+    if constexpr (moved) {
+      const auto by = load_two_as<T>(adjustment + j);
+      z.first += by.first, z.second += by.second;
+    } else {
+      z.first *= scale, z.second *= scale;
+    }
+    const int64_t k = y - j;
+    if (static_cast<uint64_t>(k) < 2 * lanes<A>) [[unlikely]] {
+      const bool by_turns = std::is_same_v<T, BFloat16>;
+      const bool second = by_turns ? k % 2 : k >= lanes<A>;
+      (second ? z.second : z.first)[by_turns ? k / 2 : k % lanes<A>] -= taken;
+    }
+    return z;
   }
   template <int level = 2>
   FASTREG_INLINE_MEMBER void fetch(int64_t j) const {
@@ -130,6 +152,13 @@ struct Adjusted {
   template <bool finite, class Out>
   FASTREG_INLINE void put_two(Out* to, Two<Vec<A>> v, bool stream) {
     Direct<T, A>::template put_two<finite>(to, v, stream);
+  }
+
+ private:
+  FASTREG_INLINE_MEMBER Vec<A> less_margin(Vec<A> z, int64_t j) const {
+    if (static_cast<uint64_t>(y - j) < lanes<A>) [[unlikely]]
+      z[y - j] -= taken;
+    return z;
   }
 };
 
@@ -172,8 +201,14 @@ struct FactorsOf {
 // Chunk by chunk the largest z is taken first and the sum is made relative to it, so that the largest of all
 // adds exactly 1: where it is all there is, the loss is 0 and not a rounding, which could be negative.
 template <class A, class Z>
-Partial<A> reduce(const Z& z, int64_t n) {
-  constexpr int64_t step = 2 * lanes<A>;
+Partial<A> reduce(Z z, int64_t n) {
+  // Of two arrays the z are kept, as many as there are registers for, and in order: bf16 by turns would want
+  // the adjustment so.
+  constexpr int64_t step = 2 * lanes<A>, depth = Z::two_arrays ? kDepth / 2 : kDepth;
+  auto two = [&](int64_t j) __attribute__((always_inline)) {
+    if constexpr (Z::two_arrays) return Two<Vec<A>>{z.at(j), z.at(j + lanes<A>)};
+    return z.two(j);
+  };
   A high = -INFINITY, base = 0;
   Vec<A> sum{}, other{};
   auto raise = [&](Vec<A> top) {
@@ -185,20 +220,20 @@ Partial<A> reduce(const Z& z, int64_t n) {
   };
   int64_t j = 0;
   for (const int64_t whole = n / step * step; j < whole;) {
-    const int64_t end = std::min(j + kDepth * lanes<A>, whole);
-    if constexpr (Z::two_arrays)
+    const int64_t end = std::min(j + depth * lanes<A>, whole);
+    if (Z::two_arrays && n > kNear)
       for (int64_t k = j; k < end; k += step) z.fetch(k + kAhead * lanes<A>);
-    Two<Vec<A>> top = z.two(j), kept[kDepth / 2];  // of two arrays
+    Two<Vec<A>> top = two(j), kept[depth / 2];
     kept[0] = top;
     for (int64_t k = j + step, i = 1; k < end; k += step, ++i) {
-      const auto here = z.two(k);
+      const auto here = two(k);
       if constexpr (Z::two_arrays) kept[i] = here;
       top = {larger(here.first, top.first), larger(here.second, top.second)};
     }
     raise(larger(top.first, top.second));
     Vec<A> chunk{}, other_chunk{};
     for (int64_t i = 0; j < end; j += step, ++i) {
-      const auto here = Z::two_arrays ? kept[i] : z.two(j);
+      const auto here = Z::two_arrays ? kept[i] : two(j);
       chunk = plus_exp(chunk, here.first - base);
       other_chunk = plus_exp(other_chunk, here.second - base);
     }
@@ -215,12 +250,12 @@ Partial<A> reduce(const Z& z, int64_t n) {
 
 // The vector [j, j + lanes) of a block of n, with -inf behind the last.
 template <class A, class Z>
-FASTREG_INLINE Vec<A> vector_of(const Z& z, int64_t j, int64_t n) {
+FASTREG_INLINE Vec<A> vector_of(Z z, int64_t j, int64_t n) {
   return j + lanes<A> <= n ? z.at(j) : z.first(j, n - j, A(-INFINITY));
 }
 
 template <class A, class Z>
-FASTREG_INLINE A highest(const Z& z, int64_t n) {
+FASTREG_INLINE A highest(Z z, int64_t n) {
   Vec<A> top = splat(A(-INFINITY)), other = top;
   int64_t j = 0;
   for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
@@ -234,7 +269,7 @@ FASTREG_INLINE A highest(const Z& z, int64_t n) {
 
 // What reduce() gives, and the sum of factor * (z - high), for which the largest of the block is taken first.
 template <class A, class Z, class F>
-Partial<A> reduce_linear(const Z& z, int64_t n, const F& factors) {
+Partial<A> reduce_linear(Z z, int64_t n, F factors) {
   constexpr int64_t step = 2 * lanes<A>;
   const int64_t pairs = n / step * step;
   const A high = highest<A>(z, n);
@@ -265,9 +300,51 @@ Partial<A> reduce_linear(const Z& z, int64_t n, const F& factors) {
   return {high, horizontal_sum(sum.total), horizontal_sum(weighted.total)};
 }
 
+// The same for z in one block, with exp(z - high) of each class into `exps` in the order of two(). They may
+// be where z are.
+template <bool linear, class A, class Z, class F>
+Partial<A> reduce_keeping(Z z, int64_t n, F factors, A* exps) {
+  constexpr int64_t step = 2 * lanes<A>;
+  const A high = highest<A>(z, n);
+  const A base = high == -INFINITY ? A(0) : high;  // -inf - -inf would be NaN
+  LongSum<A> weighted;
+  Vec<A> sum{}, other{};
+  int64_t j = 0;
+  for (const int64_t pairs = n / step * step; j < pairs;) {
+    Vec<A> chunk{}, other_chunk{}, slanted{}, other_slanted{};
+    for (const int64_t end = std::min(j + kDepth * lanes<A>, pairs); j < end; j += step) {
+      const auto here = z.two(j);
+      const Vec<A> first = here.first - base, second = here.second - base;
+      const Vec<A> exp = exp_of<A>(first), other_exp = exp_of<A>(second);
+      if constexpr (linear) {
+        const auto by = factors.template two<typename Z::Element>(j);
+        slanted += F::odd ? share(by.first, first) : by.first * first;
+        other_slanted += F::odd ? share(by.second, second) : by.second * second;
+      }
+      store(exps + j, exp);
+      store(exps + j + lanes<A>, other_exp);
+      chunk += exp;
+      other_chunk += other_exp;
+    }
+    sum += chunk;
+    other += other_chunk;
+    if constexpr (linear) weighted.add(slanted + other_slanted);
+  }
+  for (; j < n; j += lanes<A>) {
+    // Behind the last there is 0 and not exp(-inf): the processor takes its time for subnormal numbers.
+    const auto inside = is_first<A>(n - j);
+    const Vec<A> d = inside ? vector_of<A>(z, j, n) - base : Vec<A>{}, exp = exp_of<A>(d);
+    if constexpr (linear)
+      weighted.add(j + lanes<A> <= n ? factors.times(j, d) : factors.times_first(j, n - j, d));
+    store(exps + j, exp);
+    sum += inside ? exp : Vec<A>{};
+  }
+  return {high, horizontal_sum(sum + other), horizontal_sum(weighted.total)};
+}
+
 // Below e^-43 a class counts as that: it shows in no sum but that of d, and its square is a normal number.
 template <class A, class Z>
-Moments<A> reduce_moments(const Z& z, int64_t n) {
+Moments<A> reduce_moments(Z z, int64_t n) {
   constexpr int64_t step = 2 * lanes<A>;
   const int64_t pairs = n / step * step;
   const A high = highest<A>(z, n), base = high == -INFINITY ? A(0) : high;
@@ -308,8 +385,7 @@ auto with_power(A gamma, const F& f) {
 
 // The sums of factor * focal term and of factor * its slope.
 template <bool quick, class A, class Z, class F, class Raise>
-TermSums sum_terms_by(const Z& z, int64_t n, const Softmax<A>& softmax, A gamma, const F& factors,
-                      const Raise& raise) {
+TermSums sum_terms_by(Z z, int64_t n, const Softmax<A>& softmax, A gamma, F factors, const Raise& raise) {
   LongSum<A> losses, slopes, inners;
   auto log_p_of = [&](Vec<A> at)
                       __attribute__((always_inline)) { return (at - softmax.high) - softmax.log_sum; };
@@ -346,7 +422,7 @@ TermSums sum_terms_by(const Z& z, int64_t n, const Softmax<A>& softmax, A gamma,
 }
 
 template <class A, class Z, class F>
-TermSums sum_terms(const Z& z, int64_t n, const Softmax<A>& softmax, A gamma, const F& factors) {
+TermSums sum_terms(Z z, int64_t n, const Softmax<A>& softmax, A gamma, F factors) {
   if constexpr (std::is_same_v<A, float>)
     if (gamma >= 1)
       return with_power(
@@ -406,8 +482,7 @@ struct Quick {
 // grad = slope * p and, if it is to `spread`, less factors * share. `finite` says that no gradient can be
 // NaN; `stream`, that it is to pass by the caches.
 template <bool spread, bool finite, class A, class Z, class P, class F, class T>
-FASTREG_INLINE void write_gradient(const Z& z, int64_t n, const P& p, const F& factors, A share, T* grad,
-                                   bool stream) {
+FASTREG_INLINE void write_gradient(Z z, int64_t n, P p, F factors, A share, T* grad, bool stream) {
   int64_t j = 0;
   auto one_by_one = [&](int64_t end) __attribute__((always_inline)) {
     for (; j + lanes<A> <= end; j += lanes<A>) {
@@ -424,7 +499,7 @@ FASTREG_INLINE void write_gradient(const Z& z, int64_t n, const P& p, const F& f
   };
   auto two_by_two = [&](bool stream) __attribute__((always_inline)) {
     for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
-      if (Z::two_arrays || F::array || stream) z.fetch(j + kAhead * lanes<A>);
+      if (stream || ((Z::two_arrays || F::array) && n > kNear)) z.fetch(j + kAhead * lanes<A>);
       const auto here = z.two(j);
       Two<Vec<A>> g{p(here.first), p(here.second)};
       if constexpr (spread) {
@@ -450,8 +525,8 @@ using DigitsBesides = std::conditional_t<sizeof(T) == 2, std::conditional_t<F::o
 // The same with a focal term for each class: grad = p * sum - d, where d is the slope of a class's own term.
 // Where p is near 1 that is p * (sum - d) - (1 - p) * d.
 template <bool quick, class A, class Z, class F, class Raise, class T>
-void write_focal_gradient_by(const Z& z, int64_t n, const Softmax<A>& softmax, A gamma, A sum,
-                             const F& factors, A share, const Raise& raise, T* grad) {
+void write_focal_gradient_by(Z z, int64_t n, const Softmax<A>& softmax, A gamma, A sum, F factors, A share,
+                             const Raise& raise, T* grad) {
   auto log_p_of = [&](Vec<A> at)
                       __attribute__((always_inline)) { return (at - softmax.high) - softmax.log_sum; };
   auto of = [&](const auto& term, Vec<A> d) __attribute__((always_inline)) {
@@ -466,7 +541,7 @@ void write_focal_gradient_by(const Z& z, int64_t n, const Softmax<A>& softmax, A
   for (; j + lanes<A> <= n; j += lanes<A>) {
     if constexpr (quick)
       for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
-        if constexpr (Z::two_arrays || F::array) z.fetch(j + kAhead * lanes<A>);
+        if ((Z::two_arrays || F::array) && n > kNear) z.fetch(j + kAhead * lanes<A>);
         const auto here = z.two(j), by = factors.template two<typename Z::Element>(j);
         const Vec<A> first = log_p_of(here.first), second = log_p_of(here.second);
         if (!QuickFocal::serves(first) || !QuickFocal::serves(second)) break;
@@ -484,8 +559,8 @@ void write_focal_gradient_by(const Z& z, int64_t n, const Softmax<A>& softmax, A
 }
 
 template <class A, class Z, class F, class T>
-void write_focal_gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A gamma, A sum, const F& factors,
-                          A share, T* grad) {
+void write_focal_gradient(Z z, int64_t n, const Softmax<A>& softmax, A gamma, A sum, F factors, A share,
+                          T* grad) {
   if constexpr (std::is_same_v<A, float>)
     if (gamma >= 1 && sum * 0 == 0 && share * 0 == 0)
       return with_power(gamma, [&](const auto& raise) {
@@ -495,8 +570,7 @@ void write_focal_gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A ga
 }
 
 template <bool spread, class A, class Z, class F, class T>
-void gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A slope, const F& factors, A share, T* grad,
-              bool stream) {
+void gradient(Z z, int64_t n, const Softmax<A>& softmax, A slope, F factors, A share, T* grad, bool stream) {
   if constexpr (std::is_same_v<A, float>) {
     using Digits = std::conditional_t<spread, DigitsBesides<T, F>, T>;
     if (Quick<Digits>::serves(softmax, slope) && share * 0 == 0)
@@ -504,6 +578,39 @@ void gradient(const Z& z, int64_t n, const Softmax<A>& softmax, A slope, const F
                                              stream);
   }
   write_gradient<spread, false>(z, n, Careful<A>{softmax, slope}, factors, share, grad, stream);
+}
+
+// grad = slope * exp and, if it is to `spread`, less factors * share, of exponentials in the order of Z.
+// `finite` says that no gradient can be NaN.
+template <bool spread, bool finite, class Z, class A, class F, class T>
+FASTREG_INLINE void scale_finite_exps(const A* exps, int64_t n, A slope, F factors, A share, T* grad) {
+  int64_t j = 0;
+  for (; j + 2 * lanes<A> <= n; j += 2 * lanes<A>) {
+    Two<Vec<A>> g{load(exps + j) * slope, load(exps + j + lanes<A>) * slope};
+    if constexpr (spread) {
+      const auto by = factors.template two<typename Z::Element>(j);
+      g.first -= by.first * share, g.second -= by.second * share;
+    }
+    Z::template put_two<finite>(grad + j, g, false);
+  }
+  for (; j + lanes<A> <= n; j += lanes<A>) {
+    Vec<A> g = load(exps + j) * slope;
+    if constexpr (spread) g -= factors.at(j) * share;
+    store<finite>(grad + j, g);
+  }
+  if (j < n) {
+    Vec<A> g = load(exps + j) * slope;
+    if constexpr (spread) g -= factors.first(j, n - j) * share;
+    store_first(grad + j, g, n - j);
+  }
+}
+
+template <bool spread, class Z, class A, class F, class T>
+void scale_exps(const A* exps, int64_t n, A slope, F factors, A share, T* grad) {
+  if (!F::odd && slope * 0 == 0 && share * 0 == 0)
+    scale_finite_exps<spread, !F::odd, Z>(exps, n, slope, factors, share, grad);
+  else
+    scale_finite_exps<spread, false, Z>(exps, n, slope, factors, share, grad);
 }
 
 // ---- a row of the call, and room for what a block of it becomes
@@ -542,31 +649,34 @@ struct Row {
       if (gathered != begin) gather_own(begin, n);
     } else {
       factors = call.factors ? call.factors.data + begin : nullptr;
-      if (!call.plain && call.input_class == 1 && !has_margin(begin, n))
-        return call.adjustment ? f(Adjusted<T, A, true>{x + begin, call.adjustment.data + begin, call.scale})
-                               : f(Adjusted<T, A, false>{x + begin, nullptr, call.scale});
+      if (!call.plain && !gathers(begin, n)) {
+        const int64_t y = call.margin ? targets.y[0] - begin : -1;
+        const A taken = call.margin ? call.margin.data[targets.y[0]] : A(0);
+        if (call.adjustment)
+          return f(Adjusted<T, A, true>{x + begin, call.adjustment.data + begin, 1, y, taken});
+        return f(Adjusted<T, A, false>{x + begin, nullptr, call.scale, y, taken});
+      }
       if (!call.plain || call.input_class != 1) gather(begin, n);
     }
     if (call.plain && call.input_class == 1) return f(Direct<T, A>{x + begin});
     return f(Direct<A, A>{z});
   }
 
-  bool has_margin(int64_t begin, int64_t n) const {
+  // Whether the z of a block are put together in memory before they are used.
+  bool gathers(int64_t begin, int64_t n) const {
     auto inside = [&](int64_t y) { return y >= begin && y < begin + n; };
-    return call.margin && (inside(targets.y[0]) || inside(targets.y[1]));
+    const bool two_margins = targets.y[1] >= 0 && (inside(targets.y[0]) || inside(targets.y[1]));
+    return call.input_class != 1 || (call.margin && two_margins) || (call.adjustment && call.scale != 1);
   }
 
   void gather(int64_t begin, int64_t n) {
     const T* from = x + begin * call.input_class;
     int64_t j = 0;
     if (call.input_class == 1) {
-      auto adjust = [&](const auto& adjusted) {
-        for (; j + lanes<A> <= n; j += lanes<A>) store(z + j, adjusted.at(j));
-      };
-      if (call.adjustment)
-        adjust(Adjusted<T, A, true>{from, call.adjustment.data + begin, call.scale});
-      else
-        adjust(Adjusted<T, A, false>{from, nullptr, call.scale});
+      for (; j + lanes<A> <= n; j += lanes<A>) {
+        const Vec<A> scaled = load(from + j) * call.scale;
+        store(z + j, call.adjustment ? scaled + load(call.adjustment.data + begin + j) : scaled);
+      }
     }
     for (; j < n; ++j) z[j] = call.z(static_cast<A>(from[j * call.input_class]), begin + j);
     if (!call.margin) return;
@@ -702,7 +812,8 @@ struct Row {
     const IndexGradient<A> row = index_gradient(call, x, r, targets, softmax, slope, incoming);
     constexpr bool spread = are == Factors::of_class;
     for (int64_t c = begin; c < end;) {
-      const bool whole = call.grad_class == 1 && call.input_class == 1 && !has_margin(begin, end - begin);
+      const bool whole =
+          call.grad_class == 1 && (call.plain ? call.input_class == 1 : !gathers(begin, end - begin));
       const int64_t n = whole ? end - begin : std::min(kBlock, end - c);
       with_block(c, n, [&](const auto& z) {
         write(grad, c, n, [&](T* out) {
@@ -716,6 +827,41 @@ struct Row {
       });
       c += n;
     }
+    put_targets(row, grad, begin, end);
+  }
+
+  // Whether loss_and_gradient serves.
+  bool keeps_exps() const {
+    return are != Factors::of_row && call.blocks() == 1 && !call.focal_spread() && !call.stream;
+  }
+
+  // What read, loss and differentiate do, for a row in one block whose exponentials are kept for its
+  // gradient.
+  A loss_and_gradient(Found<A>& found, bool want_argmax, T* grad) {
+    constexpr bool spread = are == Factors::of_class;
+    const int64_t n = call.classes;
+    A loss = 0;
+    IndexGradient<A> row{};
+    with_block(0, n, [&](const auto& from) {
+      with_factors([&](const auto& by) {
+        const Partial<A> part = reduce_keeping<spread>(from, n, by, z);
+        found = {{part.high, log(part.sum)}, part.linear, call.total_factors, 0};
+        if (want_argmax) {
+          A best = -INFINITY;
+          look_for_argmax(0, part, best, found.argmax);
+        }
+        loss = this->loss(found);
+        row = index_gradient(call, x, r, targets, found.softmax, A(0), call.grad_of(o, i));
+        using Z = std::remove_cvref_t<decltype(from)>;
+        write(grad, 0, n,
+              [&](T* out) { scale_exps<spread, Z>(z, n, row.slope / part.sum, by, row.spread, out); });
+      });
+    });
+    put_targets(row, grad, 0, n);
+    return loss;
+  }
+
+  void put_targets(const IndexGradient<A>& row, T* grad, int64_t begin, int64_t end) const {
     for (int k = 0; k < 2; ++k)
       if (targets.y[k] >= begin && targets.y[k] < end)
         grad[targets.y[k] * call.grad_class] = static_cast<T>(row.at[k]);
@@ -763,11 +909,17 @@ void forward_rows(CrossEntropy<A>& call, int64_t task_begin, int64_t task_end) {
         if (differentiate) fill_zero(call, gradient_of<T>(call, row.o, row.i), 0, call.classes);
         continue;
       }
-      Found<A> found = row.read(call.argmax != nullptr);
-      const A loss = row.loss(found);
+      Found<A> found;
+      A loss;
+      if (differentiate && row.keeps_exps()) {
+        loss = row.loss_and_gradient(found, call.argmax != nullptr, gradient_of<T>(call, row.o, row.i));
+      } else {
+        found = row.read(call.argmax != nullptr);
+        loss = row.loss(found);
+        if (differentiate)
+          row.differentiate(found.softmax, found.slope, gradient_of<T>(call, row.o, row.i), 0, call.classes);
+      }
       finish_row(call, row.o, row.i, row.targets, found, loss, sums);
-      if (differentiate)
-        row.differentiate(found.softmax, found.slope, gradient_of<T>(call, row.o, row.i), 0, call.classes);
     }
     call.sums[2 * task] = sums[0];
     call.sums[2 * task + 1] = sums[1];
