@@ -145,6 +145,30 @@ def test_a_whole_block_of_minus_infinity():
     check(x, torch.tensor([8000, 5]), reduction="none")
 
 
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_probabilities_of_rows_of_minus_infinity_have_no_loss(dtype, columns):
+    x, q = torch.full((2, 40), -float("inf"), dtype=dtype), torch.full((2, 40), 1 / 40)
+    x[1] = 0
+    if columns:
+        x, q = x.T[None].contiguous(), q.T[None].contiguous()
+    for reduction in ("none", "sum"):
+        leaf = x.clone().requires_grad_()
+        loss = cross_entropy(leaf, q, reduction=reduction)
+        assert loss.isnan().flatten().tolist() == ([True, False] if reduction == "none" else [True])
+        (grad,) = torch.autograd.grad(loss.sum(), leaf)
+        assert (grad[0, :, 0] if columns else grad[0]).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_column_of_many_probabilities_keeps_their_sum(dtype):
+    """A certain class's gradient is what that sum lacks of its digits, were they added one by one."""
+    torch.manual_seed(0)
+    x, q = torch.randn(1, 20000, 3).to(dtype), torch.rand(1, 20000, 3)
+    x[:, 7] += 60
+    test_losses.check("cpu", x, q / q.sum(1, True), reduction="sum")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_half_is_read_and_every_rounding_is_right(dtype):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)

@@ -668,6 +668,13 @@ struct LongSum {
   }
 };
 
+// The logarithm of a row's sum of exp(z - high), in which no term is quite 0: where every z is -inf it is
+// -inf.
+template <class A>
+FASTREG_INLINE A log_of_sum(A high, A sum) {
+  return high == -INFINITY ? high : log(sum);
+}
+
 // factor * term, where a factor of 0 gives 0 even if the term is infinite.
 template <class V>
 FASTREG_INLINE V share(V factor, V term) {

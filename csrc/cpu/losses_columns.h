@@ -72,12 +72,13 @@ struct Columns {
   template <Factors are>
   void read(double* sums) {
     constexpr bool linear = are != Factors::none;
-    alignas(64) A sum[kColumns], weighted[kColumns], lost[kColumns], weights[kColumns];
+    alignas(64) A sum[kColumns], weighted[kColumns], lost[kColumns];
+    alignas(64) A weights[kColumns], weights_lost[kColumns];
     alignas(64) A best[kColumns];
     alignas(64) Lane<A> argmax[kColumns];
     for (int64_t i = 0; i < rounded(); ++i) {
       high[i] = best[i] = -INFINITY;
-      sum[i] = weighted[i] = lost[i] = weights[i] = 0;
+      sum[i] = weighted[i] = lost[i] = weights[i] = weights_lost[i] = 0;
       argmax[i] = 0;
     }
     for (int64_t begin = 0; begin < call.classes; begin += kDepth) {
@@ -95,8 +96,7 @@ struct Columns {
         Vec<A> total = load(sum + v) * exp_of<A>(high_before - base), chunk{}, slanted{}, weight{};
         if constexpr (linear) {
           const Vec<A> base_before = high_before == -INFINITY ? Vec<A>{} : high_before;
-          weight = load(weights + v);
-          slanted = weight * (base_before - base);
+          slanted = load(weights + v) * (base_before - base);
         }
         for (int64_t c = begin; c < end; ++c) {
           const Vec<A> d = z[c - begin] - base;
@@ -113,12 +113,15 @@ struct Columns {
           long_sum.add(slanted);
           store(weighted + v, long_sum.total);
           store(lost + v, long_sum.lost);
-          store(weights + v, weight);
+          LongSum<A> all_weights{load(weights + v), load(weights_lost + v)};
+          all_weights.add(weight);
+          store(weights + v, all_weights.total);
+          store(weights_lost + v, all_weights.lost);
         }
         if (call.argmax) look_for_argmax(v, begin, end, best + v, argmax + v);
       }
     }
-    for (int64_t i = 0; i < n; ++i) log_sum[i] = log(sum[i]);
+    for (int64_t i = 0; i < n; ++i) log_sum[i] = log_of_sum(high[i], sum[i]);
     if constexpr (are == Factors::of_row) {
       if (call.gamma != 0)
         sums_of(weighted, slopes);

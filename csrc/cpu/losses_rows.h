@@ -761,7 +761,10 @@ struct Row {
       whole.weight += next.weight;
       if (want_argmax) look_for_argmax(b, next.part, best, argmax);
     }
-    return {{whole.part.high, log(whole.part.sum)}, whole.part.linear, whole.weight, argmax};
+    return {{whole.part.high, log_of_sum(whole.part.high, whole.part.sum)},
+            whole.part.linear,
+            whole.weight,
+            argmax};
   }
 
   TermSums sums_of(const Softmax<A>& softmax) {
