@@ -17,7 +17,6 @@ namespace ptx {
 using cudahost::Error, cudahost::from_bits, cudahost::to_bits;
 
 // ---- types: from a register's bits and back
-// ------------------------------------------------------------------
 template <class V>
 struct Plain {
   static constexpr size_t bits = 8 * sizeof(V);
@@ -82,7 +81,6 @@ V alone(V v) {
 inline float flushed(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
 
 // ---- arithmetic
-// ----------------------------------------------------------------------------------------------
 template <class T>
 uint64_t fma(uint64_t a, uint64_t b, uint64_t c) {
   if constexpr (std::is_same_v<T, f32>)
@@ -158,9 +156,21 @@ uint64_t bfe(uint64_t a, uint64_t from, uint64_t count) {
   return T::put(Value<T>(field));
 }
 
+// Four of eight bytes, by four bits each, of which the upper asks for copies of the byte's sign.
+inline uint64_t prmt(uint64_t a, uint64_t b, uint64_t which) {
+  const uint64_t bytes = (a & 0xffffffff) | b << 32;
+  uint64_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned code = which >> 4 * i & 15;
+    uint64_t byte = bytes >> 8 * (code & 7) & 255;
+    if (code & 8) byte = byte & 128 ? 255 : 0;
+    out |= byte << 8 * i;
+  }
+  return out;
+}
+
 // ---- approximations
-// -------------------------------------------------------------------------------------------- `v`, off by
-// the relative error `most`, up or down.
+// `v`, off by the relative error `most`, up or down.
 template <class V>
 V off(V v, double most) {
   if (!std::isfinite(v) || v == 0) return v;
@@ -197,7 +207,6 @@ inline float div_approx_ftz(float a, float b) { return flushed(div_approx(flushe
 inline float tanh_approx(float a) { return off(float(std::tanh(double(a))), 0x1p-11); }
 
 // ---- conversions
-// -----------------------------------------------------------------------------------------------
 enum class Round { nearest, zero, down, up };
 inline double rounded(double v, Round how) {
   return how == Round::zero   ? std::trunc(v)
@@ -240,7 +249,6 @@ uint64_t cvt_pair(uint64_t high, uint64_t low) {
 }
 
 // ---- comparisons
-// -----------------------------------------------------------------------------------------------
 enum class Compare { eq, ne, lt, le, gt, ge, equ, neu, ltu, leu, gtu, geu, num, nan };
 template <class V>
 bool setp(Compare how, V a, V b) {
@@ -279,7 +287,6 @@ bool setp(Compare how, V a, V b) {
 }
 
 // ---- memory
-// ----------------------------------------------------------------------------------------------------
 inline size_t shared_bytes;
 
 template <class V, int count>
@@ -360,7 +367,6 @@ void stmatrix(uint64_t address, R... from) {
 }
 
 // ---- warps
-// -----------------------------------------------------------------------------------------------------
 template <class F>
 uint64_t redux(uint64_t mask, F&& join, uint64_t value) {
   const uint64_t* values = cudahost::exchange(unsigned(mask), value);

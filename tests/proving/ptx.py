@@ -257,9 +257,8 @@ class _Body:
                 return f"({given[0]}) {sign} ({given[1]})"
             if op == "not":
                 return f"!({given[0]})" if kind == "pred" else f"~({given[0]})"
-            functions = {"popc": "__builtin_popcountll", "brev": None, "clz": "__clz", "prmt": None}
-            if functions.get(op):
-                return f"{functions[op]}({given[0]})"
+            if op == "prmt" and len(parts) == 1:
+                return f"prmt({', '.join(given)})"
         a, b, c = [*(self.get(kind, operand, ftz) for operand in given), "", "", ""][:3]
         if op == "mul" and "wide" in parts:
             wide = f"{kind[0]}{2 * int(kind[1:])}"
