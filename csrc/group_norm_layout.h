@@ -52,9 +52,8 @@ inline bool rows_are_positions(const torch::stable::Tensor& tensor, const Layout
 
 // An empty tensor is, however it lies: no copy of it would lie otherwise.
 inline bool readable(const torch::stable::Tensor& tensor, const Layout& layout) {
-  return tensor.numel() == 0 ||
-         (layout.regular &&
-          (layout.positions <= 1 || layout.step == 1 || tensor.size(1) == 1 || tensor.stride(1) == 1));
+  return tensor.numel() == 0 || (layout.regular && (layout.positions <= 1 || layout.step == 1 ||
+                                                    tensor.size(1) == 1 || tensor.stride(1) == 1));
 }
 
 // The values of a tensor that cannot be read as rows, in a new one that can; the strides of empty_like if

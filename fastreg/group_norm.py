@@ -23,9 +23,6 @@ _forward = _ops.kernels("group_norm_forward")
 _backward = _ops.kernels("group_norm_backward")
 _backends.register("group_norm", kernels=("cpu", "cuda", "triton"))
 
-# A plain call on the CPU of no more elements, and channels of all samples, goes to PyTorch's operator: see _is_little.
-_LITTLE, _FEW = 65_536, 2_048
-
 _FLOATS = frozenset(_checks.FLOATS)
 _is_compiling = torch.compiler.is_compiling
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # without a device to parse
@@ -58,9 +55,7 @@ def group_norm(
     Returns:
         The result in the input's dtype and memory format. The statistics are those of fp32 (fp64 for fp64) taken
         about the mean, accurate also where |mean| is 10⁴ times the standard deviation. Under CUDA autocast the
-        input is widened to fp32, as in PyTorch. On the CPU a plain call on at most 65,536 elements and 2,048
-        channels of all samples, contiguous and in fp32 or fp64 throughout, is PyTorch's own operator unless a backend
-        is forced: so little is not worth the way to a kernel.
+        input is widened to fp32, as in PyTorch.
 
     Raises:
         TypeError: an argument is no tensor where one is expected, or has a dtype that is not listed.
@@ -68,11 +63,6 @@ def group_norm(
 
     Source: Wu & He, Group Normalization, ECCV 2018.
     """
-    try:
-        if activation is residual is None and _is_little(input, num_groups, weight, bias, eps):
-            return torch.group_norm(input, num_groups, weight, bias, eps)
-    except (RuntimeError, IndexError, TypeError, AttributeError):
-        pass  # what is wrong is said below in this function's own words
     if residual is None and _ready(input, num_groups, weight, bias, eps) and activation in ACTIVATIONS:
         backend = "cpu"
     else:
@@ -117,29 +107,6 @@ def _ready(input, num_groups, weight, bias, eps) -> bool:
         and eps >= 0
         and not _is_any_autocast_enabled()
         and _backends.only_arguments_matter()
-    )
-
-
-def _is_little(input, num_groups, weight, bias, eps) -> bool:
-    """Whether a plain call on the CPU has so little to do that the kernels cannot save what the way to them and back
-    through an autograd.Function takes. PyTorch's own operator serves it as well in fp32 and fp64 where channels are not
-    last: else it sums with less care, and in 16 bits rounds the statistics that the backward works with."""
-    return (
-        type(input) is Tensor
-        and (numel := input.numel()) <= _LITTLE
-        and input.is_cpu
-        and 0 < (samples := input.size(0)) * input.size(1) <= _FEW
-        and type(num_groups) is not bool
-        and numel > samples * num_groups  # more than one element in each group
-        and ((dtype := input.dtype) is torch.float32 or dtype is torch.float64)
-        and input.is_contiguous()
-        and (
-            (weight is None and bias is None) or (weight.dtype is bias.dtype is dtype and weight.is_cpu and bias.is_cpu)
-        )
-        and type(eps) is float
-        and eps >= 0
-        and _backends.forced() is None
-        and not _is_compiling()
     )
 
 

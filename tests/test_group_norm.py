@@ -225,37 +225,6 @@ def test_small_groups_give_each_gradient_alone():
             torch.testing.assert_close(alone, every[i], rtol=1e-6, atol=1e-6)
 
 
-def test_little_plain_calls_are_pytorchs_own(backend, monkeypatch):
-    """Where no backend is forced."""
-    if backend != "cpu":
-        pytest.skip("about the automatic choice on the CPU")
-    monkeypatch.setattr(fastreg._backends, "_forced", None)
-    x, (w, b) = tensor(2, 8, 5, 5).requires_grad_(), affine(8)
-
-    def node(*args, **options):
-        return group_norm(*args, **options).grad_fn.name()
-
-    assert torch.equal(group_norm(x, 4, w, b, 0.1), torch.group_norm(x, 4, w, b, 0.1))
-    assert node(x, 4, w, b) == node(x, 4) == node(x.double(), 4, w.double(), b.double()) == "NativeGroupNormBackward0"
-    kernels = [
-        node(x.bfloat16(), 4), node(x, 4, w), node(x, 4, w, b.double()), node(x, 4, activation="relu"),
-        node(x, 4, residual=x), node(x.to(memory_format=torch.channels_last), 4), node(x[..., 1:], 4),
-        node(x[:, :, :1, 0], 8), node(tensor(1, 8, 91, 91).requires_grad_(), 4),
-        node(tensor(257, 8, 2).requires_grad_(), 4),
-    ]  # fmt: skip
-    assert set(kernels) == {"_GroupNormBackward"}
-    for error, message, args in (
-        (ValueError, "num_groups must be positive and divide the 8 channels", (x, 3)),
-        (TypeError, "num_groups must be an integer", (x, 2.0)),
-        (ValueError, r"bias must have shape \(8,\)", (x, 4, w, b[:4])),
-        (TypeError, "weight must be a tensor", (x, 4, [1.0], b)),
-        (ValueError, "eps must be at least 0", (x, 4, w, b, -1.0)),
-        (ValueError, "input must have at least 2 dimensions", (x[0, :, 0, 0], 4)),
-    ):
-        with pytest.raises(error, match=message):
-            group_norm(*args)
-
-
 @pytest.mark.parametrize("positions", [65_537, 2**18 + 1])
 def test_many_positions(positions, backend):
     if backend == "triton":

@@ -188,20 +188,6 @@ def test_soft_threshold(dtype, tau_shape, shape):
         assert ((tau.grad.double() - want).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tau", [0.0, 0.4, math.inf])
-def test_soft_threshold_by_a_number_is_the_same_without_a_forced_backend(dtype, tau, monkeypatch):
-    """PyTorch's operator may serve it then."""
-    x = torch.cat([torch.randn(50), torch.tensor([math.nan, math.inf, 0.0, 0.4, -0.4])]).to(dtype).requires_grad_()
-    want = fastreg.soft_threshold(x, tau)
-    (want_grad,) = torch.autograd.grad(want[:50].sum(), x)
-    monkeypatch.setattr(_backends, "_forced", None)
-    out = fastreg.soft_threshold(x, tau)
-    (grad,) = torch.autograd.grad(out[:50].sum(), x)
-    torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(grad, want_grad)
-
-
 def test_soft_threshold_special_values():
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1.0, -1.0])
     out = fastreg.soft_threshold(x, 1.0)
