@@ -1,0 +1,58 @@
+"""What Triton's compiler makes of the kernels for sm_90, run on the CPU (tests/proving/ptx.py) by tests of their ops:
+with the worst errors that PTX allows its approximations, and under TSan, which finds barriers that are not there."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.machine import needs_cudahost, needs_ptxas, needs_sanitizers
+from tests.proving import cudahost, ptx
+
+TESTS = {
+    "group_norm": ("tests/test_group_norm.py", "random_affine or mean_far or one_element or parameters_of_another"),
+    "losses": ("tests/test_losses.py", "label_smoothing or confident_rows or test_outputs or takes_indices"),
+    "max_norm": ("tests/test_max_norm.py", "one_row or rows_over or tau or renorm_fails or ball_of_radius"),
+    "penalties": ("tests/test_penalties.py", "fgm_step or into_grad"),
+    "noise": ("tests/test_noise.py", "soft_threshold or torchvision_s_draws"),
+    "averaging": ("tests/test_averaging.py", "weight_one or mixed or swapped_restores or first_call"),
+}
+RACES = {
+    "group_norm": ("tests/test_group_norm.py", "random_affine and dtype2-silu"),
+    "losses": ("tests/test_losses.py", "test_outputs"),
+    "penalties": ("tests/test_penalties.py", "fgm_step and dtype0"),
+    "averaging": ("tests/test_averaging.py", "first_call or (weight_one and float32)"),
+}
+
+pytestmark = [pytest.mark.slow, needs_ptxas, needs_cudahost]
+
+
+def run(path: str, chosen: str, **environment: str) -> str:
+    command = [*cudahost._fixed_addresses()] if environment else []
+    command += [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", path]
+    command += ["-k", f"triton and ({chosen})"]
+    done = subprocess.run(
+        command, cwd=cudahost.ROOT, env={**os.environ, ptx.ARCHITECTURE: "90", **environment}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("op", TESTS)
+def test_values(op):
+    assert " passed" in run(*TESTS[op])
+
+
+@needs_sanitizers
+@pytest.mark.parametrize("op", RACES)
+def test_no_races(op):
+    environment = {
+        **cudahost._preload("thread"),
+        cudahost.SANITIZE: "thread",
+        "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    assert " passed" in run(*RACES[op], **environment)
