@@ -303,7 +303,7 @@ V* shared(uint64_t address) {
     throw Error("an access of shared memory is misaligned" + cudahost::where());
   if (address + sizeof(V) * count > shared_bytes)
     throw Error("an access of shared memory is out of its bounds" + cudahost::where());
-  return reinterpret_cast<V*>(cudahost::shared_memory.get() + address);
+  return reinterpret_cast<V*>(cudahost::current_block->shared_memory.get() + address);
 }
 template <class T, class... R>
 void load(const Value<T>* from, R&... to) {
