@@ -361,7 +361,6 @@ Tensor parameter_gradient(const Tensor& like, const double* sums, int64_t sample
 }
 
 // ---- the operators
-// -------------------------------------------------------------------------------------------
 template <class A>
 std::tuple<Tensor, Tensor> forward(const Tensor& input, int64_t groups, const std::optional<Tensor>& weight,
                                    const std::optional<Tensor>& bias, double eps, int64_t activation,
@@ -599,7 +598,6 @@ FASTREG_INLINE void each_slot(int64_t n, F f) {
 }
 
 // ---- statistics of a run of adjacent elements
-// -----------------------------------------------------------------
 constexpr int64_t kBlock = 4096;  // elements added up at a time
 
 // Deviations are taken from the mean of the first eighth: as these elements are among those that are summed,
@@ -1402,8 +1400,7 @@ void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin,
 }
 
 // ---- small groups
-// ------------------------------------------------------------------------------------------ A task's groups:
-// `count` from the `first` on, in samples [begin, end).
+// A task's groups: `count` from the `first` on, in samples [begin, end).
 struct Task {
   int64_t first, count, block, begin, end;
 };
@@ -1618,7 +1615,6 @@ void small_backward_typed(const GroupNorm<A>& call, int64_t begin, int64_t end) 
 }
 
 // ---- by dtype and activation
-// ----------------------------------------------------------------------------------
 template <class A, class F>
 FASTREG_INLINE void by_dtype(const GroupNorm<A>& call, F f) {
   if constexpr (std::is_same_v<A, double>)

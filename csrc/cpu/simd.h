@@ -534,7 +534,6 @@ FASTREG_INLINE Vec<A> expm1_of(Vec<A> x) {
 }
 
 // ---- log
-// --------------------------------------------------------------------------------------------------------
 // For x >= 0 and NaN. x = 2^e * (1 + f) with 1 + f between sqrt(1/2) and sqrt(2); log(1 + f) = f - f^2 / 2 +
 // f^3 * q(f) with a near-minimax q (relative error 6e-9). 0 and subnormal numbers count as about 1e-38.
 FASTREG_INLINE Vec<float> log_of(Vec<float> x) {

@@ -498,7 +498,6 @@ __device__ bool treat(Share<T>& share, const Team& team, const Job& job, int64_t
 }
 
 // ---- rows in pieces
-// ----------------------------------------------------------------------------------------
 
 // Of a row, from those of its pieces, in the same order whoever asks.
 template <Order ORDER>
@@ -589,7 +588,6 @@ __device__ void treat_piece(const Job& job, const Rows& rows, int64_t number, do
 }
 
 // ---- rows whole
-// --------------------------------------------------------------------------------------------
 
 template <class T, Order ORDER>
 __device__ int run_chunk(const Job& job, const Rows& rows, int64_t first, double* warps, void* held) {

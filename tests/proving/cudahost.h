@@ -142,7 +142,6 @@ inline std::string where() {
 }
 
 // ---- waiting
-// --------------------------------------------------------------------------------------------------------
 
 // The thread of this warp's lane, or null where the block ends before.
 inline Thread* lane_of(int warp, int lane) {
@@ -227,7 +226,6 @@ inline void wait(State state, bool orders_memory) {
 }
 
 // ---- running
-// --------------------------------------------------------------------------------------------------------
 
 inline void run_thread() {
   CUDAHOST_ASAN(__sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);)
@@ -396,7 +394,6 @@ inline void launch(const void* function, dim3 grid, dim3 block, size_t shared_by
 }
 
 // ---- warp operations
-// ------------------------------------------------------------------------------------------------
 
 template <class V>
 uint64_t to_bits(V value) {
@@ -436,7 +433,6 @@ V shuffle(unsigned mask, V value, int source, bool inside) {
 inline int lane() { return current->linear & 31; }
 
 // ---- atomics
-// --------------------------------------------------------------------------------------------------------
 
 template <class V, class F>
 V atomically(V* target, F&& change) {
@@ -457,7 +453,6 @@ V atomically(V* target, F&& change) {
 }  // namespace cudahost
 
 // ---- the CUDA language
-// ----------------------------------------------------------------------------------------------
 
 #undef __shared__
 #define __shared__ static  // blocks run one after another, so a static is per block
@@ -610,7 +605,6 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // ---- the part of the runtime that launchers use
-// ---------------------------------------------------------------------
 
 extern "C" {
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -157,7 +157,6 @@ void cudahost_meter_thread(int number) { thread = block * 1024 + number; }
 const char* cudahost_meter_race() { return race.empty() ? nullptr : race.c_str(); }
 
 // ---- what -fsanitize=thread calls
-// ---------------------------------------------------------------------------------
 #define ACCESS(size)                                                                                 \
   void __tsan_read##size(void* p) { touch(p, size, load, __builtin_return_address(0)); }             \
   void __tsan_write##size(void* p) { touch(p, size, store, __builtin_return_address(0)); }           \
