@@ -178,7 +178,11 @@ V off(V v, double most) {
   return V(double(v) * (1 + sign * most));
 }
 constexpr double ulp = 0x1p-23;
-inline float ex2_approx(float a) { return off(float(std::exp2(double(a))), 0x1p-22); }
+// NVIDIA's own double-precision functions count on exact powers for whole numbers.
+inline float ex2_approx(float a) {
+  const float exact = float(std::exp2(double(a)));
+  return a == std::trunc(a) ? exact : off(exact, 0x1p-22);
+}
 inline float ex2_approx_ftz(float a) { return flushed(ex2_approx(flushed(a))); }
 inline float lg2_approx(float a) {
   const double exact = std::log2(double(a));
@@ -357,10 +361,10 @@ void stmatrix(uint64_t address, R... from) {
     const uint64_t* row = rows + 8 * matrix++;
     if constexpr (transposed) {
       for (int k = 0; k < 2; ++k)
-        *shared<uint16_t, 1>(row[2 * (lane % 4) + k] + 2 * (lane / 4)) = uint16_t(r >> 16 * k);
+        store<u16>(shared<uint16_t, 1>(row[2 * (lane % 4) + k] + 2 * (lane / 4)), r >> 16 * k);
     } else {
       shared<uint32_t, 4>(row[lane / 4]);
-      *shared<uint32_t, 1>(row[lane / 4] + 4 * (lane % 4)) = r;
+      store<u32>(shared<uint32_t, 1>(row[lane / 4] + 4 * (lane % 4)), r);
     }
   };
   (one(from), ...);

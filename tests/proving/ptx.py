@@ -31,8 +31,6 @@ _TYPES = {"pred": "bool", "b8": "uint8_t", "b16": "uint16_t", "b32": "uint32_t",
 _TYPES |= {
     f"{kind}{bits}": _TYPES[f"b{bits}"] for kind in "suf" for bits in (8, 16, 32, 64) if (kind, bits) != ("f", 8)
 }
-_PACK = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "s32": "i", "s64": "q", "f32": "f", "f64": "d"}
-_PACK |= {"b8": "B", "b16": "H", "b32": "I", "b64": "Q"}
 _APPROXIMATIONS = {"ex2", "lg2", "rcp", "sqrt", "rsqrt", "tanh"}
 _ROUNDINGS = {"rni": "nearest", "rzi": "zero", "rmi": "down", "rpi": "up", "rn": "nearest", "rz": "zero"}
 _SYNONYMS = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}  # of unsigned comparisons
@@ -227,11 +225,11 @@ class _Body:
         """An instruction that makes one value of others."""
         if op == "cvt":
             return self.convert(parts, given)
-        if kind in ("bf16x2", "f16x2"):
+        if kind.endswith("16x2"):
             half = kind.removesuffix("x2")
             low = self.value(op, [*parts[:-1], half], half, [f"({a}) & 0xffff" for a in given])
             high = self.value(op, [*parts[:-1], half], half, [f"({a}) >> 16" for a in given])
-            return f"({low}) | ({high}) << 16"
+            return f"(({low}) & 0xffff) | ({high}) << 16"
         if op == "selp":
             return f"{given[2]} ? {given[0]} : {given[1]}"
         ftz = "ftz" in parts
@@ -257,6 +255,8 @@ class _Body:
                 return f"({given[0]}) {sign} ({given[1]})"
             if op == "not":
                 return f"!({given[0]})" if kind == "pred" else f"~({given[0]})"
+            if op == "popc":
+                return f"__builtin_popcountll({given[0]})"
             if op == "prmt" and len(parts) == 1:
                 return f"prmt({', '.join(given)})"
         a, b, c = [*(self.get(kind, operand, ftz) for operand in given), "", "", ""][:3]
@@ -341,7 +341,10 @@ class _Body:
         names = [value.strip() for value in values.strip("{}").split(",")]
         if "param" in parts:
             slot = _name(place.strip("[] "))
-            return f"{slot} = {_value(names[0])};" if op == "st" else f"{_name(names[0])} = {slot};"
+            if op == "st":
+                return f"{slot} = {_value(names[0])};"
+            wide = f"int64_t({kind}::get({slot}))" if kind[0] == "s" else slot
+            return f"{_name(names[0])} = {wide};"
         space = "shared" if any(part.startswith("shared") for part in parts) else "global"
         pointer = f"{space}<Value<{kind}>, {count}>({_address(place)})"
         if op == "st":
@@ -457,7 +460,10 @@ def launch(kernel: object, grid: tuple[int, int, int], arguments: list[object], 
     slots = (ctypes.c_uint64 * max(len(made.parameters), 1))()  # scratch memory, which kernels here do not use, is null
     for i, (kind, value) in enumerate(zip(made.parameters, values)):
         value = value.data_ptr() if hasattr(value, "data_ptr") else value
-        slots[i] = int.from_bytes(struct.pack(_PACK[kind], value).ljust(8, b"\0"), sys.byteorder)
+        if kind in ("f32", "f64"):
+            slots[i] = int.from_bytes(struct.pack({"f32": "<f", "f64": "<d"}[kind], value), "little")
+        else:
+            slots[i] = value & ((1 << int(kind[1:])) - 1)  # of whatever sign
     message = _library(made.source, variant).launch(
         slots, *grid, 32 * kernel.metadata.num_warps, kernel.metadata.shared
     )
