@@ -1,7 +1,6 @@
 """What Triton's compiler makes of the kernels for sm_90, run on the CPU (tests/proving/ptx.py) by tests of their ops:
 with the worst errors that PTX allows its approximations, and under TSan, which finds barriers that are not there."""
 
-import os
 import subprocess
 import sys
 
@@ -26,14 +25,12 @@ RACES = {
 pytestmark = [pytest.mark.slow, needs_ptxas, needs_cudahost]
 
 
-def run(path: str, chosen: str, **environment: str) -> str:
-    command = [*cudahost._fixed_addresses()] if environment else []
-    command += [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", path]
-    command += ["-k", f"triton and ({chosen})"]
-    done = subprocess.run(
-        command, cwd=cudahost.ROOT, env={**os.environ, ptx.ARCHITECTURE: "90", **environment}, capture_output=True,
-        text=True,
-    )  # fmt: skip
+def run(path: str, chosen: str, sanitizer: str = "") -> str:
+    prefix, environment = cudahost.sanitized(sanitizer)
+    command = [*prefix, sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += [path, "-k", f"triton and ({chosen})"]
+    environment[ptx.ARCHITECTURE] = "90"
+    done = subprocess.run(command, cwd=cudahost.ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -46,11 +43,4 @@ def test_values(op):
 @needs_sanitizers
 @pytest.mark.parametrize("op", RACES)
 def test_no_races(op):
-    environment = {
-        **cudahost._preload("thread"),
-        cudahost.SANITIZE: "thread",
-        "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    assert " passed" in run(*RACES[op], **environment)
+    assert " passed" in run(*RACES[op], "thread")

@@ -179,30 +179,36 @@ def run_sanitized(sanitizer: str, reference: str, *args: str, seed: int = 0) -> 
     Returns "" if nothing was found, else the sanitizer's report or the exception's traceback. The function's
     module should not import torch where it can do without: numpy arrays serve, and start much faster.
     """
-    environment = {
+    prefix, environment = sanitized(sanitizer)
+    code = "import sys; from tests.proving.cubin import call_reference; call_reference(*sys.argv[1:])"
+    command = [*prefix, sys.executable, "-c", code, reference, *args]
+    environment["CUDAHOST_SEED"] = str(seed)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    return "" if done.returncode == 0 else (done.stdout + done.stderr).strip() or f"exit {done.returncode}"
+
+
+def sanitized(sanitizer: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """For a Python whose kernels are to run under a sanitizer, or none (""): what to put before its command, and its
+    environment."""
+    return _fixed_addresses(), {
         **os.environ,
         **(_preload(sanitizer) if sanitizer else {}),
         SANITIZE: sanitizer,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",
-        "CUDAHOST_SEED": str(seed),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    code = "import sys; from tests.proving.cubin import call_reference; call_reference(*sys.argv[1:])"
-    command = [*_fixed_addresses(), sys.executable, "-c", code, reference, *args]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    return "" if done.returncode == 0 else (done.stdout + done.stderr).strip() or f"exit {done.returncode}"
 
 
 def sanitizers_missing() -> str | None:
     """Why programs cannot run under the sanitizers here, or None."""
     for sanitizer in ("address", "thread"):
         try:
-            environment = {**os.environ, **_preload(sanitizer), "ASAN_OPTIONS": "detect_leaks=0"}
+            prefix, environment = sanitized(sanitizer)
         except FileNotFoundError as error:
             return str(error)
-        done = subprocess.run([*_fixed_addresses(), "true"], capture_output=True, text=True, env=environment)
+        done = subprocess.run([*prefix, "true"], capture_output=True, text=True, env=environment)
         if done.returncode or done.stderr:
             return f"the {sanitizer} sanitizer does not start here: {(done.stderr.strip() or '?').splitlines()[0]}"
     return None

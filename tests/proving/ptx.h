@@ -92,24 +92,16 @@ inline uint64_t fma_ftz(uint64_t a, uint64_t b, uint64_t c) {
   return f32::put(flushed(std::fma(flushed(f32::get(a)), flushed(f32::get(b)), flushed(f32::get(c)))));
 }
 
-// The number, if one operand is NaN; -0 is below +0.
-template <class V>
-V larger(V a, V b, bool nan) {
+// The larger of two, or the smaller: the number, if one operand is NaN; -0 is below +0.
+template <bool larger, class V>
+V extreme(V a, V b, bool nan) {
   if constexpr (std::is_floating_point_v<V>) {
     if (nan && (std::isnan(a) || std::isnan(b))) return std::numeric_limits<V>::quiet_NaN();
     if (std::isnan(a)) return b;
-    if (a == b) return std::signbit(a) ? b : a;
+    if (std::isnan(b)) return a;
+    if (a == b) return std::signbit(a) == larger ? b : a;
   }
-  return std::isnan(double(b)) || a > b ? a : b;
-}
-template <class V>
-V smaller(V a, V b, bool nan) {
-  if constexpr (std::is_floating_point_v<V>) {
-    if (nan && (std::isnan(a) || std::isnan(b))) return std::numeric_limits<V>::quiet_NaN();
-    if (std::isnan(a)) return b;
-    if (a == b) return std::signbit(a) ? a : b;
-  }
-  return std::isnan(double(b)) || a < b ? a : b;
+  return (larger ? a > b : a < b) ? a : b;
 }
 
 // A quotient by zero is whatever the hardware makes of it: here all ones, and no trap.

@@ -45,6 +45,7 @@ class Kernel:
     source: str
 
 
+@functools.cache
 def translate(ptx: str) -> Kernel:
     """The C++ for the one kernel of a PTX module; NotImplementedError for instructions that ptx.h does not have."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL)
@@ -54,25 +55,24 @@ def translate(ptx: str) -> Kernel:
     lines, entry = ["using namespace ptx;"], None
     for found in re.finditer(r"\.global\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[\d+\]\s*=\s*\{([^}]*)\}", text):
         lines.append(f"alignas({found[1]}) static const uint8_t {_name(found[2])}[] = {{{found[3]}}};")
-    functions = re.findall(r"\.(func|entry)\s*(\([^)]*\))?\s*([\w$]+)\s*\(([^)]*)\)\s*(?:\.noreturn)?\s*(;|\{)", text)
-    for kind, _returned, name, parameters, end in functions:
-        types = re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)[^,]*", parameters)
+    for found in _HEAD.finditer(text):
+        kind, name, parameters, end = found.groups()
+        types = tuple(re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)", parameters))
+        given = [f"{_name(name)}_param_{i}" for i in range(len(types))]
         if kind == "entry":
-            entry = (name, tuple(types))
-        elif end == ";" and name != "__assertfail":
-            lines.append(f"static uint64_t {_name(name)}({', '.join('uint64_t' for _ in types)});")
-    assert entry is not None
-    for kind, _returned, name, parameters, body in _bodies(text):
-        types = re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)", parameters)
-        if kind == "entry":
+            entry = (name, types)
             lines.append("static void kernel(const uint64_t* parameters) {")
-            lines += [f"  const uint64_t {_name(name)}_param_{i} = parameters[{i}];" for i in range(len(types))]
+            lines += [f"  const uint64_t {parameter} = parameters[{i}];" for i, parameter in enumerate(given)]
+        elif name == "__assertfail":
+            continue
         else:
-            arguments = ", ".join(f"uint64_t {_name(name)}_param_{i}" for i in range(len(types)))
-            lines += [f"static uint64_t {_name(name)}({arguments}) {{", "  uint64_t _func_retval0 = 0;"]
-        lines += [
-            f"  {line}" for line in _Body(body, "return;" if kind == "entry" else "return _func_retval0;").lines()
-        ]
+            head = f"static uint64_t {_name(name)}({', '.join(f'uint64_t {parameter}' for parameter in given)})"
+            if end == ";":
+                lines.append(head + ";")
+                continue
+            lines += [f"{head} {{", "  uint64_t _func_retval0 = 0;"]
+        leave = "return;" if kind == "entry" else "return _func_retval0;"
+        lines += [f"  {line}" for line in _Body(_block(text, found.end()), leave).lines()]
         lines.append("}")
     return Kernel(*entry, "\n".join(lines) + _ENTRY)
 
@@ -99,14 +99,16 @@ def _name(name: str) -> str:
     return "_" + name.replace("$", "S").replace("%", "")
 
 
-def _bodies(text: str) -> Iterator[tuple[str, str, str, str, str]]:
-    head = re.compile(r"\.(func|entry)\s*(\([^)]*\))?\s*([\w$]+)\s*\(([^)]*)\)\s*\{")
-    for found in head.finditer(text):
-        depth, end = 1, found.end()
-        while depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        yield *found.groups(), text[found.end() : end - 1]
+_HEAD = re.compile(r"\.(func|entry)\s*(?:\([^)]*\))?\s*([\w$]+)\s*\(([^)]*)\)\s*(?:\.noreturn)?\s*(;|\{)")
+
+
+def _block(text: str, begin: int) -> str:
+    """What stands from `begin`, behind an opening brace, to the closing one."""
+    depth, end = 1, begin
+    while depth:
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    return text[begin : end - 1]
 
 
 class _Body:
@@ -207,8 +209,8 @@ class _Body:
         if op == "shfl":
             return self.shuffle(parts[1], operands)
         if op == "redux":
-            names = {"min": "smaller(a, b, false)", "max": "larger(a, b, false)", "add": "a + b", "or": "a | b",
-                     "and": "a & b", "xor": "a ^ b"}  # fmt: skip
+            names = {"min": "extreme<false>(a, b, false)", "max": "extreme<true>(a, b, false)", "add": "a + b",
+                     "or": "a | b", "and": "a & b", "xor": "a ^ b"}  # fmt: skip
             join = (
                 f"[](uint64_t x, uint64_t y) {{ const auto a = {kind}::get(x), b = {kind}::get(y); "
                 f"return {kind}::put({names[parts[1]]}); }}"
@@ -260,12 +262,10 @@ class _Body:
             if op == "prmt" and len(parts) == 1:
                 return f"prmt({', '.join(given)})"
         a, b, c = [*(self.get(kind, operand, ftz) for operand in given), "", "", ""][:3]
-        if op == "mul" and "wide" in parts:
+        if "wide" in parts:
             wide = f"{kind[0]}{2 * int(kind[1:])}"
-            return f"{wide}::put(Value<{wide}>({a}) * Value<{wide}>({b}))"
-        if op == "mad" and "wide" in parts:
-            wide = f"{kind[0]}{2 * int(kind[1:])}"
-            return f"{wide}::put(Value<{wide}>({a}) * Value<{wide}>({b}) + {wide}::get({given[2]}))"
+            added = f" + {wide}::get({given[2]})" if op == "mad" else ""
+            return f"{wide}::put(Value<{wide}>({a}) * Value<{wide}>({b}){added})"
         if op == "mul" and "hi" in parts:
             return f"mul_hi<{kind}>({given[0]}, {given[1]})"
         whole = kind[0] in "su"
@@ -275,7 +275,8 @@ class _Body:
             "add": f"{unsigned}({a}) + {unsigned}({b})", "sub": f"{unsigned}({a}) - {unsigned}({b})",
             "mul": f"{unsigned}({a}) * {unsigned}({b})", "mad": f"{unsigned}({a}) * {unsigned}({b}) + {unsigned}({c})",
             "div": f"divided({a}, {b})", "rem": f"remainder({a}, {b})", "neg": f"-({a})",
-            "abs": f"std::abs({a})", "max": f"larger({a}, {b}, {nan})", "min": f"smaller({a}, {b}, {nan})",
+            "abs": f"std::abs({a})",
+            "max": f"extreme<true>({a}, {b}, {nan})", "min": f"extreme<false>({a}, {b}, {nan})",
         }  # fmt: skip
         if op not in expressions:
             raise NotImplementedError(f"{op}.{'.'.join(parts)}")
@@ -366,8 +367,8 @@ class _Body:
         pointer = f"{space}<Value<{kind}>, 1>({_address(operands[0])})"
         a, b = [*(f"{kind}::get({_value(operand)})" for operand in operands[1:]), ""][:2]
         change = {
-            "add": f"old + {a}", "exch": a, "cas": f"old == {a} ? {b} : old", "min": f"smaller(old, {a}, false)",
-            "max": f"larger(old, {a}, false)", "or": f"old | {a}", "and": f"old & {a}",
+            "add": f"old + {a}", "exch": a, "cas": f"old == {a} ? {b} : old", "min": f"extreme<false>(old, {a}, false)",
+            "max": f"extreme<true>(old, {a}, false)", "or": f"old | {a}", "and": f"old & {a}",
         }[name]  # fmt: skip
         out = f"cudahost::atomically({pointer}, [&](Value<{kind}> old) {{ return Value<{kind}>({change}); }})"
         # The order that an atomic makes is that of a fence here.
@@ -454,7 +455,7 @@ def _flat(types: object, values: object) -> Iterator[object]:
 
 def launch(kernel: object, grid: tuple[int, int, int], arguments: list[object], variant: str = "") -> None:
     """Runs a kernel that Triton compiled."""
-    made = _translated(kernel.asm["ptx"])
+    made = translate(kernel.asm["ptx"])
     values = list(_flat(kernel.src.signature.values(), arguments))
     assert len(values) <= len(made.parameters) <= len(values) + 2, (made.name, len(values), made.parameters)
     slots = (ctypes.c_uint64 * max(len(made.parameters), 1))()  # scratch memory, which kernels here do not use, is null
@@ -469,9 +470,6 @@ def launch(kernel: object, grid: tuple[int, int, int], arguments: list[object], 
     )
     if message:
         raise RuntimeError(f"{made.name}: {message.decode()}")
-
-
-_translated = functools.cache(translate)
 
 
 def install(arch: int) -> None:
