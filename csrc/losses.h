@@ -95,11 +95,12 @@ FASTREG_HD A target_loss(A target, A gamma, const Softmax<A>& softmax, A z_y) {
   return target == 0 ? A(0) : target * focal_term(softmax.log_p(z_y), gamma);
 }
 
-// What of a row's loss is not about its target.
+// What of a row's loss is not about its target; NaN where the row has no softmax, which is to show even if
+// none of its classes has a share.
 template <class A>
 FASTREG_HD A z_loss_of(A z_loss, const Softmax<A>& softmax) {
-  const A lse = softmax.high + softmax.log_sum;
-  return z_loss == 0 ? A(0) : z_loss * lse * lse;
+  const A lse = softmax.high + softmax.log_sum, none = softmax.log_sum - softmax.log_sum;
+  return z_loss == 0 ? none : z_loss * lse * lse + none;
 }
 
 // The loss of a row with one target class y. Where there is another, its target_loss comes on top.

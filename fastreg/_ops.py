@@ -149,9 +149,9 @@ _define(
 )
 
 
-# input is (N, C); target is (N, C), of its dtype, or holds one class index per row (N), where any value outside
-# [0, C) makes the whole row negative. weight is (C,). With reduce the result is 0-d: the sum · scale, divided by
-# the 0-d normalizer where there is one (a normalizer of 0 counts as 1).
+# input is (N, C); target is (N, C), of its dtype or of the computation's, or holds one class index per row (N), where
+# any value outside [0, C) makes the whole row negative. weight is (C,). With reduce the result is 0-d: the sum · scale,
+# divided by the 0-d normalizer where there is one (a normalizer of 0 counts as 1).
 def _sigmoid_focal_forward(input, target, weight, normalizer, alpha, gamma, reduce, scale, fp32_loss):
     return input.new_empty([] if reduce else input.shape, dtype=accumulator(input) if fp32_loss else input.dtype)
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, Unpack, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import _backends, _checks, _ops
 from .longtail import ClassStatistics
@@ -19,11 +20,13 @@ from .losses import (
     LossOptions,
     LossOutputs,
     Target,
+    check_no_gradient,
     check_shapes,
     cross_entropy,
     index_shares,
     mean_denominator,
     row_counts,
+    target_wants_gradient,
 )
 
 _CHUNK = 2**24  # logits in a chunk, unless it is told: 64 MB in fp32
@@ -40,7 +43,8 @@ def linear_cross_entropy(
     gamma: float = 0.0,
     outputs: Literal[True],
     chunk_size: int | None = None,
-    **options: Unpack[LossOptions],
+    options: Any = None,
+    **loss_options: Unpack[LossOptions],
 ) -> LossOutputs: ...
 @overload
 def linear_cross_entropy(
@@ -53,7 +57,8 @@ def linear_cross_entropy(
     gamma: float = 0.0,
     outputs: bool = False,
     chunk_size: int | None = None,
-    **options: Unpack[LossOptions],
+    options: Any = None,
+    **loss_options: Unpack[LossOptions],
 ) -> Tensor: ...
 def linear_cross_entropy(
     input: Tensor,
@@ -64,16 +69,23 @@ def linear_cross_entropy(
     weight: Tensor | None = None,
     ignore_index: int | None = None,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+    alpha: float | Tensor | None = None,
+    logit_adjustment: Tensor | None = None,
+    margin: Tensor | None = None,
+    scale: float = 1.0,
+    z_loss: float = 0.0,
     all_ignored: str = "nan",
+    grad_in_forward: bool | str = False,
     outputs: bool = False,
     statistics: ClassStatistics | None = None,
     chunk_size: int | None = None,
-    **options: Any,
+    options: Any = None,
 ) -> Tensor | LossOutputs:
     """`fastreg.cross_entropy` of a linear layer's output, with its options, without all logits in memory.
 
-    A superset of `torch.nn.functional.linear_cross_entropy` (torch 2.13), whose `options` may be given too: of them
-    `batch_chunk_size` counts, for want of a chunk_size.
+    A superset of `torch.nn.functional.linear_cross_entropy` (torch 2.13).
 
     Args:
         input: (in,) or (N, in).
@@ -85,18 +97,30 @@ def linear_cross_entropy(
             least 256. In memory are one chunk of logits, in whose place come their gradients (beside them where the
             kernels do not make them in one pass, and in fp16), and, where wanted, the gradients to input,
             linear_weight and linear_bias, the latter two summed in fp32 (fp64 for fp64).
+        grad_in_forward: without effect on what is chunked, whose gradient is made there anyway.
+        options: torch's `LinearCrossEntropyOptions`, of which `batch_chunk_size` counts, for want of a chunk_size.
 
-    The remaining arguments (label_smoothing, gamma, alpha, logit_adjustment, margin, scale and z_loss among the
-    options), what is returned and what is raised are those of `cross_entropy`. Backward twice is right;
+    The remaining arguments, what is returned and what is raised are those of `cross_entropy`. Backward twice is right;
     second derivatives, torch.func transforms, torch.compile and inputs of one chunk take the plain composition.
     """
-    torchs = options.pop("options", None)
-    if chunk_size is None:
-        chunk_size = getattr(torchs, "batch_chunk_size", None)
+    if options is not None and not hasattr(options, "batch_chunk_size"):
+        raise TypeError(f"options must be a torch.nn.LinearCrossEntropyOptions, got {type(options).__name__}")
+    if chunk_size is None and options is not None:
+        chunk_size = options.batch_chunk_size
     _check_linear(input, linear_weight, linear_bias, chunk_size)
-    options["ignore_index"] = -100 if ignore_index is None else ignore_index
+    of_each_row = {
+        "ignore_index": -100 if ignore_index is None else ignore_index,
+        "label_smoothing": label_smoothing,
+        "gamma": gamma,
+        "alpha": alpha,
+        "logit_adjustment": logit_adjustment,
+        "margin": margin,
+        "scale": scale,
+        "z_loss": z_loss,
+    }
     classes = linear_weight.shape[0]
     chunk = chunk_size or max(256, _CHUNK // classes)
+    parts = target if isinstance(target, tuple) else (target,)
     if (
         input.dim() == 1
         or linear_weight.dim() > 2
@@ -104,6 +128,7 @@ def linear_cross_entropy(
         or torch.compiler.is_compiling()
         or _backends.unusual(input) is not None
         or _backends.unusual(linear_weight) is not None
+        or any(isinstance(part, Tensor) and target_wants_gradient(part) for part in parts)
     ):
         return cross_entropy(
             _linear(input, linear_weight, linear_bias),
@@ -111,16 +136,19 @@ def linear_cross_entropy(
             weight,
             reduction=reduction,
             all_ignored=all_ignored,
+            grad_in_forward=grad_in_forward,
             outputs=outputs,
             statistics=statistics,
-            **options,
+            **of_each_row,
         )
-    options.pop("grad_in_forward", None)  # it is made there anyway
     _checks.choice("reduction", reduction, _ops.REDUCTIONS)
     _checks.choice("all_ignored", all_ignored, ("nan", "zero"))
-    check_shapes(
-        input.new_empty(1).expand(input.shape[0], classes), *(target if isinstance(target, tuple) else (target,))
-    )
+    logits = input.new_empty(1).expand(input.shape[0], classes)
+    indices = check_shapes(logits, *parts)
+    for name, vector in {"weight": weight, **of_each_row}.items():
+        check_no_gradient(name, vector)
+    if statistics is not None and indices:  # a wrong target is told before the rows of a chunk are counted
+        index_shares(target, classes, of_each_row["ignore_index"])
     dtype = input.dtype
     if _ops.autocast_enabled(input.device.type):
         # What autocast would do to the linear layer in every chunk, once.
@@ -132,7 +160,7 @@ def linear_cross_entropy(
     # Said here: within, gradients are off in any case, and what requires one does so under no_grad, too.
     made = torch.is_grad_enabled() and reduction != "none"
     loss, *known = _LinearCrossEntropy.apply(
-        input, linear_weight, linear_bias, target, weight, reduction, all_ignored, options, extra, chunk, made
+        input, linear_weight, linear_bias, target, weight, reduction, all_ignored, of_each_row, extra, chunk, made
     )
     loss = loss.to(dtype)
     return LossOutputs(loss, *known) if outputs else loss
@@ -151,9 +179,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx, input, linear_weight, linear_bias, target, weight, reduction, all_ignored, options, extra, chunk, made
     ):
         compute = _ops.accumulator(input)
-        ctx.save_for_backward(input, linear_weight, linear_bias, weight)
-        ctx.target, ctx.reduction, ctx.all_ignored, ctx.options, ctx.chunk = (
-            target, reduction, all_ignored, options, chunk)  # fmt: skip
+        # What the backward reads must be noticed if it is modified meanwhile, wherever it stands.
+        told, ctx.spec = tree_flatten((target, weight, options))
+        ctx.save_for_backward(input, linear_weight, linear_bias, *(t if isinstance(t, Tensor) else None for t in told))
+        ctx.told = [None if isinstance(t, Tensor) else t for t in told]
+        ctx.reduction, ctx.all_ignored, ctx.chunk = reduction, all_ignored, chunk
         ctx.set_materialize_grads(False)
         ctx.sums = _Gradients(input, linear_weight, linear_bias, ctx.needs_input_grad[:3] if made else (False,) * 3)
         found = []
@@ -168,9 +198,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.stack(losses).sum().to(compute)
         if reduction == "mean":
             counts, indices = 1.0, isinstance(target, tuple) or not target.is_floating_point()
+            ctx.kept = None
             if indices:
-                shares = index_shares(target, len(linear_weight), options["ignore_index"])
-                counts = row_counts(*shares, weight, compute)
+                ctx.kept, shares = index_shares(target, len(linear_weight), options["ignore_index"])
+                counts = row_counts(ctx.kept, shares, weight, compute)
             denominator = mean_denominator(counts, len(input), all_ignored)
             if not isinstance(denominator, Tensor):
                 denominator = loss.new_full((), denominator)
@@ -183,17 +214,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nothing = (None,) * 8
         if grad_loss is None:
             return None, None, None, *nothing
-        input, linear_weight, linear_bias, weight = ctx.saved_tensors
+        input, linear_weight, linear_bias, *saved = ctx.saved_tensors
+        told = [value if tensor is None else tensor for value, tensor in zip(ctx.told, saved)]
+        target, weight, options = tree_unflatten(told, ctx.spec)
         if torch.is_grad_enabled():
-            return *_differentiable(ctx, grad_loss), *nothing
+            options = {**options, "reduction": ctx.reduction, "all_ignored": ctx.all_ignored}
+            tensors = (input, linear_weight, linear_bias)
+            return *_differentiable(tensors, ctx.needs_input_grad, target, weight, options, grad_loss), *nothing
         if ctx.reduction == "none":
             sums = _Gradients(input, linear_weight, linear_bias, ctx.needs_input_grad[:3])
             for rows in _chunks(len(input), ctx.chunk):
-                sums.add_chunk(rows, _rows_of(ctx.target, rows), weight, "none", ctx.options, {}, grad_loss[rows])
+                sums.add_chunk(rows, _rows_of(target, rows), weight, "none", options, {}, grad_loss[rows])
             return *sums.scaled(None), *nothing
         factor = grad_loss
-        if ctx.reduction == "mean":  # where nothing counts the sums are 0, and stay so
-            factor = torch.where(ctx.denominator == 0, 0.0, grad_loss / ctx.denominator)
+        if ctx.reduction == "mean":
+            factor = grad_loss / ctx.denominator
+            if ctx.kept is not None:  # where no row is kept the sums are 0, and stay so
+                factor = torch.where(ctx.kept.any(), factor, 0.0)
         return *ctx.sums.scaled(factor), *nothing
 
 
@@ -285,15 +322,14 @@ def _rows_of(target: Target, rows: slice) -> Target:
     return tuple(part[rows] if isinstance(part, Tensor) and part.dim() else part for part in target)
 
 
-def _differentiable(ctx, grad_loss: Tensor) -> list[Tensor | None]:
+def _differentiable(
+    tensors: tuple, needed: tuple[bool, ...], target: Target, weight: Tensor | None, options: dict, grad_loss: Tensor
+) -> list[Tensor | None]:
     """The plain composition, whose gradient can be differentiated again."""
-    *tensors, weight = ctx.saved_tensors
-    loss = cross_entropy(
-        F.linear(*tensors), ctx.target, weight, reduction=ctx.reduction, all_ignored=ctx.all_ignored, **ctx.options
-    )
-    wanted = [tensor for tensor, want in zip(tensors, ctx.needs_input_grad) if want]
+    loss = cross_entropy(F.linear(*tensors), target, weight, **options)
+    wanted = [tensor for tensor, want in zip(tensors, needed) if want]
     grads = iter(torch.autograd.grad(loss, wanted, grad_loss.to(loss.dtype), create_graph=True))
-    return [next(grads) if want else None for want in ctx.needs_input_grad[:3]]
+    return [next(grads) if want else None for want in needed[:3]]
 
 
 def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, chunk_size: int | None) -> None:

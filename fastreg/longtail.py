@@ -8,6 +8,7 @@ computed in fp64.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -189,7 +190,7 @@ def _counts_on(device: torch.device, counts: Counts) -> Tensor:
 def check_counts(counts: Counts) -> Tensor:
     """One whole number >= 0 per class, as int64."""
     try:
-        given = torch.as_tensor(counts)
+        given = torch.as_tensor(np.ascontiguousarray(counts) if isinstance(counts, np.ndarray) else counts)
     except (RuntimeError, TypeError, ValueError):
         raise TypeError(f"counts must be a sequence or tensor of numbers, got {type(counts).__name__}") from None
     if given.dim() != 1 or not len(given):

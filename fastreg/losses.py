@@ -88,7 +88,7 @@ def cross_entropy(
     *,
     gamma: float = 0.0,
     outputs: Literal[True],
-    **options: Unpack[LossOptions],
+    **loss_options: Unpack[LossOptions],
 ) -> LossOutputs: ...
 @overload
 def cross_entropy(
@@ -98,7 +98,7 @@ def cross_entropy(
     *,
     gamma: float = 0.0,
     outputs: bool = False,
-    **options: Unpack[LossOptions],
+    **loss_options: Unpack[LossOptions],
 ) -> Tensor: ...
 def cross_entropy(
     input: Tensor,
@@ -128,7 +128,8 @@ def cross_entropy(
         input: logits, (C,), (N, C) or (N, C, d1, …), in fp16, bf16, fp32 or fp64, with any strides. Never modified.
         target: one of
             class indices of input's shape without the class dimension, int64, int32 or uint8;
-            probabilities of input's shape, in any floating dtype (a gradient to them comes from the reference alone);
+            probabilities of input's shape, in any floating dtype (a gradient to them, or to the share below, comes from
+            the reference alone);
             (target_a, target_b, share), what mixup and cutmix make: two tensors of class indices and the share of
             the first, a float or a tensor, 0-d, (N,) or of target_a's shape. It means the probabilities
             share·onehot(a) + (1 − share)·onehot(b) without making them, with the rules of class indices for
@@ -187,9 +188,12 @@ def cross_entropy(
             (weight is alpha is logit_adjustment is margin is statistics is None)
             and label_smoothing == gamma == z_loss == 0.0
             and scale == 1.0
+            and not (label_smoothing is False or gamma is False or z_loss is False or scale is True)
+            and type(ignore_index) is int
             and not (grad_in_forward or outputs)
             and (reduction == "mean" or reduction == "sum")
             and all_ignored == "nan"
+            and type(ignore_index) is int
             and type(input) is type(target) is Tensor
             and input.requires_grad
             and input.is_cpu
@@ -233,7 +237,7 @@ def cross_entropy(
         _check_extra(reduction, grad_in_forward, statistics, indices and other_target is None, input)
 
     pair = other_target is not None
-    backend = _backends.choose("cross_entropy", input.device.type, _refuse, input, target)
+    backend = _backends.choose("cross_entropy", input.device.type, _refuse, input, target, share)
     if backend == "reference":
         options = {
             "ignore_index": ignore_index,
@@ -303,7 +307,7 @@ def cross_entropy(
     if grad_in_forward and input.requires_grad and torch.is_grad_enabled():
         memory = _memory_for_gradient(input, grad_in_forward)
     loss, *known = _backends.apply(_CrossEntropyExtra, *args, want, want, memory)
-    if memory is not None and memory.data_ptr() == input.data_ptr():
+    if memory is not None and memory.data_ptr() == input.data_ptr() != 0:
         # Whoever saved the logits, this node too, must not use them any more.
         torch.autograd.graph.increment_version(input)
     loss = loss.reshape(_rows(shape)) if reduction == "none" else loss
@@ -321,7 +325,7 @@ def focal_loss(
     gamma: float = 2.0,
     weight: Tensor | None = None,
     outputs: Literal[True],
-    **options: Unpack[LossOptions],
+    **loss_options: Unpack[LossOptions],
 ) -> LossOutputs: ...
 @overload
 def focal_loss(
@@ -331,15 +335,50 @@ def focal_loss(
     gamma: float = 2.0,
     weight: Tensor | None = None,
     outputs: bool = False,
-    **options: Unpack[LossOptions],
+    **loss_options: Unpack[LossOptions],
 ) -> Tensor: ...
-def focal_loss(input: Tensor, target: Target, *, gamma: float = 2.0, **options: Any) -> Tensor | LossOutputs:
+def focal_loss(
+    input: Tensor,
+    target: Target,
+    *,
+    gamma: float = 2.0,
+    alpha: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_adjustment: Tensor | None = None,
+    margin: Tensor | None = None,
+    scale: float = 1.0,
+    z_loss: float = 0.0,
+    all_ignored: str = "nan",
+    grad_in_forward: bool | str = False,
+    outputs: bool = False,
+    statistics: ClassStatistics | None = None,
+) -> Tensor | LossOutputs:
     """Softmax focal loss (Lin et al. 2017), −α_y · (1 − p_y)^γ · log p_y: `cross_entropy` with a gamma.
 
     p comes from the softmax of the logits alone; neither weight nor alpha enters it. Options, shapes, dtypes and
     errors are those of `cross_entropy`.
     """
-    return cross_entropy(input, target, gamma=gamma, **options)
+    return cross_entropy(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        alpha=alpha,
+        logit_adjustment=logit_adjustment,
+        margin=margin,
+        scale=scale,
+        z_loss=z_loss,
+        all_ignored=all_ignored,
+        grad_in_forward=grad_in_forward,
+        outputs=outputs,
+        statistics=statistics,
+    )
 
 
 # ---- checks: attribute reads only, so that the call stays cheap -------------------------------------------
@@ -420,9 +459,13 @@ def _check_vector(name: str, vector: Tensor | None, classes: int, input: Tensor)
     if vector.shape != (classes,):
         raise ValueError(f"{name} must have the shape ({classes},), one value per class, got {tuple(vector.shape)}")
     _checks.same_device(name, vector, "input", input)
-    if vector.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} must not require a gradient: the loss is not differentiated with respect to it")
+    check_no_gradient(name, vector)
     return vector
+
+
+def check_no_gradient(name: str, vector: object) -> None:
+    if isinstance(vector, Tensor) and vector.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require a gradient: the loss is not differentiated with respect to it")
 
 
 def check_options(reduction, label_smoothing, gamma, alpha, scale, z_loss, all_ignored) -> None:
@@ -467,10 +510,15 @@ def _as_dtype(vector: object, dtype: torch.dtype) -> object:
 # ---- kernels ---------------------------------------------------------------------------------------------
 
 
-def _refuse(backend: str, input: Tensor, target: Tensor) -> str | None:
-    if target.requires_grad and torch.is_grad_enabled():
-        return "the probabilities want a gradient, which only the reference gives"
+def _refuse(backend: str, input: Tensor, target: Tensor, share: float | Tensor | None) -> str | None:
+    if target_wants_gradient(target, share):
+        return "the target's probabilities want a gradient, which only the reference gives"
     return _backends.unusual(input)
+
+
+def target_wants_gradient(target: Tensor, share: float | Tensor | None = None) -> bool:
+    wants = target.requires_grad or (isinstance(share, Tensor) and share.requires_grad)
+    return wants and torch.is_grad_enabled()
 
 
 def _rows(shape: torch.Size) -> torch.Size:
@@ -714,7 +762,7 @@ def _row_losses(
         x = x - per_class(margin) * probabilities
     elif margin is not None:
         for y, share in shares:
-            taken = margin.to(compute)[y] * share
+            taken = _at(margin.to(compute), y) * share
             x = x.scatter_add(dim, y.unsqueeze(dim), -taken.unsqueeze(dim))
     z = x if scale == 1.0 else x * scale
 
@@ -740,7 +788,7 @@ def _row_losses(
             losses = 0.0
             for y, share in shares:
                 terms = _focal(log_p.gather(dim, y.unsqueeze(dim)).squeeze(dim), gamma)
-                losses = losses + _product(share, _product(1.0 if factor is None else factor[y], terms))
+                losses = losses + _product(share, _product(1.0 if factor is None else _at(factor, y), terms))
             if label_smoothing:
                 spread = _product(factors, _focal(log_p, gamma)).sum(dim)
                 losses = _product(1 - label_smoothing, losses) + label_smoothing / classes * spread
@@ -759,8 +807,13 @@ def row_counts(
     """What each row counts in a mean, or 1 if all count 1."""
     if weight is None or not shares:
         return 1.0 if kept is None else kept.to(compute)
-    counts = sum(_product(share, weight.to(compute)[y]) for y, share in shares)
+    counts = sum(_product(share, _at(weight.to(compute), y)) for y, share in shares)
     return counts if kept is None else counts.masked_fill(~kept, 0.0)
+
+
+def _at(vector: Tensor, y: Tensor) -> Tensor:
+    """vector[y]; with a single index, 0-d, that would read it on the host."""
+    return vector[y.unsqueeze(0)].squeeze(0)
 
 
 def mean_denominator(counts: Tensor | float, rows: int, all_ignored: str) -> Tensor | int:
@@ -797,12 +850,9 @@ def _power(u: Tensor, gamma: float) -> Tensor:
 
 
 def _product(factor: Tensor | float, terms: Tensor) -> Tensor:
-    """factor · terms, where a factor of 0 gives 0 even if the term is infinite."""
+    """factor · terms, where a factor of 0 gives 0 even if the term is infinite (NaN stays, as everywhere)."""
     if isinstance(factor, Tensor):
-        empty = factor == 0
-        if factor.requires_grad:  # and its gradient is still the term
-            empty = empty & terms.isinf()
-        return factor * torch.where(empty, 0.0, terms)
+        return factor * torch.where((factor == 0) & terms.isinf(), 0.0, terms)
     if factor == 1:
         return terms
     return factor * (terms if factor else torch.where(terms.isinf(), 0.0, terms))
@@ -881,9 +931,9 @@ def sigmoid_focal_loss(
 
     Args:
         inputs: logits of any shape, in fp16, bf16, fp32 or fp64.
-        targets: t, of inputs' shape and any floating dtype or bool; or class indices of inputs' shape without its
-            last dimension, int64, int32 or uint8: 1 for that class and 0 for the others, which are never made. An
-            index outside [0, C) is background: 0 for every class.
+        targets: t, of inputs' shape and any floating dtype (which is not rounded to that of inputs) or bool; or class
+            indices of inputs' shape without its last dimension, int64, int32 or uint8: 1 for that class and 0 for the
+            others, which are never made. An index outside [0, C) is background: 0 for every class.
         alpha: weight of the positives, 1 − alpha that of the negatives; any negative value turns both off.
         gamma: exponent γ >= 0. The loss and its gradient are finite for every γ and x.
         reduction: "none", "mean" or "sum".
@@ -904,8 +954,8 @@ def sigmoid_focal_loss(
     if backend == "reference" or not classes:
         return sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction, weight, normalizer)
     compute = _ops.accumulator(inputs)
-    if targets.shape == inputs.shape:
-        targets = targets.to(inputs.dtype)
+    if targets.shape == inputs.shape and targets.dtype != inputs.dtype:
+        targets = targets.to(inputs.dtype if targets.dtype == torch.bool else compute)
     scale = 1.0
     if reduction == "mean":
         scale = 1 / inputs.numel() if inputs.numel() else float("nan")

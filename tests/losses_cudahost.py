@@ -147,10 +147,11 @@ def _sigmoid_focal(grad_loss, input, target, weight, normalizer, out, alpha, gam
     code, wide = _CODES[input.dtype], (out if grad_loss is None else grad_loss).dtype == accumulate
     input, target = input.contiguous(), target.contiguous()
     _sigmoid_kernels().sigmoid_focal_workspace(code, input.numel(), MULTIPROCESSORS, size)
+    dense = target.dim() == 2
     _sigmoid_kernels().sigmoid_focal(
-        code, grad_loss is not None, grad_loss, input, target, 0 if target.dim() == 2 else target.element_size(),
-        *_vectors((weight, normalizer), accumulate), out, wide, np.full(size[0], 0xFF, np.uint8), *input.shape,
-        alpha, gamma, reduce, scale, MULTIPROCESSORS,
+        code, grad_loss is not None, grad_loss, input, target, 0 if dense else target.element_size(),
+        dense and target.dtype != input.dtype, *_vectors((weight, normalizer), accumulate), out, wide,
+        np.full(size[0], 0xFF, np.uint8), *input.shape, alpha, gamma, reduce, scale, MULTIPROCESSORS,
     )  # fmt: skip
     return out
 

@@ -119,6 +119,16 @@ def test_equals_torch(reduction):
     )
 
 
+def test_kept_rows_of_weight_0_have_the_gradient_of_a_quotient_by_0():
+    """NaN, as without chunks; but 0 where no row is kept."""
+    x, weight, zero = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4), torch.tensor([0.0, 1, 1, 1, 1])
+    for target, nan in ((torch.zeros(6, dtype=torch.int64), True), (torch.full((6,), -100), False)):
+        for chunk_size in (2, 6):
+            loss = linear_cross_entropy(x, weight, target, weight=zero, chunk_size=chunk_size)
+            (grad,) = torch.autograd.grad(loss, x)
+            assert loss.isnan() and (grad.isnan().all() if nan else (grad == 0).all())
+
+
 @pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch 2.13 has them")
 def test_takes_the_options_of_torch():
     x, weight, target = torch.randn(6, 4), torch.randn(5, 4), torch.arange(6) % 5
@@ -247,6 +257,42 @@ def test_bad_arguments(error, match, change):
     }
     with pytest.raises(error, match=match):
         linear_cross_entropy(**{**args, **change})
+
+
+def test_gradients_to_the_target_and_to_no_vector():
+    x, w, bias, _ = problem(torch.float32)
+    share, q = torch.rand(N, requires_grad=True), torch.rand(N, C, requires_grad=True)
+    y = torch.randint(C, (N,))
+    for target, leaf in ((q, q), ((y, y.flip(0), share), share)):
+        grads = [
+            torch.autograd.grad(loss(x, w, target, linear_bias=bias, **chunk), leaf)[0]
+            for loss, chunk in ((linear_cross_entropy, {"chunk_size": 8}), (composed, {}))
+        ]
+        torch.testing.assert_close(*grads)
+    for reduction in ("mean", "none"):
+        for name in ("weight", "alpha", "margin", "logit_adjustment"):
+            options = {name: torch.rand(C, requires_grad=True), "reduction": reduction}
+            with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
+                linear_cross_entropy(x, w, y, chunk_size=8, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_the_backward_reads_must_not_be_modified(reduction):
+    x, w, _, y = problem(torch.float32)
+    q, share, margin = torch.rand(N, C), torch.rand(N), torch.rand(C)
+    for target, changed in ((y, y), (q, q), ((y, y.flip(0), share), share), (y, margin)):
+        loss = linear_cross_entropy(x, w, target, chunk_size=8, reduction=reduction, margin=margin)
+        changed.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.sum().backward()
+
+
+def test_a_wrong_target_is_told_before_anything_is_counted():
+    x, w, _, y = problem(torch.float32)
+    y[-1], statistics = C, fastreg.longtail.ClassStatistics(C)
+    with pytest.raises(IndexError, match="target"):
+        linear_cross_entropy(x, w, y, chunk_size=8, statistics=statistics)
+    assert not statistics.count.any()
 
 
 @pytest.mark.skipif(

@@ -4,6 +4,7 @@ import copy
 import pickle
 from decimal import Decimal, getcontext
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,11 @@ def test_split_accuracy():
 @pytest.mark.parametrize("counts", [torch.tensor(COUNTS), torch.tensor(COUNTS).float(), tuple(COUNTS)])
 def test_counts_come_in_any_form(counts):
     assert torch.equal(log_prior(counts), log_prior(COUNTS))
+
+
+def test_counts_may_be_a_reversed_array():
+    """As np.sort(counts)[::-1] makes it, with a stride below 0."""
+    assert torch.equal(log_prior(np.array(COUNTS)[::-1]), log_prior(COUNTS[::-1]))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +202,9 @@ def test_deferred_reweighting():
     loss.weight = effective_number_weights(COUNTED)
     expected = fastreg.cross_entropy(X, Y, loss.weight, margin=loss.margin, scale=30)
     assert torch.equal(loss(X, Y), expected)
+    balanced = fastreg.nn.ClassBalancedLoss(COUNTED)
+    balanced.weight = None  # put off
+    assert torch.equal(copy.deepcopy(balanced).to(X.device, torch.float64)(X, Y), fastreg.cross_entropy(X, Y))
 
 
 def test_modules_refuse_bad_options_when_made():

@@ -763,6 +763,38 @@ def test_rows_without_a_softmax_are_nan(backend):
         assert grad[0].isnan().any()
 
 
+@pytest.mark.parametrize("lost", [NAN, INF, -INF])
+def test_rows_without_a_softmax_are_nan_even_where_no_class_has_a_share(backend, lost):
+    """As in PyTorch: factors of 0 hide a class that is impossible, but not that something went wrong. Their gradient
+    is NaN, and a loss of 0 above it would let it pass."""
+    for shape in ((3, 9), (3, 9, 5)) if backend == "triton" else ((3, 9), (3, 9, 5), (3, 5000)):
+        x, y = torch.randn(shape), torch.randint(1, 8, (3, *shape[2:]))
+        first = (0, slice(None), *[0] * (len(shape) - 2))
+        x[first] = lost
+        y[first[:1] + first[2:]] = 0
+        zero = torch.ones(shape[1]).index_fill(0, torch.tensor([0]), 0.0)
+        for options in (
+            {"alpha": 0.0},
+            {"alpha": zero, "gamma": 2.0},
+            {"alpha": 0.0, "label_smoothing": 0.1, "gamma": 1.5},
+            {"weight": zero},
+            {"weight": zero * 0, "label_smoothing": 0.1, "z_loss": 1e-3},
+            {"weight": zero * 0, "probabilities": True},
+        ):
+            options, target = dict(options), y
+            if options.pop("probabilities", False):
+                target = torch.rand(shape)
+            leaf = move(x, device_of(backend)).requires_grad_()
+            there = {name: move(value, device_of(backend)) for name, value in options.items()}
+            target = move(target, device_of(backend))
+            loss = serve(backend, lambda: cross_entropy(leaf, target, reduction="none", **there))  # noqa: B023
+            (grad,) = torch.autograd.grad(loss.sum(), leaf)
+            loss, grad = move(loss.detach(), "cpu"), move(grad, "cpu")
+            assert loss[first[:1] + first[2:]].isnan() and grad[first].isnan().any(), options
+            assert loss.isnan().sum() == 1, options
+            assert grad.isnan().any(1).sum() == 1, options
+
+
 @ALL_OPTIONS
 @pytest.mark.parametrize("logit", [1e4, 1e8, -200.0, 65504.0])
 def test_large_and_equal_logits(backend, logit, name):
@@ -976,6 +1008,15 @@ def test_gradient_to_probabilities(backend):
             cross_entropy(x, q)
 
 
+def test_gradient_to_the_share_of_two_targets():
+    x, (a, b), share = torch.randn(4, 7, dtype=torch.float64), torch.randint(7, (2, 4)), torch.tensor(0.3)
+    share.requires_grad_()
+    for logits in (x, x.clone().requires_grad_()):
+        (grad,) = torch.autograd.grad(cross_entropy(logits, (a, b, share)), share)
+        of_a, of_b = (F.cross_entropy(x, y) for y in (a, b))
+        torch.testing.assert_close(grad, (of_a - of_b).float())
+
+
 def test_shares_of_two_targets_are_their_probabilities(backend):
     x = torch.randn(4, 6)
     a, b = torch.randint(6, (2, 4))
@@ -1141,6 +1182,15 @@ def test_vmap_and_functional_gradients(backend):
     )
     torch.func.hessian(lambda t: loss(t, y[0]))(x[0])
     torch.func.jvp(lambda t: loss(t, y[0]), (x[0],), (x[1],))
+
+
+@pytest.mark.parametrize("name", ["weight", "alpha", "margin", "logit_adjustment"])
+def test_gradient_of_each_sample_alone(name):
+    """A sample has one target, 0-d, which vmap lets nobody read."""
+    x, y, options = torch.randn(3, 5), torch.tensor([4, 0, -100]), {name: torch.rand(5), "reduction": "sum"}
+    alone = torch.vmap(torch.func.grad(lambda x, y: cross_entropy(x, y, **options)))(x, y)
+    v = x.clone().requires_grad_()
+    torch.testing.assert_close(alone, torch.autograd.grad(cross_entropy(v, y, **options), v)[0])
 
 
 def serve_transform(backend, call):
@@ -1446,6 +1496,10 @@ def test_gradient_made_in_the_forward_is_handed_over(backend):
     torch.testing.assert_close(second, kept)
     with torch.no_grad():
         assert not serve(backend, lambda: cross_entropy(x, y, grad_in_forward=True)).requires_grad
+    empty = x.detach()[:0].clone().requires_grad_()
+    loss = serve(backend, lambda: cross_entropy(empty, y[:0], grad_in_forward=True))
+    for _ in range(2):  # nothing stood in its place
+        assert torch.autograd.grad(loss, empty, retain_graph=True)[0].shape == (0, 9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -1662,7 +1716,7 @@ def test_sigmoid_focal_random_combinations(sigmoid_backend, seed):
     else:
         targets = torch.rand(*rows, classes, generator=g)
         targets = targets if kind == "soft" else (targets > 0.5).to(torch.bool if kind == "bool" else dtype)
-        targets = targets.to(dtype) if kind == "soft" else targets
+        targets = targets.to(pick(*DTYPES)) if kind == "soft" else targets
     options = {
         "alpha": pick(0.25, -1, 0.0, 1.0),
         "gamma": pick(0.0, 0.5, 1, 2.0, 5.0),
@@ -1702,6 +1756,20 @@ def test_sigmoid_focal_at_infinite_logits(sigmoid_backend, gamma):
     for loss, grad, _, wrong in sigmoid_ends(sigmoid_backend, torch.tensor([[INF, -INF]]), torch.float32, gamma):
         assert torch.equal(loss, torch.where(wrong, INF, 0.0))
         assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sigmoid_focal_targets_keep_their_digits(sigmoid_backend, dtype):
+    """Soft targets of fp32 beside logits of 16 bits, where torchvision promotes: near 1, bf16 has but two digits. In a
+    row of several vectors, with a rest, aligned and not."""
+    x = (8 + torch.randn(3, 1001)).to(dtype)
+    t = 1 - 1e-3 * torch.rand(3, 1001)
+    for targets in (t, t.double(), with_layout(t, "offset"), t.to(torch.bfloat16)):
+        check_sigmoid(sigmoid_backend, x, targets, reduction="sum")
+        loss, _ = check_sigmoid(sigmoid_backend, x, targets)
+        assert loss.dtype == dtype
+    rounded = sigmoid_focal_loss(x.float(), t.to(dtype).float(), reduction="sum")
+    assert (rounded / sigmoid_oracle(x, t, reduction="sum")[0] - 1).abs() > 0.01  # it shows
 
 
 def test_sigmoid_focal_takes_indices_without_onehots(sigmoid_backend):

@@ -962,12 +962,14 @@ def test_all_options_keep_to_registers_and_wide_accesses(calls):
 
 @needs_ptxas
 @pytest.mark.slow
-def test_the_widest_odd_rows_that_wait_for_their_terms_spill_little():
-    """The forward of 4,097 to 8,192 classes that all have a share: 16 warps, which have 128 registers each and no more.
-    To read such rows twice would cost a third of the traffic."""
+def test_the_widest_odd_rows_that_wait_for_their_terms_do_not_spill():
+    """The forward of 4,097 to 8,192 classes that all have a share: 32 warps, which have 64 registers each and no more.
+    To read such rows twice would cost a third of the traffic. Two of the 40, of two targets with every option on
+    sm_100, have two registers too few."""
     (launches,) = cubin.launch_facts("tests.test_losses_gpu:compile_dense_odd:4097").values()
-    for facts in launches:
-        assert facts.spills <= (48 if facts.kernel == "_forward" else 0), facts
+    assert {facts.warps for facts in launches if facts.kernel == "_forward"} == {32}
+    spilling = [facts for facts in launches if facts.spills]
+    assert len(spilling) <= 2 and all(facts.spills <= 4 and facts.arch == 100 for facts in spilling), spilling
 
 
 @needs_ptxas
@@ -988,6 +990,10 @@ def test_no_spills_and_wide_accesses(calls, architectures):
         if facts.kernel in ("_forward", "_backward", "_sigmoid_focal"):  # 64 bytes per thread in accesses of 16
             assert facts.loads.get(128, 0) >= 4, facts
             narrow = 0 if calls == "compile_aligned" else 2
+        if (
+            facts.kernel == "_forward" and facts.issued and calls == "compile_aligned"
+        ):  # of 99 that an H200 has time for
+            assert facts.issued <= 75, facts
         if facts.kernel == "_backward":
             assert facts.stores.get(128, 0) == 4, facts
             assert sum(facts.stores.values()) <= 4 + narrow, facts
@@ -1032,6 +1038,9 @@ def test_cuda_has_no_spills_and_wide_accesses():
             assert facts.loads.get(128, 0) >= 4, facts
         if facts.kernel.startswith("backward_rows"):  # four under way, or two where every class has a share; and one
             assert facts.stores.get(128, 0) >= (3 if "(Mode)2" in facts.kernel else 5), facts
+        if "(Mode)0" in facts.kernel and not strided and facts.kernel.startswith(("forward_rows", "backward_rows")):
+            # of 99 and, with the store, 198 that an H200 has time for
+            assert facts.issued <= (64 if facts.kernel.startswith("forward") else 120), facts
 
 
 FEW = {("all-smooth", 90), ("smooth-focal-all", 90), ("pair-all", 80)}

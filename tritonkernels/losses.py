@@ -57,12 +57,20 @@ _kernel = triton.jit(
 
 
 @triton.jit
+def _flushed_exp(x):
+    """eˣ of what is added to greater numbers: 0 where it is subnormal, which tl.exp spends three instructions on."""
+    return tl.exp(x) if x.dtype == tl.float64 else tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def _one_minus_exp(x):
-    """1 − eˣ for x ≤ 0. Near 0 the rounding of eˣ is divided out again by its logarithm (Kahan's expm1)."""
-    e = tl.exp(x)
-    near = (e > 0.5) & (e < 1.0)
-    corrected = (1.0 - e) * x / tl.log(tl.where(near, e, 0.5))
-    return tl.where(near, corrected, tl.where(e == 1.0, -x, 1.0 - e))
+    """1 − eˣ for x ≤ 0. Near 0, where the difference would have no digits, −x·(1 + x/2·(1 + x/3·(1 + …)))."""
+    TERMS: tl.constexpr = 18 if x.dtype == tl.float64 else 9  # what is left out is below 0.7^TERMS/(TERMS + 1)!
+    near = tl.maximum(x, -0.7)
+    series = 1.0 + near * (1.0 / TERMS)
+    for k in tl.static_range(1, TERMS - 1):
+        series = 1.0 + series * near * (1.0 / (TERMS - k))
+    return tl.where(x > -0.7, -near * series, 1.0 - tl.exp(x))
 
 
 @triton.jit
@@ -72,11 +80,9 @@ def _focal(log_p, gamma):
     F = u^γ·(1 + γ·p·(−log p)/u) with u = 1 − p. The quotient tends to 1 as p → 1: finite for every γ.
     """
     u = _one_minus_exp(log_p)
-    safe = tl.where(u == 0.0, 1.0, u)
-    power = tl.where(u == 0.0, 0.0, tl.exp(gamma * tl.log(safe)))
-    p = tl.exp(log_p)
-    quotient = tl.where(u == 0.0, 1.0, -log_p / safe)
-    slope = tl.where(p == 0.0, 0.0, p * quotient)  # at p = 0 the quotient is infinite, the product is not
+    floor = tl.maximum(u, 1e-30)  # of 1 or of its last digits, or of 0: then the power, which is 0, is all that counts
+    power = tl.where(u == 0.0, 0.0, tl.exp(gamma * tl.log(floor)))
+    slope = tl.exp(log_p) * (tl.minimum(-log_p, 1e30) / floor)  # 0 at p = 0, where the quotient would be infinite
     return power, power * (1.0 + gamma * slope)
 
 
@@ -164,11 +170,12 @@ def _count(kept, inside, y, y2, s, weight, TYPE: tl.constexpr, PROBS: tl.constex
 
 @triton.jit
 def _span(base, offset, phase, classes, PEEL: tl.constexpr):
-    """Where the aligned part of each row starts, at which class, and how many classes it has."""
+    """Where the aligned part of each row starts, at which class, and how many classes it has. The class comes in 64
+    bits, so that what is loaded of each class from there on has one address, and not one per element."""
     if PEEL:
         head = (PEEL - (phase + offset) % PEEL) % PEEL
         count = tl.multiple_of((classes - head) // PEEL * PEEL, PEEL)
-        return tl.multiple_of(base + offset + head, 16), head.to(tl.int32)[:, None], count.to(tl.int32)[:, None]
+        return tl.multiple_of(base + offset + head, 16), head[:, None], count.to(tl.int32)[:, None]
     else:
         return base + offset, tl.zeros_like(offset).to(tl.int32)[:, None], classes
 
@@ -256,7 +263,7 @@ def _deviation(z, pivot, mask, c, weight, alpha, TYPE: tl.constexpr):
 @triton.jit
 def _merge(m, s, m2, s2):
     top = tl.maximum(m, m2)
-    return top, s * tl.exp(m - top) + s2 * tl.exp(m2 - top)
+    return top, s * _flushed_exp(m - top) + s2 * _flushed_exp(m2 - top)
 
 
 @triton.jit
@@ -264,7 +271,7 @@ def _largest(x, c, NOWHERE: tl.constexpr):
     """The largest x of each row and the lowest class that has it. (NaN is no candidate.)"""
     x = _without_nan(x)
     top = tl.max(x, 1)
-    return top, tl.min(tl.where(x == top[:, None], c, NOWHERE), 1)
+    return top, tl.min(tl.where(x == top[:, None], c.to(tl.int32), NOWHERE), 1)
 
 
 @triton.jit
@@ -288,7 +295,8 @@ def _shares(q, c, mask, y, y2, s, weight, alpha, alpha_scale, smoothing, classes
         if y2 is None:
             q = tl.where(c == y[:, None], 1.0, 0.0).to(TYPE)
         else:
-            q = tl.where(c == y[:, None], s[:, None], 0.0) + tl.where(c == y2[:, None], 1.0 - s[:, None], 0.0)
+            q = tl.where(c == y[:, None], s[:, None], 0.0)
+            q = tl.where(c == y2[:, None], q + (1.0 - s)[:, None], q)
     if SMOOTH:
         q = q * (1.0 - smoothing) + smoothing / classes
     v = _class_factor(weight, alpha, alpha_scale, c, mask, TYPE)
@@ -367,6 +375,7 @@ def _deliver(
     TYPE: tl.constexpr,
 ):  # fmt: skip
     """From each row's loss to the loss itself, or to this program's share of the sum."""
+    value += log_s - log_s  # NaN where the row has no softmax, even if none of its classes has a share
     if Z_LOSS:
         value += z_loss * (m + log_s) * (m + log_s)
     value = tl.where(kept, value, 0.0)
@@ -455,8 +464,10 @@ def _forward(
         if argmax is not None:
             best, best_c = _largest(raw, c, NOWHERE)
         z = _adjust(raw, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
+        if DENSE:  # now, while its loads and those of x are under way together, and nothing else stands in registers
+            qv = _shares(q, c, mask, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
         m = tl.maximum(tl.max(z, 1), lowest)
-        total = tl.sum(tl.exp(z - m[:, None]), 1)
+        total = tl.sum(_flushed_exp(z - m[:, None]), 1)
         if not DENSE:
             zy = _pick(z, mask, c, y)
             if y2 is not None:
@@ -474,7 +485,7 @@ def _forward(
         qe = _probability_edges(target, t_at, ce, mask_e, TYPE, PROBS)
         ze = _adjust(raw_e, mask_e, ce, y, y2, qe, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
         m_e = tl.maximum(tl.max(ze, 1), lowest)
-        s_e = tl.sum(tl.exp(ze - m_e[:, None]), 1)
+        s_e = tl.sum(_flushed_exp(ze - m_e[:, None]), 1)
         if argmax is not None:
             best_e, best_ce = _largest(raw_e, ce, NOWHERE)
         if WHOLE:
@@ -502,7 +513,8 @@ def _forward(
         end = tl.minimum(begin + blocks_per_split * BLOCK, classes)
         if argmax is not None:
             bests = tl.full([ROWS, BLOCK // FOLD], float("-inf"), TYPE)
-            best_cs = first + begin + tl.zeros([ROWS, 1], tl.int32) + tl.arange(0, BLOCK // FOLD)[None, :]
+            first_c = first.to(tl.int32)
+            best_cs = first_c + begin + tl.zeros([ROWS, 1], tl.int32) + tl.arange(0, BLOCK // FOLD)[None, :]
         for b in range(begin, end, BLOCK):
             c = first + (b + lane)[None, :]
             mask = read[:, None] & ((b + lane)[None, :] < count)
@@ -514,7 +526,7 @@ def _forward(
             # FOLD elements that one thread holds share a maximum: 1 + 1/FOLD exponentials each, no exchange.
             zf = tl.reshape(z, (ROWS, FOLD, BLOCK // FOLD))
             top = tl.maximum(ms, tl.max(zf, 1))
-            ss = ss * tl.exp(ms - top) + tl.sum(tl.exp(zf - top[:, None, :]), 1)
+            ss = ss * _flushed_exp(ms - top) + tl.sum(_flushed_exp(zf - top[:, None, :]), 1)
             ms = top
             if LINEAR:
                 d = _deviation(z, pivot[:, None], mask, c, weight, alpha, TYPE)
@@ -522,11 +534,11 @@ def _forward(
             if argmax is not None:
                 bare = tl.reshape(_without_nan(raw), (ROWS, FOLD, BLOCK // FOLD))
                 found, strip = tl.max(bare, 1, return_indices=True)
-                found_c = first + b + strip * (BLOCK // FOLD) + tl.arange(0, BLOCK // FOLD)[None, :]
+                found_c = first_c + b + strip * (BLOCK // FOLD) + tl.arange(0, BLOCK // FOLD)[None, :]
                 best_cs = tl.where(found > bests, found_c, best_cs)
                 bests = tl.where(found > bests, found, bests)
         m = tl.max(ms, 1)
-        total = tl.sum(ss * tl.exp(ms - m[:, None]), 1)
+        total = tl.sum(ss * _flushed_exp(ms - m[:, None]), 1)
         if argmax is not None:
             best, best_c = _largest(bests, best_cs, NOWHERE)
         if PEEL:
@@ -562,12 +574,12 @@ def _forward(
             value = _row_value(m, log_s, deviation, zy, zy2, pivot, y, y2, s, inside, weight, alpha, v_sum, classes,
                                smoothing, gamma, alpha_scale, SMOOTH, FOCAL, TYPE)  # fmt: skip
         elif WHOLE:
-            qv = _shares(q, c, mask, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
-            value, slopes = _dense_sums(z, qv, m, log_s, gamma, FOCAL)
-            if PEEL:
+            if PEEL:  # first, so that they are done with when the others want the registers
                 qve = _shares(qe, ce, mask_e, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH,
                               PROBS)  # fmt: skip
                 value_e, slopes_e = _dense_sums(ze, qve, m, log_s, gamma, FOCAL)
+            value, slopes = _dense_sums(z, qv, m, log_s, gamma, FOCAL)
+            if PEEL:
                 value += value_e
                 slopes += slopes_e
             _store_row(lse + 2 * rows, slopes, kept, r)
@@ -1157,7 +1169,7 @@ def _tile(
     thin: bool = False,
     whole: int = 0,
     half: bool = False,
-    registers: int = 128,
+    dense: bool = False,
 ) -> _Tile:
     """Block sizes from arithmetic; nothing here has been tuned on a GPU yet.
 
@@ -1171,9 +1183,11 @@ def _tile(
     Where a row is needed twice, tiles of up to `whole` elements hold whole rows, in up to 16 warps; rows side by side
     then give up some of their lines, down to a sector of 32 bytes. `half` halves what a thread holds in every tile.
 
-    Whole rows whose pitch is not a multiple of 16 bytes get a limit of `registers`, or of those that so many warps
-    have anyway: many rows' addresses, or a row's two ends, stand in registers too, and without a limit ptxas spills one
-    value of them where that fits another block.
+    Whole rows whose pitch is not a multiple of 16 bytes get a limit of registers, that of so many warps or less: many
+    rows' addresses, or a row's two ends, stand in registers too, and without a limit ptxas spills one value of them
+    where that fits another block. The limit is 128; 255 where `dense`, every class having logarithms of its own and
+    mostly a probability beside its logit, which do not fit in 128 beside the two ends. The widest of those tiles would
+    have 128 for 16 elements: they get 64 for 8, in 32 warps.
     """
     width = _power_of_2(classes)
     lanes = 1 if layout.fast != "row" else min(_power_of_2(inner), 128 // itemsize)
@@ -1200,7 +1214,9 @@ def _tile(
     # four rows per thread at most: what is known of each is a dozen numbers
     warps = min(16, max(1, rows * width * itemsize // (1024 if half else 2048), rows // 128))
     odd = layout.unit * itemsize < 16
-    return _Tile(rows, width, True, warps, 1, registers=min(registers, 2048 // warps) if odd else None)
+    if odd and dense and rows * width > 4096:
+        warps = 32
+    return _Tile(rows, width, True, warps, 1, registers=min(255 if dense else 128, 2048 // warps) if odd else None)
 
 
 @functools.cache
@@ -1296,10 +1312,8 @@ class _Call:
         self.layout_flags = dict(FAST=layout.fast, UNIT=layout.unit, PEEL=layout.peel)
 
     def tile(self, limit: int, **options) -> _Tile:
-        if self.dense:  # every class has its own logarithms and, mostly, a probability beside its logit
-            # They do not fit in 128 registers beside a row's two ends: ptxas spills up to 44 times. In 255 they do; a
-            # multiprocessor then holds 8 warps of them, not 16: which is faster is to be tried on a GPU.
-            options |= dict(half=True, registers=255)
+        if self.dense:
+            options |= dict(half=True, dense=True)
         return _tile(self.layout, self.inner, self.outer, self.classes, self.input.element_size(), limit, **options)
 
     def edge(self, tile: _Tile) -> int:

@@ -848,7 +848,7 @@ struct Row {
     with_block(0, n, [&](const auto& from) {
       with_factors([&](const auto& by) {
         const Partial<A> part = reduce_keeping<spread>(from, n, by, z);
-        found = {{part.high, log(part.sum)}, part.linear, call.total_factors, 0};
+        found = {{part.high, log_of_sum(part.high, part.sum)}, part.linear, call.total_factors, 0};
         if (want_argmax) {
           A best = -INFINITY;
           look_for_argmax(0, part, best, found.argmax);

@@ -156,10 +156,9 @@ namespace fastreg::FASTREG_ISA {
 template <class T, class A>
 const A* gathered(const Elements& from, int64_t row, int64_t column, int64_t n, A* buffer) {
   const int64_t at = from.at(row, column);
-  if constexpr (std::is_same_v<T, A>) {
-    if (from.inner == 1 && from.dtype == torch::headeronly::CppTypeToScalarType<T>::value)
-      return reinterpret_cast<const A*>(from.data) + at;
-  } else if (from.inner == 1 && from.dtype == torch::headeronly::CppTypeToScalarType<T>::value) {
+  if (from.inner == 1 && from.dtype == torch::headeronly::CppTypeToScalarType<A>::value)
+    return reinterpret_cast<const A*>(from.data) + at;
+  if (from.inner == 1 && from.dtype == torch::headeronly::CppTypeToScalarType<T>::value) {
     const T* x = reinterpret_cast<const T*>(from.data) + at;
     int64_t j = 0;
     for (; j + lanes<A> <= n; j += lanes<A>) store(buffer + j, load(x + j));

@@ -109,6 +109,61 @@ __device__ A product(A factor, A term) {
   return factor == 0 ? A(0) : factor * term;
 }
 
+// ---- neighbouring classes -------------------------------------------------------------------------------
+// Options are asked about once for a vector of classes, not for each: the issue of instructions, some twelve
+// per element of bf16 in a forward, ends before the memory's bandwidth does.
+
+// Reads a vector that has an element per class.
+template <int SIZE, class A>
+__device__ void load_classes(A (&out)[SIZE], const A* from) {
+  constexpr int size = Vector<A>::size;
+  if constexpr (SIZE % size == 0) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+      alignas(16) A vectors[SIZE / size][size];
+      load<SIZE / size>(vectors, from, size);
+#pragma unroll
+      for (int k = 0; k < SIZE; ++k) out[k] = vectors[k / size][k % size];
+      return;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < SIZE; ++k) out[k] = from[k];
+}
+
+// weight·alpha
+template <int SIZE, class A>
+__device__ void load_factors(A (&out)[SIZE], const Problem<A>& p, int64_t c) {
+  if (p.factors) return load_classes(out, p.factors + c);
+#pragma unroll
+  for (int k = 0; k < SIZE; ++k) out[k] = p.alpha_scale;
+}
+
+// values[at] = to(values[at]), if there is one, without an index that would keep them out of registers.
+template <int SIZE, class A, class To>
+__device__ void change(A (&values)[SIZE], int64_t at, To to) {
+  if (at < 0 || at >= SIZE) return;
+  const int here = static_cast<int>(at);
+#pragma unroll
+  for (int k = 0; k < SIZE; ++k)
+    if (k == here) values[k] = to(values[k]);
+}
+
+// What losses_terms.h asks for where each class has a term. A power's error is gamma·|log u|·2^-24, less than
+// that of a 1 - p which was rounded.
+struct DeviceMath : ScalarMath {
+  template <class A>
+  static __device__ Exps<A> exps(A x) {
+    return {fast_exp(x), ::expm1(x)};
+  }
+  template <class A>
+  static __device__ A pow(A base, A exponent) {
+    return exponent == 0   ? A(1)
+           : exponent == 1 ? base
+           : exponent == 2 ? base * base
+                           : ::exp2(exponent * ::log2(base));
+  }
+};
+
 // ---- one row --------------------------------------------------------------------------------------------
 
 // What a thread knows of its row before it walks it.
@@ -172,14 +227,32 @@ struct Row {
     return p.wide ? static_cast<const A*>(p.target)[at] : static_cast<A>(static_cast<const T*>(p.target)[at]);
   }
 
+  // Makes z of the logits of SIZE neighbouring classes.
+  template <int SIZE>
+  __device__ void scale(const Problem<A>& p, A (&x)[SIZE], int64_t c) const {
+    if constexpr (MODE == plain) return;
+    if (p.adjustment) {
+      A adjustment[SIZE];
+      load_classes(adjustment, p.adjustment + c);
+#pragma unroll
+      for (int k = 0; k < SIZE; ++k) x[k] += adjustment[k];
+    }
+    if (p.margin) {
+      if (MODE == dense && p.target_bytes == 0) {
+#pragma unroll
+        for (int k = 0; k < SIZE; ++k) x[k] -= rounded_product(p.margin[c + k], probability(p, c + k));
+      }
+      change(x, y - c, [this](A value) { return value - margin; });
+      change(x, other - c, [this](A value) { return value - other_margin; });
+    }
+#pragma unroll
+    for (int k = 0; k < SIZE; ++k) x[k] = rounded_product(p.scale, x[k]);
+  }
+
   __device__ A logit(const Problem<A>& p, A x, int64_t c) const {
-    if constexpr (MODE == plain) return x;
-    if (p.adjustment) x += p.adjustment[c];
-    if (MODE == dense && p.margin && p.target_bytes == 0)
-      x -= rounded_product(p.margin[c], probability(p, c));
-    if (c == y) x -= margin;
-    if (c == other) x -= other_margin;
-    return rounded_product(p.scale, x);
+    A z[1] = {x};
+    scale(p, z, c);
+    return z[0];
   }
 
   // As if `c`, with this share of the row, were the only target.
@@ -200,11 +273,6 @@ struct Row {
 };
 
 template <class A>
-__device__ A class_factor(const Problem<A>& p, int64_t c) {
-  return p.factors ? p.factors[c] : p.alpha_scale;
-}
-
-template <class A>
 __device__ Partial<A> nothing() {
   return {std::numeric_limits<A>::lowest(), 0, 0};
 }
@@ -218,6 +286,18 @@ struct Best {
   __device__ void take(A other, int64_t at) {
     if (other > x || (other == x && at < c)) x = other, c = at;
   }
+
+  // Of neighbouring classes: the largest, and only if it is one to take, where it stands.
+  template <int SIZE>
+  __device__ void take(const A (&some)[SIZE], int64_t at) {
+    A high = -std::numeric_limits<A>::infinity();
+#pragma unroll
+    for (int k = 0; k < SIZE; ++k) high = larger(some[k], high);
+    if (high < x || (high == x && at > c)) return;
+#pragma unroll
+    for (int k = SIZE - 1; k >= 0; --k)
+      if (some[k] == high) take(high, at + k);
+  }
 };
 
 // Takes COUNT vectors of SIZE neighbouring classes, `pitch` apart, into a partial: one maximum for all of
@@ -227,25 +307,33 @@ __device__ void take(Partial<A>& part, Best<A>& best, bool want_best, const T (&
                      int64_t pitch, const Problem<A>& p, const Row<T, MODE>& row) {
   A z[COUNT][SIZE], high = part.high;
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i)
+  for (int i = 0; i < COUNT; ++i) {
 #pragma unroll
-    for (int k = 0; k < SIZE; ++k) {
-      const A value = static_cast<A>(x[i][k]);
-      if (MODE != plain && want_best) best.take(value, c + i * pitch + k);
-      z[i][k] = row.logit(p, value, c + i * pitch + k);
-      high = z[i][k] > high ? z[i][k] : high;
+    for (int k = 0; k < SIZE; ++k) z[i][k] = static_cast<A>(x[i][k]);
+    if (MODE != plain && want_best) best.take(z[i], c + i * pitch);
+    row.scale(p, z[i], c + i * pitch);
+#pragma unroll
+    for (int k = 0; k < SIZE; ++k) high = larger(z[i][k], high);
+  }
+  if constexpr (MODE == general)
+    if (p.smoothing != 0) {
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        A factors[SIZE];
+        load_factors(factors, p, c + i * pitch);
+#pragma unroll
+        for (int k = 0; k < SIZE; ++k) part.linear += product(factors[k], z[i][k] - row.pivot);
+      }
     }
-  A sum = part.sum * fast_exp(part.high - high);
+  part.sum *= fast_exp(part.high - high);
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i)
+  for (int i = 0; i < COUNT; ++i) {
+    A sum = 0;
 #pragma unroll
-    for (int k = 0; k < SIZE; ++k) {
-      sum += fast_exp(z[i][k] - high);
-      if constexpr (MODE == general)
-        if (p.smoothing != 0) part.linear += product(class_factor(p, c + i * pitch + k), z[i][k] - row.pivot);
-    }
+    for (int k = 0; k < SIZE; ++k) sum += flushed_exp(z[i][k] - high);
+    part.sum += sum;
+  }
   part.high = high;
-  part.sum = sum;
 }
 
 // Where a walk finds a row: in global memory; there, and each lane leaves what it has read in shared memory;
@@ -362,24 +450,42 @@ __device__ void load_probabilities(A (&q)[COUNT], const Problem<A>& p, const Row
     }
   }
 #pragma unroll
-  for (int k = 0; k < COUNT; ++k) q[k] = given ? row.probability(p, c + k) : A(0);
+  for (int k = 0; k < COUNT; ++k) q[k] = 0;
+  if (given) {
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) q[k] = row.probability(p, c + k);
+  }
 }
 
-// q_c·v_c
-template <class T, class A>
-__device__ A share_of(const Problem<A>& p, const Row<T, dense>& row, int64_t c, A q) {
-  if (c == row.y) q = row.share;
-  if (c == row.other) q = 1 - row.share;
-  return product((1 - p.smoothing) * q + p.spread, class_factor(p, c));
+// Makes q_c·v_c, smoothed, of the probabilities of neighbouring classes.
+template <int SIZE, class T, class A>
+__device__ void make_shares(A (&q)[SIZE], const Problem<A>& p, const Row<T, dense>& row, int64_t c) {
+  change(q, row.y - c, [&row](A) { return row.share; });
+  change(q, row.other - c, [&row](A) { return 1 - row.share; });
+  A factors[SIZE];
+  load_factors(factors, p, c);
+#pragma unroll
+  for (int k = 0; k < SIZE; ++k) q[k] = product((1 - p.smoothing) * q[k] + p.spread, factors[k]);
 }
 
-template <class T, class A>
-__device__ void add_class(Sums<A>& sums, const Problem<A>& p, const Row<T, dense>& row,
-                          const Softmax<A>& softmax, A x, int64_t c, A q) {
-  const A share = share_of(p, row, c, q);
-  const Focal<A> term = focal(softmax.log_p(row.logit(p, x, c)), p.gamma);
-  sums.loss += product(share, term.term);
-  sums.slope += product(share, term.slope);
+// Neighbouring classes of logits x and probabilities q.
+template <int SIZE, class T, class A>
+__device__ void add_classes(Sums<A>& sums, const Problem<A>& p, const Row<T, dense>& row,
+                            const Softmax<A>& softmax, A (&x)[SIZE], int64_t c, A (&q)[SIZE]) {
+  make_shares(q, p, row, c);
+  row.scale(p, x, c);
+  auto add = [&](A gamma) {
+#pragma unroll
+    for (int k = 0; k < SIZE; ++k) {
+      const Focal<A> term = focal<DeviceMath>(softmax.log_p(x[k]), gamma);
+      sums.loss += product(q[k], term.term);
+      sums.slope += product(q[k], term.slope);
+    }
+  };
+  if (p.gamma == 0)
+    add(0);  // compiled apart: nothing but log p is needed
+  else
+    add(p.gamma);
 }
 
 template <class T, bool STRIDED, From FROM, class A = Arithmetic<T>>
@@ -388,9 +494,9 @@ __device__ void sum_classes(Sums<A>& sums, const Problem<A>& p, const Row<T, den
                             int64_t end, int lane, int lanes) {
   constexpr int size = Vector<T>::size;
   auto one = [&](int64_t c) {
-    A q[1];
+    A q[1], z[1] = {static_cast<A>(x.read(c))};
     load_probabilities(q, p, row, c);
-    add_class(sums, p, row, softmax, static_cast<A>(x.read(c)), c, q[0]);
+    add_classes(sums, p, row, softmax, z, c, q);
   };
   if constexpr (STRIDED) {
 #pragma unroll 2
@@ -403,10 +509,12 @@ __device__ void sum_classes(Sums<A>& sums, const Problem<A>& p, const Row<T, den
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) load_probabilities(q[i], p, row, c + i * pitch);
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i)
+      for (int i = 0; i < COUNT; ++i) {
+        A z[size];
 #pragma unroll
-        for (int k = 0; k < size; ++k)
-          add_class(sums, p, row, softmax, static_cast<A>(values[i][k]), c + i * pitch + k, q[i][k]);
+        for (int k = 0; k < size; ++k) z[k] = static_cast<A>(values[i][k]);
+        add_classes(sums, p, row, softmax, z, c + i * pitch, q[i]);
+      }
     };
     deal<dense_in_flight>(
         x.x, begin, end, lane, lanes, one,
@@ -500,7 +608,7 @@ __device__ A read_row(const Problem<A>& p, const A* lse, int64_t r, Softmax<A>& 
   return MODE == dense ? lse[2 * p.rows + r] : A(0);
 }
 
-// The gradient of one element of a row.
+// The gradient of neighbouring elements of a row.
 template <class T, Mode MODE, class A = Arithmetic<T>>
 struct Slope {
   Softmax<A> softmax = {0, 0};
@@ -518,7 +626,11 @@ struct Slope {
       return;
     }
     const RowTerms<A> terms = row.terms(p, row.y, row.share);
-    auto weight = [&](int64_t c) { return MODE == plain || p.smoothing == 0 ? A(0) : class_factor(p, c); };
+    auto weight = [&](int64_t c) {
+      A factor[1] = {0};
+      if (MODE != plain && p.smoothing != 0) load_factors(factor, p, c);
+      return factor[0];
+    };
     A others = 0;
     if (MODE != plain && row.other >= 0) {
       const RowTerms<A> other = row.terms(p, row.other, 1 - row.share);
@@ -530,18 +642,36 @@ struct Slope {
     gradient = row_gradient(terms, softmax, row.z_y, weight(row.y), incoming, others);
   }
 
-  __device__ A operator()(const Problem<A>& p, const Row<T, MODE>& row, A x, int64_t c, A q) const {
+  // Of logits x and, in dense rows, probabilities q, in the place of the logits.
+  template <int SIZE>
+  __device__ void operator()(const Problem<A>& p, const Row<T, MODE>& row, A (&x)[SIZE], int64_t c,
+                             A (&q)[SIZE]) const {
+    row.scale(p, x, c);
     if constexpr (MODE == dense) {
-      const Focal<A> term = focal(softmax.log_p(row.logit(p, x, c)), p.gamma);
-      const A share = product(share_of(p, row, c, q), term.slope);
-      return gradient.slope * ((slope - share) * term.p - share * term.u);
+      make_shares(q, p, row, c);
+      auto make = [&](A gamma) {
+#pragma unroll
+        for (int k = 0; k < SIZE; ++k) {
+          const Focal<A> term = focal<DeviceMath>(softmax.log_p(x[k]), gamma);
+          const A share = product(q[k], term.slope);
+          x[k] = gradient.slope * ((slope - share) * term.p - share * term.u);
+        }
+      };
+      if (p.gamma == 0)
+        make(0);
+      else
+        make(p.gamma);
     } else {
-      if (c == row.y) return gradient.at_target;
-      if (MODE != plain && c == row.other) return at_other;
-      A value = gradient.slope * fast_exp((row.logit(p, x, c) - softmax.high) - softmax.log_sum);
-      if constexpr (MODE != plain)
-        if (p.smoothing != 0) value -= gradient.spread * class_factor(p, c);
-      return value;
+#pragma unroll
+      for (int k = 0; k < SIZE; ++k) x[k] = gradient.slope * fast_exp(softmax.log_p(x[k]));
+      if (MODE != plain && p.smoothing != 0) {
+        A factors[SIZE];
+        load_factors(factors, p, c);
+#pragma unroll
+        for (int k = 0; k < SIZE; ++k) x[k] -= gradient.spread * factors[k];
+      }
+      change(x, row.y - c, [this](A) { return gradient.at_target; });
+      if (MODE != plain) change(x, row.other - c, [this](A) { return at_other; });
     }
   }
 };
@@ -554,14 +684,12 @@ __device__ void write_gradient(const Problem<A>& p, const Row<T, MODE>& row, con
   constexpr int size = Vector<T>::size, most = MODE == dense ? dense_in_flight
                                                : STRIDED     ? strided_in_flight
                                                              : in_flight;
-  auto gradient = [&](T x, int64_t c, A q) {
-    return static_cast<T>(row.kept ? slope(p, row, static_cast<A>(x), c, q) : A(0));
-  };
-  auto probability = [&](int64_t c) {
-    A q[1] = {};
-    if constexpr (MODE == dense)
-      if (row.kept) load_probabilities(q, p, row, c);
-    return q[0];
+  auto one = [&](T x, int64_t c) {
+    if (!row.kept) return T(0.f);
+    A value[1] = {static_cast<A>(x)}, q[1] = {};
+    if constexpr (MODE == dense) load_probabilities(q, p, row, c);
+    slope(p, row, value, c, q);
+    return static_cast<T>(value[0]);
   };
   if constexpr (STRIDED) {
     for (int64_t c = begin + lane; c < end; c += most * lanes) {
@@ -571,31 +699,35 @@ __device__ void write_gradient(const Problem<A>& p, const Row<T, MODE>& row, con
         values[i] = row.kept && c + i * lanes < end ? from.read(c + i * lanes) : T(0.f);
 #pragma unroll
       for (int i = 0; i < most; ++i)
-        if (const int64_t at = c + i * lanes; at < end)
-          to[at * to_stride] = gradient(values[i], at, probability(at));
+        if (const int64_t at = c + i * lanes; at < end) to[at * to_stride] = one(values[i], at);
     }
   } else {
-    auto one = [&](int64_t c) { to[c] = gradient(row.kept ? from.read(c) : T(0.f), c, probability(c)); };
+    auto alone = [&](int64_t c) { to[c] = one(row.kept ? from.read(c) : T(0.f), c); };
     if ((reinterpret_cast<uintptr_t>(from.x) - reinterpret_cast<uintptr_t>(to)) % 16 != 0) {
-      for (int64_t c = begin + lane; c < end; c += lanes) one(c);  // never both aligned
+      for (int64_t c = begin + lane; c < end; c += lanes) alone(c);  // never both aligned
       return;
     }
     auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t c, int64_t pitch) {
       alignas(16) T values[COUNT][size] = {};
-      if (row.kept) from.read(values, c, pitch);
+      if (row.kept) {
+        from.read(values, c, pitch);
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i) {
-        A q[size] = {};
-        if constexpr (MODE == dense)
-          if (row.kept) load_probabilities(q, p, row, c + i * pitch);
-        Vector<T> out;
+        for (int i = 0; i < COUNT; ++i) {
+          A z[size], q[size] = {};
+          if constexpr (MODE == dense) load_probabilities(q, p, row, c + i * pitch);
 #pragma unroll
-        for (int k = 0; k < size; ++k) out.values[k] = gradient(values[i][k], c + i * pitch + k, q[k]);
-        store(to + c + i * pitch, out);
+          for (int k = 0; k < size; ++k) z[k] = static_cast<A>(values[i][k]);
+          slope(p, row, z, c + i * pitch, q);
+#pragma unroll
+          for (int k = 0; k < size; ++k) values[i][k] = static_cast<T>(z[k]);
+        }
       }
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i)
+        store(to + c + i * pitch, *reinterpret_cast<const Vector<T>*>(values[i]));
     };
     deal<most>(
-        from.x, begin, end, lane, lanes, one,
+        from.x, begin, end, lane, lanes, alone,
         [&](int64_t c, int64_t pitch) { some(std::integral_constant<int, most>(), c, pitch); },
         [&](int64_t c) { some(std::integral_constant<int, 1>(), c, 0); });
   }

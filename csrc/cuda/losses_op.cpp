@@ -215,18 +215,22 @@ void run_sigmoid_focal(const OnDevice& on, const Tensor* grad_loss, const Tensor
                        double alpha, double gamma, bool reduce, double factor) {
   const int dtype = code_of(input);
   const ScalarType arithmetic = dtype == 3 ? ScalarType::Double : ScalarType::Float;
-  const Tensor x = torch::stable::contiguous(input), t = torch::stable::contiguous(target);
   const bool dense = target.dim() == input.dim();
+  const bool wide_target = dense && target.scalar_type() != input.scalar_type();
+  Tensor t =
+      wide_target && target.scalar_type() != arithmetic ? torch::stable::to(target, arithmetic) : target;
+  const Tensor x = torch::stable::contiguous(input);
+  t = torch::stable::contiguous(t);
   int64_t bytes = 0;
   check(cuda::sigmoid_focal_workspace(dtype, input.numel(), on.multiprocessors(), &bytes));
   Tensor workspace = on.empty({bytes}, ScalarType::Byte);
   Vectors vectors(arithmetic);
   const void *weight_data = vectors(weight), *normalizer_data = vectors(normalizer);
-  check(cuda::sigmoid_focal(dtype, grad_loss != nullptr, grad_loss ? grad_loss->const_data_ptr() : nullptr,
-                            x.const_data_ptr(), t.const_data_ptr(),
-                            dense ? 0 : static_cast<int>(t.element_size()), weight_data, normalizer_data,
-                            out.mutable_data_ptr(), wide, workspace.mutable_data_ptr(), input.size(0),
-                            input.size(1), alpha, gamma, reduce, factor, on.multiprocessors(), on.stream));
+  check(cuda::sigmoid_focal(
+      dtype, grad_loss != nullptr, grad_loss ? grad_loss->const_data_ptr() : nullptr, x.const_data_ptr(),
+      t.const_data_ptr(), dense ? 0 : static_cast<int>(t.element_size()), wide_target, weight_data,
+      normalizer_data, out.mutable_data_ptr(), wide, workspace.mutable_data_ptr(), input.size(0),
+      input.size(1), alpha, gamma, reduce, factor, on.multiprocessors(), on.stream));
 }
 
 Tensor sigmoid_focal_forward(const Tensor& input, const Tensor& target, MaybeTensor weight,

@@ -41,7 +41,8 @@ template <class T, class A = Arithmetic<T>>
 struct SigmoidCall {
   const T* x;
   const void* target;
-  int index_bytes;  // of a class index; 0 where the target is dense, of type T
+  int index_bytes;   // of a class index; 0 where the target is dense
+  bool wide_target;  // which is of type A then, not T
   const A *weight, *normalizer;
   const void* grad_loss;
   void* out;  // the terms, the loss or the gradient
@@ -54,6 +55,32 @@ struct SigmoidCall {
   __device__ A divided(A value) const {
     if (!normalizer) return value;
     return value / (*normalizer == 0 ? A(1) : *normalizer);
+  }
+
+  __device__ A dense_target(int64_t i) const {
+    return wide_target ? static_cast<const A*>(target)[i] : static_cast<A>(static_cast<const T*>(target)[i]);
+  }
+
+  // COUNT vectors from the i-th element on, `pitch` apart.
+  template <int COUNT>
+  __device__ void dense_targets(A (&t)[COUNT][Vector<T>::size], int64_t i, int64_t pitch) const {
+    constexpr int size = Vector<T>::size, pieces = sizeof(A) / sizeof(T);
+    if (pieces > 1 && wide_target) {
+#pragma unroll
+      for (int v = 0; v < COUNT; ++v) {
+        alignas(16) A wide[pieces][Vector<A>::size];
+        load<pieces>(wide, static_cast<const A*>(target) + i + v * pitch, Vector<A>::size);
+#pragma unroll
+        for (int k = 0; k < size; ++k) t[v][k] = wide[k / Vector<A>::size][k % Vector<A>::size];
+      }
+    } else {
+      alignas(16) T narrow[COUNT][size];
+      load<COUNT>(narrow, static_cast<const T*>(target) + i, pitch);
+#pragma unroll
+      for (int v = 0; v < COUNT; ++v)
+#pragma unroll
+        for (int k = 0; k < size; ++k) t[v][k] = static_cast<A>(narrow[v][k]);
+    }
   }
 
   __device__ int64_t index(int64_t row) const {
@@ -86,7 +113,7 @@ template <class T, bool BACKWARD, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(256, 1) sigmoid_terms(SigmoidCall<T> call, bool alike) {
   __shared__ A shared[32];
   constexpr int size = Vector<T>::size;
-  const T* dense = call.index_bytes ? nullptr : static_cast<const T*>(call.target);
+  const bool dense = call.index_bytes == 0;
   const bool each = BACKWARD && !call.reduce, place = BACKWARD || !call.reduce;
   const bool by_class = call.index_bytes || call.weight;
   A total = 0, factor = call.factor;
@@ -100,7 +127,7 @@ __global__ void __launch_bounds__(256, 1) sigmoid_terms(SigmoidCall<T> call, boo
     return (BACKWARD ? focal.derivative : focal.loss) * (call.weight ? call.weight[at.c] : A(1));
   };
   auto scalar = [&](int64_t i) {
-    A value = term(static_cast<A>(call.x[i]), dense ? static_cast<A>(dense[i]) : A(0),
+    A value = term(static_cast<A>(call.x[i]), dense ? call.dense_target(i) : A(0),
                    Position(by_class ? i : 0, call.classes));
     if (each)
       value *= call.wide ? static_cast<const A*>(call.grad_loss)[i]
@@ -111,9 +138,10 @@ __global__ void __launch_bounds__(256, 1) sigmoid_terms(SigmoidCall<T> call, boo
       total += value;
   };
   auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t i, int64_t pitch) {
-    alignas(16) T x[COUNT][size], t[COUNT][size] = {}, grad[COUNT][size];
+    alignas(16) T x[COUNT][size], grad[COUNT][size];
+    A t[COUNT][size] = {};
     load<COUNT>(x, call.x + i, pitch);
-    if (dense) load<COUNT>(t, dense + i, pitch);
+    if (dense) call.dense_targets(t, i, pitch);
     if (each) load<COUNT>(grad, static_cast<const T*>(call.grad_loss) + i, pitch);
 #pragma unroll
     for (int v = 0; v < COUNT; ++v) {
@@ -121,7 +149,7 @@ __global__ void __launch_bounds__(256, 1) sigmoid_terms(SigmoidCall<T> call, boo
       Vector<T> out;
 #pragma unroll
       for (int k = 0; k < size; ++k) {
-        A value = term(static_cast<A>(x[v][k]), static_cast<A>(t[v][k]), at);
+        A value = term(static_cast<A>(x[v][k]), t[v][k], at);
         if (each) value *= static_cast<A>(grad[v][k]);
         if (place)
           out.values[k] = static_cast<T>(value * factor);
@@ -176,15 +204,16 @@ cudaError_t sigmoid_focal_workspace(int dtype, int64_t n, int multiprocessors, i
 }
 
 cudaError_t sigmoid_focal(int dtype, bool backward, const void* grad_loss, const void* input,
-                          const void* target, int index_bytes, const void* weight, const void* normalizer,
-                          void* out, bool wide, void* workspace, int64_t rows, int64_t classes, double alpha,
-                          double gamma, bool reduce, double factor, int multiprocessors,
-                          cudaStream_t stream) {
+                          const void* target, int index_bytes, bool wide_target, const void* weight,
+                          const void* normalizer, void* out, bool wide, void* workspace, int64_t rows,
+                          int64_t classes, double alpha, double gamma, bool reduce, double factor,
+                          int multiprocessors, cudaStream_t stream) {
   return with_type(dtype, [&]<class T>() {
     using A = Arithmetic<T>;
     SigmoidCall<T> call = {static_cast<const T*>(input),
                            target,
                            index_bytes,
+                           wide_target,
                            static_cast<const A*>(weight),
                            static_cast<const A*>(normalizer),
                            grad_loss,
@@ -198,9 +227,11 @@ cudaError_t sigmoid_focal(int dtype, bool backward, const void* grad_loss, const
                            A(factor),
                            reduce};
     if (call.n == 0 && (backward || !reduce)) return cudaSuccess;
-    // The tensors whose vectors are taken together must be aligned together, and of one type.
+    // The tensors whose vectors are taken together must be aligned together, and, but for targets, of one
+    // type.
     const auto phase = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16; };
-    bool alike = index_bytes || phase(target) == phase(input);
+    const uintptr_t width = wide_target ? sizeof(A) / sizeof(T) : 1;
+    bool alike = index_bytes || phase(target) == phase(input) * width % 16;
     if (backward || !reduce) alike = alike && phase(out) == phase(input);
     if (backward && !reduce) alike = alike && phase(grad_loss) == phase(input);
     if (!reduce && wide && sizeof(T) != sizeof(A)) alike = false;
