@@ -12,12 +12,13 @@ from tests.proving import cudahost, ptx
 TESTS = {
     "group_norm": ("tests/test_group_norm.py", "random_affine or mean_far or one_element or parameters_of_another"),
     "losses": ("tests/test_losses.py", "label_smoothing or confident_rows or test_outputs or takes_indices"),
-    "max_norm": ("tests/test_max_norm.py", "one_row or rows_over or renorm_fails or ball_of_radius"),
+    "max_norm": ("tests/test_max_norm.py", "one_row or rows_over or renorm_fails or ball_of_radius or tau"),
     "penalties": ("tests/test_penalties.py", "fgm_step or into_grad"),
     "noise": ("tests/test_noise.py", "soft_threshold or torchvision_s_draws"),
     "averaging": ("tests/test_averaging.py", "weight_one or mixed or swapped_restores or first_call"),
 }
 RACES = {
+    "group_norm": ("tests/test_group_norm.py", "random_affine and dtype2-silu"),
     "penalties": ("tests/test_penalties.py", "fgm_step and dtype0"),
     "averaging": ("tests/test_averaging.py", "first_call or (weight_one and float32)"),
 }

@@ -68,6 +68,34 @@ def test_reductions_and_products_of_bf16():
 
 
 @needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_are_trees(dtype):
+    """One element after the other, all that comes after the first would be lost."""
+    x = torch.ones(1024, 2, dtype=dtype)
+    x[0] = 1 / torch.finfo(dtype).eps * 2
+    out = torch.empty(3, dtype=dtype)
+    planted.add_up[(1,)](x, out, ROWS=1024, COLUMNS=2)
+    rest = out - x[0, 0] * torch.tensor([1, 1, 2], dtype=dtype)
+    assert (rest[:2] - 1023).abs().max() <= 11 and (rest[2] - 2046).abs() <= 22  # a unit each time that it doubles
+
+
+@needs_interpreter
+def test_integers_add_up_exactly():
+    x, out = torch.arange(2048, dtype=torch.int32).reshape(1024, 2), torch.empty(3, dtype=torch.int32)
+    planted.add_up[(1,)](x, out, ROWS=1024, COLUMNS=2)
+    assert out.tolist() == [*x.sum(0).tolist(), x.sum().item()]
+
+
+@needs_interpreter
+def test_fused_products_round_once():
+    a = 1 + torch.randn(1024) / 1000
+    out = torch.empty(1024)
+    planted.fused[(1,)](a, a, -a * a, out, SIZE=1024)
+    exact = a.double() * a.double() - (a * a).double()
+    assert exact.abs().max() > 0 and torch.equal(out, exact.float())
+
+
+@needs_interpreter
 def test_libdevice():
     x = torch.rand(1024, dtype=torch.float64) * 3 + 0.1
     out = torch.empty(8, 1024, dtype=torch.float64)
@@ -257,6 +285,23 @@ def test_nvcc_facts_of_known_kernels():
     assert set(rowsum.loads) == {32} and rowsum.stores == {32: 1} and rowsum.spills == rowsum.stack == 0
     assert rowsum.shared >= 128 and rowsum.barriers >= 1 and rowsum.shuffles == 10
     assert 16 in facts["rowsum_kernel<0, __nv_bfloat16>"].loads
+    assert rowsum.issued is None  # no wide access
+
+
+def test_instructions_of_the_innermost_loop_are_counted_per_wide_load():
+    sass = """
+.L_x_1:
+        /*0000*/                   MOV R0, R1 ;
+.L_x_2:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.128.STRONG.CTA R8, desc[UR4][R2.64+0x10] ;
+        /*0030*/                   FADD R0, R0, R4 ;
+        /*0040*/              @P0  BRA `(.L_x_2) ;
+        /*0050*/              @P1  BRA `(.L_x_1) ;
+.L_x_3:
+        /*0060*/                   BRA `(.L_x_3);
+"""
+    assert cubin._issued(sass) == 2
 
 
 # ---- cudahost --------------------------------------------------------------------------------------------

@@ -161,6 +161,13 @@ def _parameter(pointer, channel, here, default: tl.constexpr, TYPE: tl.constexpr
 
 
 @triton.jit
+def _product(a, b):
+    """a·b, rounded before it is added to another lane's. Fused with that sum where a thread has one, it would give two
+    lanes, each of which rounds the other's product alone, two sums, and the block whichever is stored last."""
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def _squares(square, off, count):
     """Σ(d − off)² from Σd² and the mean of d; infinity where that has overflowed."""
     m2 = tl.maximum(square - off * off * count, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -207,8 +214,8 @@ def _forward_whole(
     d = tl.where(mask, v - _along_channels(pivot, LAST), 0.0)
     # What the rounded mean is off by.
     off = _quotient(_to_groups(_channel_sums(d, LAST), member), count)
-    m2 = _squares(_to_groups(_channel_sums(d * d, LAST), member), off, count)
-    scaled = _to_groups(_channel_sums((d * SMALL) * (d * SMALL), LAST), member)
+    m2 = _squares(_to_groups(_channel_sums(_product(d, d), LAST), member), off, count)
+    scaled = _to_groups(_channel_sums(_product(d * SMALL, d * SMALL), LAST), member)
     rstd = _rstd(m2, scaled, count, eps)
     off = _to_channels(off, member)
     if stats is not None:
@@ -217,8 +224,8 @@ def _forward_whole(
         tl.store(stats + n * G + first + group, mean, mask=here_g)
         tl.store(stats + (N + n) * G + first + group, rstd, mask=here_g)
     scale = _to_channels(rstd, member) * _parameter(weight, channel, here, 1.0, TYPE)
-    z = (d - _along_channels(off, LAST)) * _along_channels(scale, LAST)
-    z += _along_channels(_parameter(bias, channel, here, 0.0, TYPE), LAST)
+    shift = _parameter(bias, channel, here, 0.0, TYPE) - off * scale  # here, not in d: a rounding less of each element
+    z = d * _along_channels(scale, LAST) + _along_channels(shift, LAST)
     if residual is not None:
         z += tl.load(residual + n * r_n + _offsets(channel, position, r_r, LAST), mask=mask, other=0.0).to(TYPE)
     tl.store(y + n * y_n + _offsets(channel, position, y_r, LAST), _activate(z, ACT), mask=mask)
@@ -361,7 +368,7 @@ def _backward_whole(
         dy + n * g_n + _offsets(channel, position, g_r, LAST),
         mean, rstd, _along_channels(scale, LAST), shift, mask, ACT, TYPE,
     )  # fmt: skip
-    of_dz, of_dz_x = _channel_sums(dz, LAST), _channel_sums(dz * normal, LAST)
+    of_dz, of_dz_x = _channel_sums(dz, LAST), _channel_sums(_product(dz, normal), LAST)
     if sums is not None:
         tl.store(sums + n * C + channel, of_dz, mask=here)
         tl.store(sums + (N + n) * C + channel, of_dz_x, mask=here)

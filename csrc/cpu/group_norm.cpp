@@ -58,7 +58,7 @@ constexpr int64_t kNarrow = 256;
 // The same where a second way would write dz to memory too, and rows of which it is so: two to a page.
 constexpr int64_t kNarrowKept = 128, kRowKept = 2048;
 constexpr int64_t kAhead = 2048;      // bytes that a run is asked for before it is read
-constexpr int64_t kScratch = 131072;  // elements of a unit whose dz is kept in a scratch, in the cache
+constexpr int64_t kScratch = 393216;  // elements of a unit whose dz is kept in a scratch, in the caches
 constexpr int64_t kStream = int64_t{4} << 20;  // bytes of a result that bypasses the caches
 // Elements of small units that a thread takes through a step before the next step: what a unit's step ends
 // with, a chain of sums, divisions and a root, is then computed beside the other units'.

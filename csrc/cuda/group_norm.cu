@@ -37,13 +37,13 @@ struct Maths {
   static constexpr bool brief = sizeof(T) == 2;
   static __device__ Scalar exp(Scalar x) {
     if constexpr (sizeof(T) == 8) return ::exp(x > 700 ? 700 : x);
-    x = x > 87.0f ? 87.0f : x;  // NaN stays
-    if constexpr (brief) return __expf(x);
+    x = fminf(x, 87.0f);  // of NaN too: those who ask multiply by what they have it from
+    if constexpr (brief) return flushed_exp(x);
     return ::expf(x);
   }
   static __device__ Scalar quotient(Scalar a, Scalar b) {
     if constexpr (sizeof(T) == 8) return a / b;
-    if constexpr (brief) return __fdividef(a, b);
+    if constexpr (brief) return a * approximate_inverse(b);
     return a * __frcp_rn(b);
   }
 };

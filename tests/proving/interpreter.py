@@ -2,12 +2,13 @@
 
 As it comes, the interpreter truncates fp32 to bf16 instead of rounding, computes garbage from arithmetic on
 bf16, knows no libdevice function, times autotuned kernels (which it cannot), lets `tl.device_assert` pass,
-keeps all digits of numbers that reach a GPU in fp32, and evaluates `erf` element by element. `mend()` repairs
-all of these, once; tests/conftest.py calls it.
+keeps all digits of numbers that reach a GPU in fp32, adds up a tile one element after the other, rounds twice in
+`tl.fma`, and evaluates `erf` element by element. `mend()` repairs all of these, once; tests/conftest.py calls it.
 
 What it proves: a test that passes computes the right values with the kernel's own masks, indices and casts.
-What it does not: the order in which a reduction adds, fused multiply-adds and the last bits of exp and log
-are numpy's, not the GPU's; programs run one after another (see sanitizer.py); tensor cores are not modelled.
+What it does not: a sum is a tree, but not the GPU's own; a product and a sum are fused where the kernel says so alone;
+the last bits of exp and log are numpy's; programs run one after another (see sanitizer.py); tensor cores are not
+modelled.
 """
 
 import functools
@@ -32,10 +33,41 @@ def mend() -> None:
     if getattr(InterpreterBuilder, "_mended", False):
         return
     InterpreterBuilder._mended = True
+    _fuse_and_sum_like_hardware()
     _round_bf16_like_hardware()
     _provide_libdevice()
     _run_autotuned_kernels()
     _launch_like_hardware()
+
+
+# ---- sums ------------------------------------------------------------------------------------------------
+
+
+def _fused(a, b, c):
+    """a·b + c, rounded once for fp32 and less."""
+    wide = np.result_type(a, b, c)
+    return (np.asarray(a, np.float64) * b + c).astype(wide)
+
+
+def _fuse_and_sum_like_hardware() -> None:
+    def fma(self, x, y, z):
+        return TensorHandle(_fused(x.data, y.data, z.data), z.dtype.scalar)
+
+    def total(self, input):
+        """A tree's sum: one element after the other, the error would grow with their number, and not its logarithm."""
+        axis = range(input.handle.data.ndim) if self.axis is None else [self.axis]
+        data = input.handle.data
+        for dimension in axis:
+            data = np.moveaxis(data, dimension, 0)
+            while len(data) > 1:  # lengths of tiles are powers of two
+                data = data[: len(data) // 2] + data[len(data) // 2 :]
+            data = np.moveaxis(data, 0, dimension)
+        if not self.keep_dims:
+            data = data.squeeze(self.axis)
+        return self.to_tensor(data, input.dtype)
+
+    InterpreterBuilder.create_fma = fma
+    interpreter.ReduceOps.sum = total
 
 
 # ---- bf16 ------------------------------------------------------------------------------------------------
@@ -127,7 +159,7 @@ _LIBDEVICE = {
     "rcp_rn": lambda a: 1 / a,
     "sqrt_rn": np.sqrt,
     "div_rn": np.divide,
-    "fma": lambda a, b, c: a * b + c,
+    "fma": _fused,
     "llrint": lambda a: np.rint(a).astype(np.int64),
     "finitef": np.isfinite,
     "isfinited": np.isfinite,

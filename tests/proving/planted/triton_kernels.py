@@ -38,6 +38,18 @@ if triton is not None:
         tl.store(out + 1, tl.full([], wide, tl.float64))
 
     @triton.jit
+    def add_up(x, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        tile = tl.load(x + row[:, None] * COLUMNS + column[None, :])
+        tl.store(out + column, tl.sum(tile, 0))
+        tl.store(out + COLUMNS, tl.sum(tile))
+
+    @triton.jit
+    def fused(a, b, c, out, SIZE: tl.constexpr):
+        i = tl.arange(0, SIZE)
+        tl.store(out + i, tl.fma(tl.load(a + i), tl.load(b + i), tl.load(c + i)))
+
+    @triton.jit
     def read_once(x, y, n, BLOCK: tl.constexpr):
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         a = tl.load(x + i, mask=i < n)
