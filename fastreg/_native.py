@@ -7,7 +7,10 @@ from pathlib import Path
 from . import _ops
 
 _BUILD = Path(__file__).with_name("_build.json")
-_FUNCTIONS = {"cpu": ("recognise", "describe_into", "still_as", "same_values"), "cuda": ()}  # what _plan.py calls
+_OF_PLANS = (
+    "recognise", "describe_into", "still_as", "still_with_gradients", "same_values", "fgm_attack", "fgm_restore",
+)  # fmt: skip
+_FUNCTIONS = {"cpu": _OF_PLANS, "cuda": ()}  # what _plan.py calls
 
 
 def build_outcome() -> dict[str, str]:

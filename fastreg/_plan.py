@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import _ops
 from ._native import missing
 
 F = TypeVar("F", bound=Callable)
@@ -34,7 +35,7 @@ def eagerly(function: F) -> F:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -57,6 +58,11 @@ def _reader() -> ModuleType | None:
 _native = _reader()
 
 
+def kernels(name: str) -> dict[str, Callable]:
+    """`_ops.kernels` of what works on addresses; that of the CPU past the dispatcher, where there is such a way."""
+    return _ops.kernels(name) | ({"cpu": getattr(_native, name)} if hasattr(_native, name) else {})
+
+
 def describe(tensors: list[Tensor]) -> np.ndarray:
     """(len(tensors), 2) int64: address, which tells the device too, and a hash of dtype, shape and strides."""
     if _native is not None:
@@ -71,7 +77,22 @@ def unchanged(tensors: list[Tensor], rows: np.ndarray) -> bool:
     """Whether `describe(tensors)` still gives `rows`."""
     if _native is not None and _native.still_as(tensors, rows):
         return True
-    return len(tensors) == len(rows) and np.array_equal(describe(tensors), rows)
+    strided = all(tensor.layout is torch.strided for tensor in tensors)
+    return strided and len(tensors) == len(rows) and np.array_equal(describe(tensors), rows)
+
+
+def with_gradients(params: dict[str, Tensor]) -> list[Tensor]:
+    """Those that are trained, have elements and a gradient."""
+    return [p for p in params.values() if p.requires_grad and p.grad is not None and p.numel()]
+
+
+def unchanged_with_gradients(params: dict[str, Tensor], known: list[Tensor], rows: np.ndarray) -> bool:
+    """Whether `with_gradients(params)` are `known`, and `describe` of them and their gradients still gives `rows`."""
+    if _native is not None and _native.still_with_gradients(params, known, rows):
+        return True
+    chosen = with_gradients(params)
+    same = len(chosen) == len(known) and all(map(is_, chosen, known))
+    return same and unchanged(chosen + [param.grad for param in chosen], rows)
 
 
 class Watch:
@@ -81,8 +102,11 @@ class Watch:
         everything = [m for module in modules for m in module.modules()]
         self._dicts = [d for m in everything for d in (m._parameters, m._buffers, m._modules)]
         self._values = list(chain.from_iterable(d.values() for d in self._dicts))
+        self._scripted = not all(isinstance(d, dict) for d in self._dicts)  # torch.jit's are made anew at every look
 
     def unchanged(self) -> bool:
+        if self._scripted:
+            return False
         if _native is not None:
             return _native.same_values(self._dicts, self._values)
         now = list(chain.from_iterable(map(dict.values, self._dicts)))

@@ -110,7 +110,7 @@ def max_norm(input: Tensor, max_norm: Cap, *, p: float = 2.0, dim: int = 0, tau:
     if not isinstance(cap, Tensor):
         cap = _cap_tensor(cap, input.device)
     if torch.is_grad_enabled() and (input.requires_grad or cap_grad):
-        return _MaxNorm.apply(input, cap, float(p), dim, tau, backend)
+        return _backends.apply(_MaxNorm, input, cap, float(p), dim, tau, backend)
     rows, back = _as_rows(input, dim)
     return back(_forward[backend](rows, cap.double().reshape(-1), float(p), tau)[0])
 
@@ -162,7 +162,7 @@ def row_norms(tensor: Tensor, p: float = 2.0, dim: int = 0) -> Tensor:
         return row_norms_reference(tensor, p, dim)
     rows, _ = _as_rows(tensor, dim)
     if torch.is_grad_enabled() and tensor.requires_grad:
-        return _RowNorms.apply(rows, float(p), backend)
+        return _backends.apply(_RowNorms, rows, float(p), backend)
     return _norms_forward[backend](rows, float(p)).to(_norm_dtype(tensor))
 
 
@@ -359,11 +359,16 @@ class MaxNorm(_Constraint):
         return self._project(self.params, self.caps, _check_decay(decay))
 
     def _follow(self) -> None:
-        """The weights may have been moved to another device since."""
+        """The weights may have been moved to another device since, or have other rows."""
         device = self.params[0].device
         if self.total.device != device:
             self.total = self.total.to(device)
             self.caps = [cap.to(device) if isinstance(cap, Tensor) else cap for cap in self.caps]
+        for index, (param, cap) in enumerate(zip(self.params, self.caps)):
+            if isinstance(cap, Tensor) and cap.dim():
+                rows = param.shape[self.dim] if param.dim() else 1
+                if rows != len(cap):
+                    raise ValueError(f"tensor {index} has {rows} rows now, but there is one cap for each of {len(cap)}")
 
     def _project(self, params: list[Tensor], caps: list[Cap], decay: float | Tensor) -> Tensor:
         count = _run("max_norm_", "cap", params, caps, self.p, self.dim, self.tau, decay)
@@ -481,6 +486,11 @@ def _check_order(p: float) -> None:
 
 def _caps(tensors: list[Tensor], caps: Cap | Sequence[Cap], name: str, dim: int) -> list[Cap]:
     """One cap per tensor, each a float, a 0-d tensor or a tensor of one cap per row."""
+    if type(caps) is float or type(caps) is int:  # the everyday case, ahead of all that the others need
+        _checks.in_range(name, caps, 0.0)
+        for index, tensor in enumerate(tensors):
+            _rows_dim(tensor, dim, "tensors", index)
+        return [float(caps)] * len(tensors)
     if isinstance(caps, (list, tuple)):
         if len(caps) != len(tensors):
             raise ValueError(f"{name} must have one entry per tensor, {len(tensors)}, got {len(caps)}")
@@ -562,8 +572,12 @@ def _run(
             tensor.detach().to_local().copy_(whole.redistribute(placements=tensor.placements).to_local())
         torch.autograd.graph.increment_version(tensors)
         return count
-    backend = _backends.choose(op, tensors[0].device.type, _refuse, tensors, dim)
-    if backend == "reference":
+    if isinstance(decay, Tensor) or decay or set(map(type, caps)) != {float} or _refuse_any(*tensors) is not None:
+        launch = _launch(op, kind, tensors, caps, p, dim, tau, decay)
+    else:  # all that it depends on has a key
+        call = (op, kind, tuple(caps), p, dim, tau, _backends.forced())
+        launch = _plan.plan_for(call, tensors, lambda: _launch(op, kind, tensors, caps, p, dim, tau, decay))
+    if launch is None:
         _check_written(tensors, dim)
         count = _no_rows(tensors)
         seen: set[int] = set()
@@ -573,7 +587,26 @@ def _run(
                     seen.add(id(tensor))
                     count = count + _REFERENCES[kind](tensor, cap, p=p, dim=dim, tau=tau, decay=decay)
         return count
+    count = launch()
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+    return count
+
+
+def _launch(
+    op: str,
+    kind: str,
+    tensors: list[Tensor],
+    caps: list[Cap],
+    p: float,
+    dim: int,
+    tau: float,
+    decay: float | Tensor,
+) -> Callable[[], Tensor] | None:
+    """The kernel with all its arguments; None if plain PyTorch serves the call."""
     device = tensors[0].device
+    backend = _backends.choose(op, device.type, _refuse, tensors, dim)
+    if backend == "reference":
+        return None
     values, places = _cap_values(caps, device)
     split = backend != "cpu" and kind != "l1_ball"  # the C++ kernels share long rows among the threads themselves
     plan = _plan.plan_for((op, dim, places, split), tensors, lambda: _build(tensors, dim, places, split))
@@ -583,12 +616,8 @@ def _run(
             decay, decay_tensor = 0.0, decay.detach().to(torch.float64)
         else:
             decay = decay.item()
-    kind_index = _ops.ROW_KINDS.index(kind)
-    count = _kernels[backend](
-        plan.table, plan.chunks, plan.chunk, values, float(p), tau, decay, decay_tensor, kind_index
-    )
-    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
-    return count
+    rest = (values, float(p), tau, decay, decay_tensor, _ops.ROW_KINDS.index(kind))
+    return functools.partial(_kernels[backend], plan.table, plan.chunks, plan.chunk, *rest)
 
 
 @dataclass
@@ -691,10 +720,14 @@ def _run_across(
     return torch.cat(over_all).sum()
 
 
-def _refuse(backend: str, tensors: list[Tensor], dim: int) -> str | None:
+def _refuse_any(*tensors: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         return "it works on addresses, which torch.compile does not see"
-    if reason := _backends.unusual(*tensors):
+    return _backends.unusual(*tensors)
+
+
+def _refuse(backend: str, tensors: list[Tensor], dim: int) -> str | None:
+    if reason := _refuse_any(*tensors):
         return reason
     for tensor in tensors:
         if tensor.dim() > _INNER + 1 and len(_box(tensor, dim)) > _INNER:

@@ -129,7 +129,7 @@ def soft_threshold(x: Tensor, tau: float | Tensor) -> Tensor:
     if backend == "reference" or not x.numel():
         return soft_threshold_reference(x, tau)
     if torch.is_grad_enabled() and (x.requires_grad or tau.requires_grad):
-        return _SoftThreshold.apply(x, tau, backend)
+        return _backends.apply(_SoftThreshold, x, tau, backend)
     return _like(x, _shrink[backend](x.contiguous(), *_runs(x, tau)))
 
 
@@ -191,6 +191,8 @@ def _align_threshold(x: Tensor, tau: Tensor) -> Tensor:
     sizes = list(tau.shape)
     while len(sizes) > 2 and sizes[-1] == 1:
         sizes.pop()
+    if len(sizes) == 2 and tau.dim() == x.dim() - 1 and sizes == [x.shape[1], 1]:
+        sizes.pop()  # (C, 1, 1) beside (N, C, H, W), as it broadcasts
     if x.dim() >= 2:
         if len(sizes) == 1 and sizes[0] in (1, x.shape[1]):
             return tau.reshape([1, *sizes, *[1] * (x.dim() - 2)])

@@ -16,20 +16,19 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
-from operator import is_
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
+from torch._C import _functorch, _increment_version
 
 from . import _backends, _checks, _ops, _plan
 from .max_norm import _scaled_norms
 
 _norms = _ops.kernels("lp_norms")
 _backward = _ops.kernels("lp_penalty_backward")
-_attack_kernels = _ops.kernels("fgm_attack")
-_restore_kernels = _ops.kernels("fgm_restore")
+_attack_kernels = _plan.kernels("fgm_attack")
+_restore_kernels = _plan.kernels("fgm_restore")
 for _name in ("lp_penalty", "lp_penalty_backward_", "FGM"):
     _backends.register(_name, kernels=("cpu", "cuda", "triton"))
 
@@ -55,7 +54,7 @@ def lp_penalty(tensors: Tensor | Iterable[Tensor], p: float = 2.0, *, squared: b
         return lp_penalty_reference(tensors, p, squared=squared)
     # The kernels walk through memory; a tensor with gaps is packed first, differentiably.
     tensors = [tensor if _plan.is_dense(tensor) else tensor.contiguous() for tensor in tensors]
-    return _LpPenalty.apply(backend, float(p), squared, *tensors)
+    return _backends.apply(_LpPenalty, backend, float(p), squared, *tensors)
 
 
 def lp_penalty_backward_(
@@ -264,6 +263,7 @@ class FGM:
             self._watch = _plan.Watch(self.module)
         self._perturbation.attack(self._chosen, self.epsilon if epsilon is None else epsilon)
 
+    @_plan.eagerly
     def restore(self) -> None:
         """Undoes the attacks since the last restore; without one it does nothing."""
         self._perturbation.restore()
@@ -280,6 +280,21 @@ class _Backup:
     old: Tensor
     marks: Tensor | None = None
 
+    def whole(self) -> Tensor:
+        """All of it; the marks are gone then."""
+        if self.marks is None:
+            return self.old
+        now = torch.empty_like(self.old).copy_(self.param)
+        in_memory = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in (self.old, now)]
+        backed_up = self.marks.bool().repeat_interleave(_BLOCK)[: now.numel()]
+        in_memory[1].copy_(torch.where(backed_up, *in_memory))
+        self.marks.zero_()
+        return now
+
+
+def _marks(param: Tensor) -> Tensor:
+    return torch.zeros(-(-param.numel() // _BLOCK), dtype=torch.uint8, device=param.device)
+
 
 @dataclass
 class _Ready:
@@ -295,14 +310,9 @@ class _Ready:
     wide: bool
     in_graph: bool  # made while a CUDA graph was captured: nothing of it can be used outside
 
-    def serves(self, params: list[Tensor], grads: list[Tensor]) -> bool:
-        return (
-            self.forced == _backends.forced()
-            and len(params) == len(self.params)
-            and all(map(is_, params, self.params))
-            and {grad.layout for grad in grads} == {torch.strided}
-            and _plan.unchanged(params + grads, self.with_grads)
-        )
+    def serves(self, params: dict[str, Tensor]) -> bool:
+        forced = self.forced == _backends.forced()
+        return forced and _plan.unchanged_with_gradients(params, self.params, self.with_grads)
 
     def stands(self) -> bool:
         """Whether the parameters are where they were, whatever the gradients."""
@@ -310,59 +320,57 @@ class _Ready:
 
 
 class Perturbation:
-    """FGM's steps on given parameters, and the way back. The memory of the backups is kept for the next time."""
+    """FGM's steps on given parameters, and the way back. The memory of the backups is kept for the next time. On the
+    CPU, where the kernels have just emptied the caches, every line on the way to them takes twice its time."""
 
     def __init__(self) -> None:
         self.backups: dict[str, _Backup] = {}
         self._spare: dict[str, _Backup] = {}
         self._ready: _Ready | None = None
+        self._epsilon: float | None = None  # the last one, which has been checked
 
-    @_plan.eagerly
     def attack(self, params: dict[str, Tensor], epsilon: float) -> None:
-        _checks.finite("epsilon", epsilon)
-        names, chosen, grads = [], [], []
-        for name, param in params.items():
-            if param.requires_grad and (grad := param.grad) is not None and param.numel():
-                names.append(name)
-                chosen.append(param)
-                grads.append(grad)
-        if not chosen:
-            return
-        if self._ready is None or not self._ready.serves(chosen, grads):
-            self._ready = self._prepare(dict(zip(names, chosen)), epsilon)
-        if (ready := self._ready) is None:
-            return
-        if _plan.capturing(ready.params[0].device):
+        if epsilon is not self._epsilon:
+            _checks.finite("epsilon", epsilon)
+            self._epsilon = epsilon
+        ready = self._ready
+        if ready is None or not ready.serves(params):
+            if not (chosen := _plan.with_gradients(params)):
+                return
+            names = {id(param): name for name, param in params.items()}
+            ready = self._ready = self._prepare({names[id(param)]: param for param in chosen}, epsilon)
+            if ready is None:
+                return
+        if _plan.capturing(ready.plan.table.device):
             _plan.stays(ready)
         if self.backups is not ready.backups:  # attacked before, with other gradients or parameters
             self.backups = {**self.backups, **ready.backups} if self.backups else ready.backups
         plan = ready.plan
         _attack_kernels[ready.backend](plan.table, plan.chunks, plan.chunk, epsilon, ready.wide)
-        torch.autograd.graph.increment_version(ready.params)
+        _increment_version(ready.params)
 
     @torch.no_grad()
     def _prepare(self, chosen: dict[str, Tensor], epsilon: float) -> _Ready | None:
         """What the kernels need, or None if the attack is made, in plain PyTorch."""
         device = next(iter(chosen.values())).device
         backend = _backends.choose("FGM", device.type, _refuse_fgm, list(chosen.values()))
-        attacked = [self.backups[name] for name in chosen if name in self.backups]
-        if _backends.forced() is None and any(backup.marks is None for backup in attacked):
-            backend = "reference"  # to the kernels, which back up block by block, those hold nothing
-        if any((backup.marks is None) != (backend == "reference") for backup in attacked):
-            raise RuntimeError("attack: the attacks before one restore must run on one backend")
+        attacked = {name: backup for name, backup in self.backups.items() if chosen.get(name) is backup.param}
         if backend == "reference":
             self.backups = dict(self.backups)
             for name, param in chosen.items():
-                if name not in self.backups:
-                    self.backups[name] = _Backup(param, param.clone())
+                if name not in attacked or attacked[name].marks is not None:
+                    self.backups[name] = _Backup(param, attacked[name].whole() if name in attacked else param.clone())
                 fgm_reference_(param, param.grad, epsilon)
             return None
         backups = {}
         for name, param in chosen.items():
-            backup = self.backups.get(name) or self._spare.get(name)
+            backup = attacked.get(name) or self._spare.get(name)
             if backup is None or backup.marks is None or not _alike(param, backup.old) or backup.param is not param:
-                marks = torch.zeros(-(-param.numel() // _BLOCK), dtype=torch.uint8, device=device)
-                backup = _Backup(param, torch.empty_like(param), marks)
+                fresh = _Backup(param, torch.empty_like(param), _marks(param))
+                if name in attacked:  # in another way, or its parameter was converted since
+                    fresh.old.copy_(backup.whole())
+                    fresh.marks.fill_(1)
+                backup = fresh
             backups[name] = backup
         self._spare |= backups
         params = list(chosen.values())
@@ -372,14 +380,13 @@ class Perturbation:
         places, in_graph = with_grads[: len(params)], _plan.capturing(device)
         return _Ready(backend, _backends.forced(), params, backups, places, with_grads, plan, wide, in_graph)
 
-    @_plan.eagerly
     def restore(self) -> None:
         ready, backups = self._ready, self.backups
         self.backups = {}
         if ready is not None and backups is ready.backups and ready.stands():
             plan = ready.plan  # restoring reads no gradient
             _restore_kernels[ready.backend](plan.table, plan.chunks, plan.chunk)
-            torch.autograd.graph.increment_version(ready.params)
+            _increment_version(ready.params)
         elif backups:
             self._restore(backups)
         if ready is not None and ready.in_graph:
@@ -387,13 +394,20 @@ class Perturbation:
 
     @torch.no_grad()
     def _restore(self, backups: dict[str, _Backup]) -> None:
-        marked = [backup for backup in backups.values() if backup.marks is not None]
+        for name, backup in backups.items():
+            if backup.param.shape != backup.old.shape:
+                shapes = f"{tuple(backup.old.shape)} to {tuple(backup.param.shape)}"
+                raise RuntimeError(f"restore: since the attack {name!r} has changed its shape, from {shapes}")
+        device = next(iter(backups.values())).param.device
+        backend = _backends.choose("FGM", device.type, lambda *_: None)
+        marked = []
         for backup in backups.values():
-            if backup.marks is None:
-                backup.param.copy_(backup.old)
+            if backup.marks is None or backend == "reference" or not _alike(backup.param, backup.old):
+                backup.param.copy_(backup.whole())
+            else:
+                marked.append(backup)
         if marked:
             plan = self._plan(marked, False)
-            backend = _backends.choose("FGM", marked[0].param.device.type, lambda *_: None)
             _restore_kernels[backend](plan.table, plan.chunks, plan.chunk)
             torch.autograd.graph.increment_version([backup.param for backup in marked])
 

@@ -22,8 +22,8 @@ needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on th
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of what is packaged, so that builds leave this checkout alone. Two small sources are enough: operators,
-    and the functions that the plan takes from the module."""
+    """A copy of what is packaged, so that builds leave this checkout alone. Three small sources are enough: operators,
+    and the functions that the plan takes from the module, with the operators that those call."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder)
@@ -31,7 +31,8 @@ def checkout(tmp_path_factory) -> Path:
     for name in ("fastreg", "tritonkernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
     kernels = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh")]
-    kernels += [ROOT / "csrc" / name for name in ("module.cpp", "cpu/capability.cpp", "cpu/plan.cpp")]
+    sources = ("module.cpp", "cpu/capability.cpp", "cpu/penalties.cpp", "cpu/plan.cpp")
+    kernels += [ROOT / "csrc" / name for name in sources]
     for path in kernels:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)

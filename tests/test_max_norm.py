@@ -852,6 +852,32 @@ def test_tau_normalize(tau, dtype):
     torch.testing.assert_close(w[keep].double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
+def test_calls_on_the_same_memory_are_told_apart():
+    """What a call needs is kept for the next one on tensors in these places: under all that it depends on."""
+    start = torch.randn(6, 5) * 2
+    options = (
+        {},
+        {"max_norm": 0.5},
+        {"p": 1},
+        {"dim": 1},
+        {"tau": 2.0},
+        {"decay": 0.5},
+        {"max_norm": torch.ones(6) / 4},
+    )
+    calls = [lambda w, given=given: fastreg.max_norm_(w, **{"max_norm": 1.0} | given) for given in options]
+    calls += [lambda w, p=p: fastreg.project_lp_ball_(w, 1.0, p) for p in (1, math.inf)]
+    calls += [fastreg.tau_normalize_, lambda w: (fastreg.max_norm_(w.t_(), 1.0), w.t_())]
+    w, wanted = start.clone(), []
+    for call in calls:
+        with fastreg.use_backend("reference"):
+            call(w.copy_(start))
+        wanted.append(w.clone())
+    assert len({tuple(want.flatten().tolist()) for want in wanted}) == len(calls) - 1  # the last is that along dim 1
+    for call, want in [*zip(calls, wanted)] * 2:
+        call(w.copy_(start))
+        torch.testing.assert_close(w, want)
+
+
 def test_unit_norm():
     layer = nn.Linear(10, 4)
     fastreg.UnitNorm(layer).project()
@@ -890,6 +916,16 @@ def test_caps_follow_weights_to_another_device():
     with fastreg.use_backend("reference"):
         constraint.project()
     assert constraint.caps[0].is_meta and constraint.total.is_meta
+
+
+def test_caps_per_row_do_not_serve_a_weight_of_other_rows():
+    weight = nn.Parameter(torch.ones(4, 3))
+    constraint = fastreg.MaxNorm(weight, torch.full((4,), 0.5))
+    constraint.project()
+    weight.data = torch.ones(5, 3)
+    with pytest.raises(ValueError, match="tensor 0 has 5 rows now, but there is one cap for each of 4"):
+        constraint.project()
+    assert (weight == 1).all()
 
 
 def test_exactly_one_of_max_norm_and_thresh():

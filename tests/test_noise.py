@@ -210,6 +210,16 @@ def test_soft_threshold_derivatives():
     assert torch.autograd.gradgradcheck(lambda x, t: fastreg.soft_threshold(x, t) ** 2, (x, tau))
 
 
+@pytest.mark.parametrize("samples", [2, 4])
+@pytest.mark.parametrize("positions", [(), (5,), (3, 5)])
+def test_a_threshold_per_channel_broadcasts(samples, positions):
+    """(C, 1, 1) beside (N, C, H, W), also where there are as many samples as channels."""
+    x, tau = torch.randn(samples, 4, *positions), torch.rand(4)
+    want = fastreg.soft_threshold(x, tau)
+    assert torch.equal(fastreg.soft_threshold(x, tau.reshape(4, *[1] * len(positions))), want)
+    assert torch.equal(fastreg.soft_threshold(x, tau.reshape(1, 4, *[1] * len(positions))), want)
+
+
 def test_soft_threshold_errors():
     x = torch.ones(2, 3, 4)
     with pytest.raises(ValueError, match="tau must be at least 0, got -1"):

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastreg
-from fastreg import _backends
+from fastreg import _backends, penalties
 from fastreg.testing import DTYPES
 from tests import test_penalties_gpu
 from tests.machine import HAS_CUDA, cudahost_missing, device_of
@@ -310,17 +310,88 @@ def test_fgm_step_and_exact_restore(dtype, sparse, backend):
     assert not model.emb.weight.any()
 
 
-def test_fgm_restores_what_a_sparse_and_a_dense_gradient_moved(monkeypatch):
+@pytest.mark.parametrize("kinds, between", [("sd", False), ("dsd", True)])
+def test_fgm_restores_what_sparse_and_dense_gradients_moved(kinds, between, monkeypatch):
+    model = Text()
+    before = model.emb.weight.detach().clone()
+    fgm = fastreg.FGM(model)
+    with monkeypatch.context() as chosen_freely:  # undone before the fixture's own choice is
+        chosen_freely.setattr(_backends, "_forced", None)
+        for count, kind in enumerate(kinds):
+            model.emb.weight.grad = torch.ones(20, 6) if kind == "d" else torch.ones(20, 6).to_sparse(1)
+            fgm.attack()
+            steps = 1 if between else count + 1
+            torch.testing.assert_close(model.emb.weight.detach(), before + steps / 120**0.5)
+            if between:
+                fgm.restore()
+        fgm.restore()
+    assert torch.equal(model.emb.weight, before)
+
+
+def test_fgm_restores_what_several_ways_of_attacking_moved(monkeypatch):
+    """The kernels back up block by block, plain PyTorch whole parameters; gradients of other strides are for the
+    latter, forced or not."""
+    forced = _backends.forced()
     monkeypatch.setattr(_backends, "_forced", None)
     model = Text()
     before = model.emb.weight.detach().clone()
     fgm = fastreg.FGM(model)
-    for grad in (torch.ones(20, 6).to_sparse(1), torch.ones(20, 6)):
-        model.emb.weight.grad = grad
-        fgm.attack()
-    torch.testing.assert_close(model.emb.weight.detach(), before + 2 / 120**0.5)
+    plain, other = torch.ones(20, 6), torch.ones(6, 20).t()
+    for round in ("plain other", "other plain", "plain other plain", "plain", "plain reference", "reference plain"):
+        for last in (None, "reference", forced):
+            for kind in round.split():
+                model.emb.weight.grad = other if kind == "other" else plain
+                monkeypatch.setattr(_backends, "_forced", "reference" if kind == "reference" else None)
+                fgm.attack()
+            want = before + len(round.split()) / 120**0.5
+            torch.testing.assert_close(model.emb.weight.detach(), want)
+            monkeypatch.setattr(_backends, "_forced", last)
+            fgm.restore()
+            monkeypatch.setattr(_backends, "_forced", None)
+            assert torch.equal(model.emb.weight, before)
+
+
+def test_fgm_restores_a_model_that_was_converted_since():
+    model = Text()
+    before = model.emb.weight.detach().clone()
+    fgm = fastreg.FGM(model)
+    model.emb.weight.grad = torch.ones(20, 6)
+    model.emb.weight.grad[3:] = 0
+    fgm.attack()
+    model.double()
+    model.emb.weight.data = model.emb.weight.data.t().contiguous().t()
     fgm.restore()
-    assert torch.equal(model.emb.weight, before)
+    assert torch.equal(model.emb.weight, before.double())
+    model.emb.weight.data, model.emb.weight.grad = before.clone(), torch.ones(20, 6)
+    fgm.attack()
+    model.emb.weight.data = torch.zeros(30, 6)
+    with pytest.raises(RuntimeError, match=r"'emb.weight' has changed its shape, from \(20, 6\) to \(30, 6\)"):
+        fgm.restore()
+
+
+def test_past_the_dispatcher_the_kernels_are_the_operators(backend):
+    if backend != "cpu":
+        pytest.skip("the other backends are reached by their operators alone")
+    results = []
+    for attack, restore in (
+        (penalties._attack_kernels["cpu"], penalties._restore_kernels["cpu"]),
+        (torch.ops.fastreg.fgm_attack.cpu, torch.ops.fastreg.fgm_restore.cpu),
+    ):
+        model = Text()
+        weight, before = model.emb.weight, model.emb.weight.detach().clone()
+        weight.grad = torch.arange(120.0).reshape(20, 6)
+        fgm = fastreg.FGM(model)
+        fgm.attack()
+        plan = fgm._perturbation._ready.plan
+        for _ in range(2):
+            restore(plan.table, plan.chunks, plan.chunk)
+            assert torch.equal(weight, before)
+            attack(plan.table, plan.chunks, plan.chunk, 0.5, False)
+        results.append(weight.detach().clone())
+    assert attack is not penalties._attack_kernels["cpu"] and torch.equal(*results)
+    for wrong in ((plan.table,), (plan.table, None, 1), (plan.table, plan.chunks.to_sparse(), 1)):
+        with pytest.raises(TypeError):
+            penalties._restore_kernels["cpu"](*wrong)
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])

@@ -65,12 +65,14 @@ struct Chunks {
   const int64_t* row(int64_t i) const { return table + places[2 * i] * columns; }
   bool many() const { return count * chunk >= kStream; }
 
-  // Chunks of less than kRun are taken together, by the first of them, whatever the threads.
+  // Chunks of less than kRun are taken together, by the first of them, whatever the threads; by each thread
+  // from its last to its first if `backwards`.
   template <class Body>
-  void each(const Body& body) const {
+  void each(const Body& body, bool backwards = false) const {
     const int64_t run = std::max(chunk, kRun);
     torch::stable::parallel_for(0, count, run / chunk, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t i = backwards ? begin + end - 1 - k : k;
         const int64_t first = places[2 * i + 1];
         if (first % run == 0) body(i, row(i), first, std::min(run, row(i)[kElements] - first));
       }
@@ -177,7 +179,7 @@ void fgm_attack(const Tensor& table, const Tensor& chunks, int64_t chunk, double
   const auto passes = FASTREG_PICK(penalty_passes)();
   std::vector<double> norm(2 * table.size(0));
   norms_of(all, table.size(0), kGrad, 2, wide, norm.data());
-  all.each([&](int64_t i, const int64_t* row, int64_t first, int64_t n) {
+  const auto body = [&](int64_t i, const int64_t* row, int64_t first, int64_t n) {
     const int64_t t = all.places[2 * i], code = row[kCode];
     const double scale = norm[2 * t], s = norm[2 * t + 1];
     if (!(s > 0 && s < HUGE_VAL)) return;
@@ -185,7 +187,8 @@ void fgm_attack(const Tensor& table, const Tensor& chunks, int64_t chunk, double
                   element(row[kBackup], first, code),
                   reinterpret_cast<uint8_t*>(row[kMarks]) + first / kBlock, n, 1 / scale, epsilon / s,
                   all.many());
-  });
+  };
+  all.each(body, true);  // what the norms have read last is still in the caches
 }
 
 void fgm_restore(const Tensor& table, const Tensor& chunks, int64_t chunk) {
@@ -383,17 +386,6 @@ FASTREG_INLINE bool is_zero(const T* g, int64_t n) {
 // w + d * step where d is not zero: adding a zero would turn -0 into 0.
 template <class T>
 FASTREG_INLINE void step_block(T* x, const T* g, int64_t n, double inverse, double step) {
-  const double both = inverse * step;
-  if constexpr (!std::is_same_v<T, double>) {
-    if (n % lanes<float> == 0 && both < 0x1p100 && both > -0x1p100 && (both > 0x1p-100 || both < -0x1p-100)) {
-      const Vec<float> by = splat(static_cast<float>(both));
-      for (int64_t i = 0; i < n; i += lanes<float>) {
-        const Vec<float> d = load(g + i), w = load(x + i);
-        store(x + i, d != 0 ? w + d * by : w);
-      }
-      return;
-    }
-  }
   for_pairs(g, n, [&](Pair d, int, int64_t i, int64_t m) __attribute__((always_inline)) {
     T block[kPair];
     T* to = m == kPair ? x + i : block;
@@ -447,12 +439,35 @@ FASTREG_INLINE void copy_block(T* to, const T* from, Count count, bool stream) {
   __builtin_memcpy(to, from, count * sizeof(T));
 }
 
+// A whole block of a narrow dtype, in float: what is read stays in registers, for all that this waits for is
+// what passes between the caches.
+template <class T>
+FASTREG_INLINE void attack_floats(T* x, const T* g, T* backup, uint8_t& mark, Vec<float> by, bool stream) {
+  constexpr int64_t width = lanes<float>, count = penalties::kBlock / width;
+  Vec<float> d[count], w[count];
+  Words any = {};
+  for (int64_t k = 0; k < count; ++k) {
+    d[k] = load(g + k * width);
+    any |= bits<Words>(d[k]) << 1;  // -0 is zero too
+  }
+  if (!any_different(bits<Vec<float> >(any), Vec<float>{})) return;
+  for (int64_t k = 0; k < count; ++k) w[k] = load(x + k * width);
+  if (!mark) copy_block(backup, x, std::integral_constant<int64_t, penalties::kBlock>{}, stream);
+  mark = 1;
+  for (int64_t k = 0; k < count; ++k) store(x + k * width, d[k] != 0 ? w[k] + d[k] * by : w[k]);
+}
+
 template <class T>
 void attack_typed(T* x, const T* g, T* backup, uint8_t* marks, int64_t n, double inverse, double step,
                   bool stream) {
   const Streaming streaming(backup, stream);
+  const double both = inverse * step, size = __builtin_fabs(both);
+  const bool in_floats = !std::is_same_v<T, double> && size > 0x1p-100 && size < 0x1p100;
+  const Vec<float> by = splat(static_cast<float>(in_floats ? both : 0));
   each_block(n, [&](int64_t at, auto count) __attribute__((always_inline)) {
     uint8_t& mark = marks[at / penalties::kBlock];
+    if constexpr (!std::is_same_v<T, double> && !std::is_same_v<decltype(count), int64_t>)
+      if (in_floats) return attack_floats(x + at, g + at, backup + at, mark, by, streaming.on);
     if (is_zero(g + at, count)) return;
     if (!mark) copy_block(backup + at, x + at, count, streaming.on);
     mark = 1;
