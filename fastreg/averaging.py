@@ -220,25 +220,32 @@ def _kind(tensor: Tensor) -> str:
 
 def _refuse_overlap(tensors: Iterable[Tensor]) -> None:
     """No place in memory may be averaged twice."""
-    spans = []
-    for tensor in tensors:
+    for reason in _overlapping(tensors).values():
+        raise ValueError(reason)
+
+
+def _overlapping(tensors: Iterable[Tensor]) -> dict[int, str]:
+    """The numbers of the tensors that share memory with each other or with themselves, and how."""
+    found, spans = {}, []
+    for i, tensor in enumerate(tensors):
         if not tensor.numel():
             continue
         reach = 0
         for stride, size in sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride()) if n > 1):
             if stride <= reach:
-                raise ValueError(
-                    f"an average must not overlap itself, got {tuple(tensor.shape)} with strides {tensor.stride()}"
-                )
+                strides = tensor.stride()
+                found[i] = f"an average must not overlap itself, got {tuple(tensor.shape)} with strides {strides}"
             reach += (size - 1) * stride
         dense = reach + 1 == tensor.numel()
-        spans.append((tensor.data_ptr(), (reach + 1) * tensor.element_size(), dense))
-    end, solid = 0, False  # of the memory seen so far; two that are not solid may interleave
-    for start, size, dense in sorted(spans):
+        spans.append((tensor.data_ptr(), (reach + 1) * tensor.element_size(), dense, i))
+    end, solid, last = 0, False, 0  # of the memory seen so far; two that are not solid may interleave
+    for start, size, dense, i in sorted(spans):
         if start < end and (dense or solid):
-            raise ValueError("two averages share memory: each place may be averaged only once")
+            for one in (last, i):
+                found.setdefault(one, "two averages share memory: each place may be averaged only once")
         if start + size > end:
-            end, solid = start + size, dense
+            end, solid, last = start + size, dense, i
+    return found
 
 
 _MOST_IN_CUDA = 64  # averages; kMaxAverages in csrc/cuda/averaging_launch.h
@@ -394,6 +401,15 @@ def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
         target.copy_(source)
 
 
+def _copy_one_by_one(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """For targets that share memory, with each other or, expanded, with themselves."""
+    for target, source in zip(targets, sources):
+        for dim, stride in enumerate(target.stride()):
+            if stride == 0 and target.shape[dim]:
+                target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+        target.copy_(source)
+
+
 def _swap_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Both tensors of each pair get the other's values, in one launch per device and without a copy."""
     by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
@@ -431,6 +447,7 @@ def _clean(name: str) -> str:
 
 def _tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parameters and buffers by name, without what wrappers put in the names, tied ones under each name."""
+    model = _unwrap(model)
     params = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     if len({_clean(name) for name in (*params, *buffers)}) < len(params) + len(buffers):
@@ -471,11 +488,12 @@ def _local(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _check_averageable(params: Mapping[str, Tensor]) -> None:
-    for name, param in params.items():
-        if nn.parameter.is_lazy(param):
-            raise ValueError(f"parameter {name!r} is not initialised yet: run the model once before averaging it")
-        _check_pair(f"parameter {name!r}", local := _local(param), "itself", local)
+def _check_averageable(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    for kind, named in (("parameter", params), ("buffer", buffers)):
+        for name, tensor in named.items():
+            if nn.parameter.is_lazy(tensor):
+                raise ValueError(f"{kind} {name!r} is not initialised yet: run the model once before averaging it")
+            _check_pair(f"{kind} {name!r}", local := _local(tensor), "itself", local)
 
 
 def _owned_twice(tensors: Sequence[Tensor]) -> Any:
@@ -541,6 +559,19 @@ class _Link:
 
     def _watched(self) -> list[Tensor]:
         return self._plain + [_shard(t) for t in self._sharded] if self._sharded else self._plain
+
+    @cached_property
+    def overlapping(self) -> set[int]:
+        """The numbers of the model's tensors that share memory: views of one another, expanded ones."""
+        return set(_overlapping(self.sources))
+
+    def write(self, targets: list[Tensor], values: list[Tensor], numbers: Iterable[int] | None = None) -> None:
+        """Copies values to tensors of the model, to all of them or to those of the given numbers."""
+        numbers = range(len(targets)) if numbers is None else list(numbers)
+        apart = [at for at, i in enumerate(numbers) if i in self.overlapping]
+        alone = [at for at, i in enumerate(numbers) if i not in self.overlapping]
+        _copy_all([targets[at] for at in alone], [values[at] for at in alone])
+        _copy_one_by_one([targets[at] for at in apart], [values[at] for at in apart])
 
     def fresh(self) -> bool:
         return self._watch.unchanged() and _plan.unchanged(self._watched(), self._rows)
@@ -827,7 +858,7 @@ class AveragedModel(nn.Module):
         self.rule = _check_rule("rule", SWA() if rule is None else rule)
         _check_numbers(update_every, start_step, rounding_seed)
         _check_dtype(dtype)
-        _check_averageable(dict(model.named_parameters()))
+        _check_averageable(dict(model.named_parameters()), dict(model.named_buffers()))
         if any(map(_is_fully_sharded, model.modules())):
             raise ValueError(
                 "model cannot be copied once fully_shard was applied to it: WeightAverager averages its shards"
@@ -923,11 +954,12 @@ def _settle(module: AveragedModel, *_: Any) -> None:
 def _adapt_state_dict(module: AveragedModel, state_dict: dict, prefix: str, *_: Any) -> None:
     """Takes names as a wrapped model's average has them, and a state dict that does not count calls."""
     inner = f"{prefix}module."
-    own = {_clean(name): name for name in module.module.state_dict(keep_vars=True)}
-    for name in [name for name in state_dict if name.startswith(inner)]:
-        wanted = own.get(_clean(name.removeprefix(inner)))
-        if wanted is not None and name != inner + wanted:
-            state_dict[inner + wanted] = state_dict.pop(name)
+    own = {inner + name: inner + _clean(name) for name in module.module.state_dict(keep_vars=True)}
+    clean = {short: name for name, short in own.items()}
+    for name in [name for name in state_dict if name.startswith(inner) and name not in own]:
+        wanted = clean.get(inner + _clean(name.removeprefix(inner)))
+        if wanted is not None and wanted not in state_dict:
+            state_dict[wanted] = state_dict.pop(name)
     n = state_dict.get(f"{prefix}n_averaged")
     if n is not None and f"{prefix}calls" not in state_dict:
         calls = torch.where(n > 0, module.start_step + n * module.update_every, 0)
@@ -1014,7 +1046,7 @@ class WeightAverager:
         _checks.choice("buffers", buffers, ("copy", "average"))
         _reshard(model)
         params, other = _tensors_of(model)
-        _check_averageable(params)
+        _check_averageable(params, other)
         self._follows = _follows_rule(params, other if buffers == "average" else {})
         self._versions: dict[torch.device, Tensor] = {}  # whose version counters the averages share
         self._averages = {name: self._copy(params | other, dtype) for name in rules}
@@ -1024,7 +1056,8 @@ class WeightAverager:
         self._model, self.rounding_seed = model, rounding_seed
         self._link: _Link | None = None
         self._swapped: str | None = None
-        self._aside: dict[str, Tensor] = {}  # of the model's own values, what has not changed places while swapped
+        self._inside: _Link | None = None  # what has been swapped
+        self._aside: dict[int, Tensor] = {}  # of the model's own values, what has not changed places meanwhile
 
     def __repr__(self) -> str:
         return f"WeightAverager({_checks.counted(self._follows, 'tensor')}, {self.rules})"
@@ -1064,7 +1097,7 @@ class WeightAverager:
         _checks.is_module("model", model)
         self._refuse_inside("copy_to")
         link = _Link(model, [self._named(name)], self._follows)
-        _copy_all(link.sources, link.averages[0])
+        link.write(link.sources, link.averages[0])
 
     @contextmanager
     def swapped(self, name: str) -> Iterator[nn.Module]:
@@ -1074,7 +1107,8 @@ class WeightAverager:
         Where dtypes are alike the two change places, so nothing is copied aside and what the block does to the model
         (`update_bn`, say) stays in the average. Where they differ the model's own values are kept aside, a temporary
         copy of the model. It cannot be spared: as many as 65,537 fp32 numbers round to one bf16 number, so the 16 bits
-        that an fp32 average could lend while the model shows its rounded value do not tell which one it was."""
+        that an fp32 average could lend while the model shows its rounded value do not tell which one it was. So are
+        those of tensors that share memory. What the block puts in a tensor's place, in another shape, stays there."""
         self._refuse_inside("swapped")
         self._named(name)
         self._swap_in(name)
@@ -1097,23 +1131,36 @@ class WeightAverager:
     @torch.no_grad()
     def _swap_in(self, name: str) -> None:
         link = self._current_link()
-        pairs = list(zip(link.names, link.sources, self._column(link, name)))
-        kept = [(key, source, average) for key, source, average in pairs if source.dtype != average.dtype]
-        aside = {key: torch.empty_like(source) for key, source, _ in kept}
-        _copy_all(list(aside.values()), [source for _, source, _ in kept])
-        _copy_all([source for _, source, _ in kept], [average for *_, average in kept])
-        _swap_all([(source, average) for key, source, average in pairs if key not in aside])
-        self._swapped, self._aside = name, aside
+        averages = self._column(link, name)
+        differ = {i for i, source in enumerate(link.sources) if source.dtype != averages[i].dtype}
+        kept = sorted(differ | link.overlapping)
+        aside = {i: torch.empty_like(link.sources[i]) for i in kept}
+        _copy_all(list(aside.values()), [link.sources[i] for i in kept])
+        link.write([link.sources[i] for i in kept], [averages[i] for i in kept], kept)
+        _swap_all([pair for i, pair in enumerate(zip(link.sources, averages)) if i not in aside])
+        self._swapped, self._inside, self._aside = name, link, aside
 
     @_plan.eagerly
     @torch.no_grad()
     def _swap_out(self) -> None:
-        link, aside = self._current_link(), self._aside
-        pairs = list(zip(link.names, link.sources, self._column(link, self._swapped)))
-        kept = [key for key in link.names if key in aside]
-        _copy_all([source for key, source, _ in pairs if key in aside], [aside[key] for key in kept])
-        _swap_all([(source, average) for key, source, average in pairs if key not in aside])
-        self._swapped, self._aside = None, {}
+        if (link := self._inside) is None:
+            return
+        averages, aside = self._column(link, self._swapped), self._aside
+        sources = link.sources
+        if not link.fresh():
+            _reshard(self._model)  # after which it may be fresh again
+            sources = sources if link.fresh() else self._still_there(link)
+        link.write([sources[i] for i in aside], list(aside.values()), aside)
+        _swap_all([pair for i, pair in enumerate(zip(sources, averages)) if i not in aside])
+        self._swapped, self._inside, self._aside = None, None, {}
+
+    def _still_there(self, link: _Link) -> list[Tensor]:
+        """The model's present tensors in the places of the link's, but of those that are gone or have another shape the
+        old ones, which give the averages back what is theirs."""
+        params, buffers = _tensors_of(self._model)
+        now = {name: _local(tensor) for name, tensor in (params | buffers).items()}
+        pairs = [(now.get(name), old) for name, old in zip(link.names, link.sources)]
+        return [old if tensor is None or tensor.shape != old.shape else tensor for tensor, old in pairs]
 
     def _column(self, link: _Link, name: str) -> list[Tensor]:
         return link.averages[list(self._averages).index(name)]
@@ -1155,10 +1202,17 @@ class WeightAverager:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copies a state dict in. Raises ValueError, before anything is written, if its names or shapes differ."""
+        """Copies a state dict in. Raises ValueError, before anything is written, if its names or shapes differ, and
+        TypeError for what is no state dict."""
         self._refuse_inside("load_state_dict")
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         if absent := {"n_averaged", "calls", "averages"} - set(state_dict):
             raise ValueError(f"state_dict must be that of a WeightAverager: it misses {sorted(absent)}")
+        counts = {name: torch.as_tensor(state_dict[name]) for name in ("n_averaged", "calls")}
+        for name, count in counts.items():
+            if count.dim():
+                raise ValueError(f"state_dict: {name!r} must be 0-d, got shape {tuple(count.shape)}")
         averages = state_dict["averages"]
         if averages.keys() != self._averages.keys():
             raise ValueError(f"state_dict holds averages {sorted(averages)}, expected {sorted(self._averages)}")
@@ -1171,6 +1225,7 @@ class WeightAverager:
                     f"{sorted(saved.keys() - named.keys())} in excess"
                 )
             for key, average in named.items():
+                _checks.is_tensor(f"state_dict: {key!r} of average {name!r}", saved[key])
                 value = saved[key].to_local() if hasattr(saved[key], "to_local") else saved[key]
                 if value.shape != average.shape:
                     raise ValueError(
@@ -1180,8 +1235,8 @@ class WeightAverager:
                 pairs.append((average, value))
         for average, value in pairs:
             average.copy_(value)
-        self._clock.n_averaged.copy_(state_dict["n_averaged"])
-        self._clock.calls.copy_(state_dict["calls"])
+        self._clock.n_averaged.copy_(counts["n_averaged"])
+        self._clock.calls.copy_(counts["calls"])
 
 
 def _outward(average: Tensor, present: Tensor, swapped: bool) -> Tensor:

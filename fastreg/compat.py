@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import _checks, averaging
+from . import _checks, _plan, averaging
 from .max_norm import _threshold, max_norm_
 from .noise import drop_path_reference
 from .penalties import Perturbation, lp_penalty
@@ -61,6 +61,7 @@ class EMA:
     `apply_shadow()` before evaluation and `restore()` after it."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        _checks.is_module("model", model)
         self.model = model
         self.decay = averaging.EMA(decay).decay
         self.shadow: dict[str, Tensor] = {}
@@ -207,6 +208,7 @@ class FGM:
         self.model = model
         self._perturbation = Perturbation()
 
+    @_plan.eagerly
     @torch.no_grad()
     def attack(self, epsilon: float = 1.0, emb_name: str = "emb.") -> None:
         if not isinstance(emb_name, str):
@@ -214,6 +216,7 @@ class FGM:
         chosen = {name: param for name, param in self.model.named_parameters() if emb_name in name}
         self._perturbation.attack(chosen, epsilon)
 
+    @_plan.eagerly
     @torch.no_grad()
     def restore(self, emb_name: str = "emb.") -> None:
         self._perturbation.restore()

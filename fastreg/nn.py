@@ -87,6 +87,11 @@ class CrossEntropyLoss(nn.Module):
 
     _shown: tuple[str, ...] = ()
 
+    def _check_names(self, options: dict[str, Any]) -> None:
+        """Of a subclass that passes its options on: one that is none is to be said in its own name."""
+        for name in options.keys() - inspect.signature(CrossEntropyLoss).parameters.keys():
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
+
 
 class FocalLoss(CrossEntropyLoss):
     """Softmax focal loss (Lin et al. 2017), `fastreg.focal_loss` as a module; options as for CrossEntropyLoss."""
@@ -94,6 +99,7 @@ class FocalLoss(CrossEntropyLoss):
     def __init__(
         self, gamma: float = 2.0, alpha: float | Tensor | None = None, weight: Tensor | None = None, **options: Any
     ) -> None:
+        self._check_names(options)
         super().__init__(weight, gamma=gamma, alpha=alpha, **options)
 
 
@@ -108,6 +114,7 @@ class _FromCounts(CrossEntropyLoss):
     _vector = ""
 
     def __init__(self, counts: longtail.Counts, **options: Any) -> None:
+        self._check_names(options)
         if self._vector in options:
             raise TypeError(f"{self._vector} follows from the counts and must not be given")
         super().__init__(**options)
@@ -123,7 +130,7 @@ class _FromCounts(CrossEntropyLoss):
     def _apply(self, *args, **kwargs) -> "_FromCounts":
         vector = self._buffers[self._vector]
         super()._apply(*args, **kwargs)
-        if not vector.is_meta:
+        if vector is not None and not vector.is_meta:
             self._buffers[self._vector] = vector.to(self.counts.device)
         return self
 
@@ -238,10 +245,13 @@ class GroupNorm(nn.GroupNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | None = None,
     ) -> None:
         _checks.choice("activation", activation, ACTIVATIONS)
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        if not bias:  # torch's own argument of that name is not in torch 2.11
+            self.register_parameter("bias", None)
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -273,7 +283,7 @@ def replace_modules(model: nn.Module, group_norm: bool = True, fuse_activation: 
     modules and state_dict keys stay as they are. timm's GroupNorm, GroupNorm1 and GroupNormAct are taken too.
     With `fuse_activation`, a ReLU, SiLU or GELU that follows a GroupNorm in an `nn.Sequential` moves into it and
     leaves an `nn.Identity`; not where a hook would see the difference, nor where the GroupNorm stands in several
-    places.
+    places, nor where a module has a `forward` of its own, set on the instance as accelerate does.
     """
     _checks.is_module("model", model)
     report = Replacements()
@@ -297,7 +307,8 @@ def replace_modules(model: nn.Module, group_norm: bool = True, fuse_activation: 
 def _fuse_following(model: nn.Module, report: Replacements) -> None:
     places = Counter(child for parent in model.modules() for child in parent._modules.values())
     for prefix, parent in model.named_modules():
-        if not isinstance(parent, nn.Sequential) or type(parent).forward is not nn.Sequential.forward:
+        plain = isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
+        if not plain or _own_forward(parent):
             continue
         for (norm_name, norm), (act_name, act) in pairwise(parent._modules.items()):
             activation = _activation_name(act)
@@ -305,7 +316,7 @@ def _fuse_following(model: nn.Module, report: Replacements) -> None:
                 continue
             if places[norm] == 1 and not _hooked(norm) and not _hooked(act) and not act._forward_pre_hooks:
                 norm.activation = activation
-                setattr(parent, act_name, nn.Identity())
+                setattr(parent, act_name, nn.Identity().train(act.training))
                 report.group_norm[f"{prefix}.{norm_name}".lstrip(".")] = activation
 
 
@@ -316,6 +327,8 @@ _TIMM = ("GroupNorm", "GroupNorm1", *_TIMM_WITH_ACTIVATION)
 def _unlike_group_norm(module: nn.GroupNorm) -> str | None:
     """Why this instance of `nn.GroupNorm` is not one that `group_norm` computes."""
     kind = type(module)
+    if _own_forward(module):
+        return "it has a forward of its own"
     if kind is nn.GroupNorm:
         return None
     if not kind.__module__.startswith("timm.layers.") or kind.__name__ not in _TIMM:
@@ -338,8 +351,13 @@ def _activation_name(module: nn.Module | None) -> str | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether hooks see what the module returns, which fusion changes."""
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Whether hooks, or a forward in the place of the class's, see what the module returns, which fusion changes."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or _own_forward(module))
+
+
+def _own_forward(module: nn.Module) -> bool:
+    """Whether calls do not reach the forward of the module's class."""
+    return "forward" in vars(module)
 
 
 # ---- noise -----------------------------------------------------------------------------------------------

@@ -87,6 +87,10 @@ def test_objects_say_what_they_hold(made, expected):
             "rounding_seed must be an integer, got float",
         ),
         (lambda: fastreg.linear_cross_entropy(X, X, Y, chunk_size=True), "chunk_size must be an integer, got bool"),
+        (
+            lambda: fastreg.linear_cross_entropy(X, X, Y, options={"gamma": 2.0}),
+            "options must be a torch.nn.LinearCrossEntropyOptions, got dict",
+        ),
     ],
 )
 def test_wrong_kinds_of_argument_are_named(call, expected):
@@ -135,8 +139,48 @@ def test_type_checkers_see_every_option(function):
     for overload, answer in zip(typing.get_overloads(function), (losses.LossOutputs, torch.Tensor), strict=True):
         signature = inspect.signature(overload)
         assert signature.return_annotation is answer
-        named = {name: p.annotation for name, p in signature.parameters.items() if name != "options"}
+        named = {name: p.annotation for name, p in signature.parameters.items() if name != "loss_options"}
+        assert signature.parameters["loss_options"].annotation == typing.Unpack[losses.LossOptions]
         told = named | typing.get_type_hints(losses.LossOptions)
         assert {name: told[name] for name in wanted if name != "outputs"} == {
             name: annotation for name, annotation in wanted.items() if name != "outputs"
         }
+
+
+@pytest.mark.parametrize("function", [fastreg.focal_loss, fastreg.linear_cross_entropy])
+def test_signatures_name_every_option(function):
+    """What `help` and editors show: the options of cross_entropy with its defaults, and no others."""
+    wanted, told = (inspect.signature(f).parameters for f in (fastreg.cross_entropy, function))
+    own = {"gamma"} if function is fastreg.focal_loss else {"ignore_index"}
+    for name, parameter in wanted.items():
+        assert told[name].annotation == parameter.annotation or name in own
+        assert told[name].default == parameter.default or name in own
+    linear = {"linear_weight", "linear_bias", "chunk_size", "options"}
+    assert told.keys() - wanted.keys() == (linear if function is fastreg.linear_cross_entropy else set())
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("cross_entropy", lambda options: fastreg.cross_entropy(X, Y, **options)),
+        ("focal_loss", lambda options: fastreg.focal_loss(X, Y, **options)),
+        ("linear_cross_entropy", lambda options: fastreg.linear_cross_entropy(X, X, Y % 2, chunk_size=1, **options)),
+        ("FocalLoss", lambda options: fastreg.nn.FocalLoss(**options)),
+        ("LogitAdjustedLoss", lambda options: fastreg.nn.LogitAdjustedLoss([1, 2], **options)),
+        ("BalancedSoftmaxLoss", lambda options: fastreg.nn.BalancedSoftmaxLoss([1, 2], **options)),
+        ("LDAMLoss", lambda options: fastreg.nn.LDAMLoss([1, 2], **options)),
+        ("ClassBalancedLoss", lambda options: fastreg.nn.ClassBalancedLoss([1, 2], **options)),
+    ],
+)
+def test_misspelt_options_name_themselves_and_what_was_called(name, call):
+    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'label_smoothin'"):
+        call({"label_smoothin": 0.1})
+    call({"label_smoothing": 0.1})
+
+
+@pytest.mark.parametrize("option", ["label_smoothing", "gamma", "scale", "z_loss", "ignore_index"])
+def test_true_and_false_are_no_numbers_where_a_gradient_is_wanted_either(option):
+    """Whatever way the call takes: small losses without options have one of their own."""
+    for value in (False, True):
+        with pytest.raises(TypeError, match=f"{option} must be .*, got bool"):
+            fastreg.cross_entropy(X.clone().requires_grad_(), Y, **{option: value})

@@ -788,6 +788,17 @@ def test_a_model_whose_own_names_look_like_a_wrapper():
     averager = WeightAverager(net, {"a": EMA(0.5)})
     averager.update()
     assert averager.state_dict()["averages"]["a"].keys() == {"module.weight", "module.bias", "weight", "bias"}
+    averager.copy_to(nn.DataParallel(net), "a")
+    average = AveragedModel(net, EMA(0.5))
+    for wrapped in (net, nn.DataParallel(net), torch.compile(net, backend="eager")):
+        average.update_parameters(wrapped)
+    assert average.n_averaged.item() == 3
+    state = _saved(average.state_dict())
+    with torch.no_grad():
+        net.weight.fill_(3.0)
+    average.update_parameters(net)
+    average.load_state_dict(state)
+    assert_same(dict(average.state_dict()), dict(state))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -822,6 +833,14 @@ def test_models_that_cannot_be_averaged_are_refused():
         AveragedModel(net)
     with pytest.raises(TypeError, match="dense tensor with data"):
         WeightAverager(nn.Linear(2, 2, device="meta"), {"a": EMA()})
+    sparse = nn.Linear(2, 2)
+    sparse.register_buffer("edges", torch.eye(3).to_sparse())
+    lazy = nn.LazyBatchNorm1d(affine=False)
+    for make in (AveragedModel, lambda net: WeightAverager(net, {"a": EMA()})):
+        with pytest.raises(TypeError, match="buffer 'edges' must be a dense tensor with data"):
+            make(sparse)
+        with pytest.raises(ValueError, match="buffer 'running_mean' is not initialised yet"):
+            make(lazy)
     for kwargs, error in (
         ({"update_every": 0}, ValueError),
         ({"start_step": -1}, ValueError),
@@ -1260,6 +1279,73 @@ def test_a_model_that_changes_its_dtype_inside_swapped_gets_its_own_values_in_it
     assert_same(half(averager.state_dict()["averages"]["a"]), half(average))
 
 
+@pytest.mark.parametrize("average_dtype", [None, torch.float64], ids=str)
+def test_a_model_whose_buffers_change_inside_swapped_gets_back_what_is_its_own(average_dtype):
+    for change in (
+        lambda net: net.register_buffer("mask", torch.ones(2)),
+        lambda net: setattr(net, "cache", torch.zeros(5)),
+        lambda net: setattr(net, "cache", None),
+        lambda net: setattr(net[3], "bias", None),
+        lambda net: setattr(
+            net, "cache", torch.full((3,), 7.0)
+        ),  # in its place: it is the average's, as with update_bn
+    ):
+        net = model()
+        net.register_buffer("cache", torch.ones(3))
+        averager = WeightAverager(net, {"a": EMA(0.5)}, dtype=average_dtype)
+        for step in range(2):
+            train_step(net, step)
+            averager.update()
+        mine, average = tensors(net), copy.deepcopy(averager.state_dict()["averages"]["a"])
+        with averager.swapped("a"):
+            change(net)
+        now = tensors(net)
+        kept = [name for name in mine if name in now and now[name].shape == mine[name].shape]
+        assert len(kept) >= len(mine) - 1
+        assert_same({name: now[name] for name in kept}, {name: mine[name] for name in kept})
+        if now.keys() != mine.keys() or len(kept) < len(mine):
+            with pytest.raises(ValueError, match=r"mask|cache|3\.bias"):
+                averager.update()
+            assert_same(averager._averages["a"], average)
+
+
+def test_tensors_of_a_model_that_share_memory_are_swapped_and_restored():
+    encoder, decoder = nn.Linear(3, 4), nn.Linear(4, 3)
+    decoder.weight = nn.Parameter(encoder.weight.detach().t())
+    net = nn.Sequential(encoder, decoder)
+    net.register_buffer("scale", torch.ones(1, 1).expand(2, 3))
+    averager = WeightAverager(net, {"a": EMA(0.5)})
+    for step in range(2):
+        with torch.no_grad():
+            for param in (encoder.weight, encoder.bias, decoder.bias):
+                param.add_(step + 1.0)
+        net.scale = torch.full((1, 1), 2.0).expand(2, 3)
+        averager.update()
+    mine, average = tensors(net), copy.deepcopy(averager.state_dict()["averages"]["a"])
+    with averager.swapped("a"):
+        assert_same(tensors(net), average)
+        assert_same(averager.state_dict()["averages"]["a"], average)
+    assert_same(tensors(net), mine)
+    assert_same(averager.state_dict()["averages"]["a"], average)
+    averager.copy_to(net, "a")
+    assert_same(tensors(net), average)
+
+
+@pytest.mark.parametrize("convert", [torch.jit.script, lambda net: torch.jit.trace(net, torch.randn(2, 3, 3, 3))])
+def test_models_of_torchscript(convert):
+    plain, net = model().eval(), convert(model().eval())
+    averages = [(each, AveragedModel(each, EMA(0.5)), WeightAverager(each, {"a": EMA(0.5)})) for each in (plain, net)]
+    for each, average, averager in averages:
+        for step in range(3):
+            train_step(each, step)
+            average.update_parameters(each)
+            averager.update()
+    (_, plain_average, _), (_, average, averager) = averages
+    assert_same(tensors(average.module), tensors(plain_average.module))
+    with averager.swapped("a"):
+        assert_same(tensors(net), tensors(plain_average.module))
+
+
 def test_inside_swapped_what_would_go_wrong_is_refused():
     net = model()
     averager = WeightAverager(net, {"a": EMA(0.5)})
@@ -1335,6 +1421,14 @@ def test_averager_state_dict_round_trip(device):
     before = copy.deepcopy(whole.state_dict()["averages"])
     with pytest.raises(ValueError, match=r"'3\.bias' of average 'b' must have shape"):
         whole.load_state_dict(state)
+    zeros = {name: {key: torch.zeros_like(t) for key, t in named.items()} for name, named in before.items()}
+    with pytest.raises(ValueError, match="'calls' must be 0-d"):
+        whole.load_state_dict({**whole.state_dict(), "averages": zeros, "calls": torch.ones(1)})
+    zeros["b"]["3.bias"] = 3
+    with pytest.raises(TypeError, match=r"'3\.bias' of average 'b' must be a tensor"):
+        whole.load_state_dict({**whole.state_dict(), "averages": zeros})
+    with pytest.raises(TypeError, match="must be a mapping"):
+        whole.load_state_dict(None)
     assert_same(whole.state_dict()["averages"]["a"], before["a"])
 
 

@@ -161,6 +161,7 @@ def test_regularization_refuses_a_weight_decay_of_zero_or_less(weight_decay):
         (lambda: compat.Regularization(3, 0.1), "model must be a torch.nn.Module, got int"),
         (lambda: compat.Regularization(article_net(), "0.1"), "weight_decay must be a number, got str"),
         (lambda: compat.FGM(3), "model must be a torch.nn.Module, got int"),
+        (lambda: compat.EMA(3, 0.9), "model must be a torch.nn.Module, got int"),
         (lambda: compat.FGM(TextNet()).attack(1.0, 3), "emb_name must be a string, got int"),
         (lambda: compat.drop_connect(3, 0.5, True), "inputs must be a tensor, got int"),
     ],
