@@ -121,7 +121,7 @@ def soft_threshold(x: Tensor, tau: float | Tensor) -> Tensor:
     _check_float("x", x)
     if not isinstance(tau, Tensor):
         _checks.in_range("tau", tau, 0.0)
-        tau = x.new_full((), tau)
+        tau = x.new_full((), tau, dtype=_computed_in(x))
     _check_float("tau", tau)
     _checks.same_device("tau", tau, "x", x)
     tau = _align_threshold(x, tau)
@@ -146,7 +146,7 @@ _RUN = 4096  # elements that are summed together where one threshold serves all
 
 def _runs(x: Tensor, tau: Tensor) -> tuple[Tensor, int, int, int, int]:
     """tau flat in the dtype of computation, and how the runs of elements of x find theirs in it: see _ops.py."""
-    flat = tau.to(torch.float64 if x.dtype == torch.float64 else torch.float32).reshape(-1)
+    flat = tau.to(_computed_in(x)).reshape(-1)
     if tau.numel() == 1:
         return flat, _RUN, 1, 0, 0
     samples, channels = tau.shape[:2]
@@ -216,6 +216,10 @@ def _check_float(name: str, value: object) -> None:
     _checks.dtype_in(name, value, _checks.FLOATS)
 
 
+def _computed_in(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def check_drop_path(name: str, p: float, mode: str) -> None:
     _checks.in_range(name, p, 0.0, 1.0)
     _checks.choice("mode", mode, ("row", "batch"))
@@ -226,7 +230,7 @@ def check_drop_path(name: str, p: float, mode: str) -> None:
 
 def drop_path_reference(x: Tensor, mask: Tensor, p: float, residual: Tensor | None = None) -> Tensor:
     """The formula in plain PyTorch, given the mask of zeros and ones, (N,) or (1,)."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(_computed_in(x))
     mask = mask.to(wide.dtype).reshape([-1, *[1] * (x.dim() - 1)]) if x.dim() else mask.to(wide.dtype).reshape(())
     # A dropped branch leaves nothing behind, not even the NaN of 0 · inf.
     out = torch.where(mask != 0, wide * (mask / max(1.0 - p, torch.finfo(torch.float32).tiny)), 0)
@@ -237,7 +241,7 @@ def drop_path_reference(x: Tensor, mask: Tensor, p: float, residual: Tensor | No
 
 def soft_threshold_reference(x: Tensor, tau: Tensor) -> Tensor:
     """The formula in plain PyTorch; tau broadcasts against x."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(_computed_in(x))
     tau = tau.to(wide.dtype)
     tau = tau.masked_fill(tau < 0, 0)  # since torch 2.14 clamp(min=0) has no derivative at 0
     return torch.where(wide.abs() > tau, wide - tau * wide.sign(), wide * 0).to(x.dtype)

@@ -165,7 +165,7 @@ def test_linear_drop_rates():
 def test_soft_threshold(dtype, tau_shape, shape):
     x = torch.randn(shape).to(dtype).requires_grad_()
     if tau_shape is None:
-        tau, per_element = 0.4, torch.tensor(0.4, dtype=dtype).double()
+        tau, per_element = 0.4, torch.tensor(0.4).double() if dtype != torch.float64 else torch.tensor(0.4, dtype=dtype)
     else:
         tau = torch.rand(tau_shape).to(dtype).requires_grad_()
         per_element = tau.detach().double()
@@ -186,6 +186,15 @@ def test_soft_threshold(dtype, tau_shape, shape):
         want = slope.sum_to_size(per_element.shape).reshape(tau.shape)
         bound = torch.finfo(dtype).eps * (want.abs() + math.sqrt(x.numel()) * slope.abs().max())
         assert ((tau.grad.double() - want).abs() <= bound).all()
+
+
+def test_a_threshold_that_is_a_number_is_not_rounded_to_the_dtype_of_x():
+    x = torch.tensor([0.302734375, 0.30078125, -0.5], dtype=torch.bfloat16, requires_grad=True)
+    want = nn.functional.softshrink(x.detach().float(), 0.3).bfloat16()
+    out = fastreg.soft_threshold(x, 0.3)
+    assert torch.equal(out, want)
+    out.sum().backward()
+    assert x.grad.eq(1).all()  # of 0.30078125 too, which is what bf16 makes of 0.3
 
 
 def test_soft_threshold_special_values():
