@@ -75,7 +75,7 @@ def lp_penalty_backward_(
     device = tensors[0].device.type if tensors else "cpu"
     backend = _backends.choose("lp_penalty_backward_", device, _refuse_in_place, tensors, p)
     if backend != "reference" and tensors:
-        return _backward_in_place(backend, tensors, leaves, float(p), weight, squared)
+        return _backward_in_place(backend, tensors, float(p), weight, squared)
     with torch.enable_grad():
         penalty = lp_penalty_reference(tensors, p, squared=squared)
     if leaves:
@@ -162,21 +162,22 @@ class _LpPenalty(torch.autograd.Function):
         return None, None, None, *grads
 
 
-def _backward_in_place(
-    backend: str, tensors: list[Tensor], leaves: list[Tensor], p: float, weight: float | Tensor, squared: bool
-) -> Tensor:
+def _backward_in_place(backend: str, tensors: list[Tensor], p: float, weight: float | Tensor, squared: bool) -> Tensor:
     plan, penalty, norms = _forward(backend, p, squared, tensors)
-    for tensor in leaves:
-        if tensor.grad is None:
-            tensor.grad = torch.zeros_like(tensor)
-    grads = [tensor.grad if tensor.requires_grad else None for tensor in tensors]
     if isinstance(weight, Tensor):
         weight = weight.to(torch.float64)
     else:
         weight = torch.full((), weight, dtype=torch.float64, device=norms.device)
-    outs = _addresses(grads, norms.device)
-    _backward[backend](plan.table, plan.chunks, plan.chunk, outs, norms, weight, p, squared, True)
-    torch.autograd.graph.increment_version([grad for grad in grads if grad is not None])
+    present = [tensor.grad if tensor.requires_grad else None for tensor in tensors]
+    created = [torch.empty_like(tensor) if tensor.requires_grad and tensor.grad is None else None for tensor in tensors]
+    for grads, add in ((present, True), (created, False)):
+        if any(grad is not None for grad in grads):
+            outs = _addresses(grads, norms.device)
+            _backward[backend](plan.table, plan.chunks, plan.chunk, outs, norms, weight, p, squared, add)
+    torch.autograd.graph.increment_version([grad for grad in present if grad is not None])
+    for tensor, grad in zip(tensors, created):
+        if grad is not None:
+            tensor.grad = grad
     return penalty
 
 
@@ -187,7 +188,8 @@ class Penalty:
         module: its parameters are looked up once, now.
         l1, l2: at least 0.
         include: which parameters: those whose name contains this string (or one of these strings), or for which
-            `include(name, parameter)` is true. The default leaves biases out.
+            `include(name, parameter)` is true. "weight" is looked for in what the parameter itself is called, whatever
+            holds it: the default leaves biases out, that of a module called reweight too.
 
     Calling it gives the term as a 0-d tensor; `names` lists the parameters. `add_grad()` adds the term's gradient to
     the parameters' `.grad` without a graph and returns the term.
@@ -447,13 +449,20 @@ def _select(module: nn.Module, include: str | Iterable[str] | Callable[[str, Ten
         parts = [include] if isinstance(include, str) else list(include)
         if odd := [part for part in parts if not isinstance(part, str)]:
             raise TypeError(f"include must be strings or a function, got {type(odd[0]).__name__}")
-        chosen = {name: param for name, param in module.named_parameters() if any(part in name for part in parts)}
+        chosen = {name: p for name, p in module.named_parameters() if any(_contains(name, part) for part in parts)}
     else:
         chosen = {name: param for name, param in module.named_parameters() if include(name, param)}
     if not chosen:
         names = [name for name, _ in module.named_parameters()]
         raise ValueError(f"include must match a parameter's name, got {include!r} for {names}")
     return chosen
+
+
+def _contains(name: str, part: str) -> bool:
+    if part == "weight":  # not in the name of a module; parametrised, it is called <module>.parametrizations.weight.…
+        path = name.split(".")
+        name = path[path.index("parametrizations") + 1] if "parametrizations" in path else path[-1]
+    return part in name
 
 
 def _check_tensors(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:

@@ -252,6 +252,16 @@ def test_penalty_leaves_biases_out():
     assert model[0].bias.grad is None
 
 
+def test_a_weight_is_what_the_parameter_is_called_and_not_its_module():
+    model = nn.ModuleDict({"reweight": nn.Linear(2, 2), "cell": nn.LSTM(2, 2)})
+    nn.utils.parametrizations.weight_norm(model["reweight"])
+    originals = [f"reweight.parametrizations.weight.original{i}" for i in range(2)]
+    assert fastreg.Penalty(model, l2=1.0).names == [*originals, "cell.weight_ih_l0", "cell.weight_hh_l0"]
+    model = nn.ModuleDict({"reweight": nn.Linear(2, 2)})
+    assert fastreg.Penalty(model, l2=1.0).names == ["reweight.weight"]
+    assert fastreg.Penalty(model, l2=1.0, include="reweight").names == ["reweight.weight", "reweight.bias"]
+
+
 def test_penalty_include_and_errors():
     model = net()
     assert fastreg.Penalty(model, l2=1.0, include=["0.", "2.bias"]).names == ["0.weight", "0.bias", "2.bias"]
