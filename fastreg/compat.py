@@ -109,13 +109,14 @@ class MaxNorm_via_PGD:
     step.
 
     Args:
-        thresh: each weight's cap is min + thresh · (max - min) of its row norms; biases have none.
+        thresh: each weight's cap is min + thresh · (max - min) of its row norms to the power tau; biases have none.
         LpNorm, tau: order of the norm, and its power, as in `fastreg.max_norm_`.
         layers: names of the modules to constrain. By default `model.encoder.fc`, or where there is none the last two
             `nn.Linear` among the model's children, or else the last `nn.Linear` anywhere in it.
 
-    Corrected: layers with one output unit work; tau is applied once; rows with NaN or Inf do no harm; every layer
-    that has a threshold is projected; the host does not wait for the GPU. `PGD` returns the number of rows scaled.
+    Corrected: layers with one output unit work; tau is applied once, and to what sets the caps too; rows with NaN or
+    Inf do no harm; every layer that has a threshold is projected; the host does not wait for the GPU. `PGD` returns
+    the number of rows scaled.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class MaxNorm_via_PGD:
 
     def setPerLayerThresh(self, model: nn.Module) -> None:
         self.perLayerThresh = [
-            _threshold(param, self.thresh, self.LpNorm, 0) if param.dim() > 1 else float("inf")
+            _threshold(param, self.thresh, self.LpNorm, 0, self.tau) if param.dim() > 1 else float("inf")
             for param in self._parameters(model)
         ]
 

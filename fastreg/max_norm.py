@@ -282,13 +282,13 @@ class _Constraint(ABC):
 
         def after_step(optimizer, args, kwargs):
             self.steps += 1
-            if self.steps % every == 0:
-                self._after(optimizer)
+            self._after(optimizer, self.steps % every == 0)
 
         return optimizer.register_step_post_hook(after_step)
 
-    def _after(self, optimizer: torch.optim.Optimizer) -> None:
-        self.project()
+    def _after(self, optimizer: torch.optim.Optimizer, projects: bool) -> None:
+        if projects:
+            self.project()
 
     def state_dict(self) -> dict:
         return {"steps": self.steps}
@@ -312,11 +312,12 @@ class MaxNorm(_Constraint):
         params_or_module: a tensor, tensors, or a module, which stands for its parameters of two dimensions or more.
         max_norm: the cap, or a list with one cap per tensor, each as in `max_norm_`; for a module also a mapping of
             parameter names to caps, which then are the only ones constrained.
-        thresh: instead of max_norm, fixes each tensor's cap now, from its present weights: `max_norm_threshold`.
+        thresh: instead of max_norm, fixes each tensor's cap now, from its present weights, as `max_norm_threshold`
+            does, but from its rows' norms to the power `tau`, with which it is compared: 1 moves no row.
         p, dim, tau: as in `max_norm_`.
-        weight_decay: decoupled weight decay, applied by the projections of an attached optimizer in the same pass:
-            w ← w · (1 - lr · weight_decay), lr the learning rate of w's parameter group (a number or a tensor). Leave
-            the optimizer's own at 0 for these weights.
+        weight_decay: decoupled weight decay after every step of an attached optimizer, in the same pass as the
+            projection where there is one: w ← w · (1 - lr · weight_decay), lr the learning rate of w's parameter group
+            (a number or a tensor). Leave the optimizer's own at 0 for these weights.
 
     Example:
         >>> constraint = fastreg.MaxNorm(model.fc, thresh=0.1)
@@ -348,7 +349,7 @@ class MaxNorm(_Constraint):
         if thresh is not None:
             _checks.finite_at_least("thresh", thresh, 0.0)
             # Kept in fp64: with thresh = 1 the cap is the largest norm, and rounding it would move that row.
-            self.caps: list[Cap] = [_threshold(param, thresh, p, dim) for param in self.params]
+            self.caps: list[Cap] = [_threshold(param, thresh, p, dim, tau) for param in self.params]
         else:
             self.caps = _caps(self.params, list(max_norm.values()) if named else max_norm, "max_norm", dim)
         self.total = _no_rows(self.params)
@@ -378,9 +379,9 @@ class MaxNorm(_Constraint):
             self.total = _as_shares(self.total, count) + count
         return count
 
-    def _after(self, optimizer: torch.optim.Optimizer) -> None:
+    def _after(self, optimizer: torch.optim.Optimizer, projects: bool) -> None:
         if not self.weight_decay:
-            self.project()
+            super()._after(optimizer, projects)
             return
         self._follow()
         rates = {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
@@ -390,7 +391,7 @@ class MaxNorm(_Constraint):
             key = id(rate) if isinstance(rate, Tensor) else rate
             by_rate.setdefault((type(rate), key), (rate, []))[1].append(index)
         for rate, indices in by_rate.values():
-            params, caps = [self.params[i] for i in indices], [self.caps[i] for i in indices]
+            params, caps = [self.params[i] for i in indices], [self.caps[i] if projects else math.inf for i in indices]
             self._project(params, caps, rate * self.weight_decay)
 
     def state_dict(self) -> dict:
@@ -580,12 +581,9 @@ def _run(
     if launch is None:
         _check_written(tensors, dim)
         count = _no_rows(tensors)
-        seen: set[int] = set()
         with torch.no_grad():
-            for tensor, cap in zip(tensors, caps):
-                if tensor.numel() and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    count = count + _REFERENCES[kind](tensor, cap, p=p, dim=dim, tau=tau, decay=decay)
+            for index in _each_once(tensors):
+                count = count + _REFERENCES[kind](tensors[index], caps[index], p=p, dim=dim, tau=tau, decay=decay)
         return count
     count = launch()
     torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
@@ -754,6 +752,17 @@ def _box(tensor: Tensor, dim: int) -> list[tuple[int, int]]:
     return box
 
 
+def _each_once(tensors: list[Tensor]) -> list[int]:
+    """The indices of those with elements, of several that are the same memory in the same way the first."""
+    first: dict[object, int] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.numel():
+            known = _refuse_any(tensor) is None  # else it may have no address
+            where = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if known else id(tensor)
+            first.setdefault(where, index)
+    return list(first.values())
+
+
 def _piece(length: int) -> int:
     """Elements of the pieces of a row: a power of two."""
     return max(_PIECE, 1 << (-(-length // _PIECES) - 1).bit_length())
@@ -763,12 +772,8 @@ def _build(tensors: list[Tensor], dim: int, places: tuple[tuple[int, int], ...],
     """A chunk is a run of short rows or, after all of those, a piece of a row of more than `_SPLIT` elements."""
     _check_written(tensors, dim)
     table, whole, pieces, longest = [], [], [], 0
-    seen: set[tuple] = set()
-    for tensor, (cap, step) in zip(tensors, places):
-        where = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if not tensor.numel() or where in seen:
-            continue
-        seen.add(where)
+    for index in _each_once(tensors):
+        tensor, (cap, step) = tensors[index], places[index]
         rows = tensor.shape[dim] if tensor.dim() else 1
         stride = tensor.stride(dim) if tensor.dim() else 1
         length = tensor.numel() // rows
@@ -1060,13 +1065,15 @@ def _wide_norms(tensor: Tensor, p: float, dim: int) -> Tensor:
     return _norms_forward[backend](_as_rows(tensor, dim)[0], float(p))
 
 
-def _threshold(tensor: Tensor, thresh: float, p: float, dim: int) -> Tensor:
+def _threshold(tensor: Tensor, thresh: float, p: float, dim: int, tau: float = 1.0) -> Tensor:
+    """min + thresh · (max - min) of norm^tau, in the widest dtype."""
     tensor = tensor.detach()
     wide = torch.float32 if tensor.device.type == "mps" else torch.float64
     if not tensor.numel():
         return torch.full((), math.inf, dtype=wide, device=tensor.device)
     norms = _wide_norms(tensor, p, dim)
     finite = norms.isfinite()
+    norms = norms**tau
     low, high = torch.where(finite, norms, math.inf).amin(), torch.where(finite, norms, 0).amax()
     return torch.where(finite.any(), torch.lerp(low, high, thresh), math.inf)
 

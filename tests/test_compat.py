@@ -107,6 +107,18 @@ def test_max_norm_applies_tau_once():
     torch.testing.assert_close(model.encoder.fc.weight.detach(), want)
 
 
+@pytest.mark.parametrize("tau", [0.5, 2])
+def test_max_norm_s_thresholds_are_of_what_they_are_compared_with(tau):
+    model = LongTailNet()
+    before = model.encoder.fc.weight.detach().clone()
+    assert compat.MaxNorm_via_PGD(thresh=1.0, tau=tau).PGD(model).item() == 0
+    assert torch.equal(model.encoder.fc.weight, before)
+    pgd = compat.MaxNorm_via_PGD(thresh=0.3, tau=tau)
+    pgd.setPerLayerThresh(model)
+    powers = before.double().norm(dim=1) ** tau
+    torch.testing.assert_close(pgd.perLayerThresh[0], torch.lerp(powers.min(), powers.max(), 0.3))
+
+
 def test_max_norm_finds_the_last_linear_layers_of_any_model():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3), nn.Linear(3, 2, bias=False))
     pgd = compat.MaxNorm_via_PGD(thresh=0.5)

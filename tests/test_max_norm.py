@@ -510,6 +510,13 @@ def test_tied_weights_count_once():
     assert fastreg.max_norm_([w, w], 1.0).item() == 3
 
 
+@pytest.mark.parametrize("other", [lambda w: w.view(2, 4), lambda w: nn.Parameter(w), lambda w: w[:]])
+def test_the_same_memory_under_another_object_counts_once(other):
+    w = torch.ones(2, 4)
+    assert fastreg.max_norm_([w, other(w)], [100.0, 0.0], decay=0.5).item() == 0
+    assert torch.equal(w, torch.full((2, 4), 0.5))
+
+
 def test_leaf_parameter_is_written_without_a_graph_and_its_version_moves():
     w = nn.Parameter(torch.ones(3, 4))
     version = w._version
@@ -949,6 +956,20 @@ def test_thresh_fixes_the_caps_from_the_present_weights():
     assert constraint.project().item() == 4
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 1.9, 2.0, 5.0])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+def test_thresh_is_one_of_the_norms_to_the_power_tau(tau, p):
+    w = torch.randn(5, 30) * 2
+    before, powers = w.clone(), norms64(w, p) ** tau
+    assert fastreg.MaxNorm(w, thresh=1.0, p=p, tau=tau).project().item() == 0 and torch.equal(w, before)
+    constraint = fastreg.MaxNorm(w, thresh=0.3, p=p, tau=tau)
+    cap = powers.min() + 0.3 * (powers.max() - powers.min())
+    torch.testing.assert_close(constraint.caps[0], cap)
+    assert constraint.project().item() == int((powers > cap).sum())
+    want = norms64(before, p) * torch.where(powers > cap, cap / powers, 1)
+    torch.testing.assert_close(norms64(w, p), want, rtol=2**-20, atol=0)
+
+
 def train(net, optimizer, steps):
     for _ in range(steps):
         optimizer.zero_grad()
@@ -1028,6 +1049,25 @@ def test_weight_decay_with_the_group_s_learning_rate():
     optimizer.step()
     assert torch.equal(a.detach(), torch.full((2, 4), 0.95)) and torch.equal(b.detach(), torch.full((2, 4), 0.9))
     assert c.eq(1).all()
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_weight_decay_acts_at_every_step_whatever_the_number_of_projections(rate):
+    """Beside the decoupled decay of torch.optim, which without gradients is all that AdamW does."""
+    a, b, small = (nn.Parameter(torch.ones(2, 4)) for _ in range(3))
+    constraint = fastreg.MaxNorm([a, small], [100.0, 0.5], weight_decay=0.5)
+    ours, theirs = torch.optim.SGD([a, small], lr=rate), torch.optim.AdamW([b], lr=rate, weight_decay=0.5)
+    constraint.attach(ours, every=3)
+    for parameter in (a, b, small):
+        parameter.grad = torch.zeros_like(parameter)
+    for step in range(1, 6):
+        ours.step(), theirs.step()
+        torch.testing.assert_close(a, b)
+        if step < 3:
+            torch.testing.assert_close(small, b)
+            assert constraint.total.item() == 0
+    assert constraint.total.item() == 2
+    torch.testing.assert_close(small, torch.full((2, 4), 0.25 * 0.95**2))
 
 
 def test_weight_decay_with_a_learning_rate_in_a_tensor():
