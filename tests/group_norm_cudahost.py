@@ -9,6 +9,7 @@ from tests.proving import cudahost
 
 MULTIPROCESSORS = 4  # of the imagined GPU: few, so that small tests have larger slabs
 SHARED_BYTES = 227 << 10
+CAPABILITY = 80  # without clusters
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
@@ -31,12 +32,13 @@ def _parameter(tensor):
     return tensor, 0 if tensor is None else _CODES[tensor.dtype]
 
 
-def _workspace(input, groups, backward, last):
+def workspace(input, groups, backward, last):
     n, channels, positions = input.shape
     size = np.zeros(1, np.int64)
     _kernels().group_norm_workspace(
-        _CODES[input.dtype], backward, last, n, channels, groups, positions, MULTIPROCESSORS, SHARED_BYTES, size
-    )
+        _CODES[input.dtype], backward, last, n, channels, groups, positions, MULTIPROCESSORS, SHARED_BYTES, CAPABILITY,
+        size,
+    )  # fmt: skip
     return np.full(size[0], 0xFF, np.uint8)  # NaN, whatever the type
 
 
@@ -50,7 +52,7 @@ def group_norm_forward(input, num_groups, weight, bias, eps, activation, residua
     _kernels().group_norm_forward(
         _CODES[input.dtype], last, n, channels, num_groups, positions, *_rows(input, last), *_rows(residual, last),
         *_parameter(weight), *_parameter(bias), *_rows(output, last), stats if save_stats else None,
-        _workspace(input, num_groups, False, last), eps, activation, MULTIPROCESSORS, SHARED_BYTES,
+        workspace(input, num_groups, False, last), eps, activation, MULTIPROCESSORS, SHARED_BYTES, CAPABILITY,
     )  # fmt: skip
     return output, stats
 
@@ -67,6 +69,6 @@ def group_norm_backward(grad_output, input, num_groups, weight, bias, activation
         _CODES[input.dtype], last, n, channels, num_groups, positions, *_rows(grad_output, last),
         *_rows(input, last), *_rows(residual, last), *_parameter(weight), *_parameter(bias), stats,
         *_rows(dx, last), *_rows(dr, last), *_parameter(dweight), *_parameter(dbias),
-        _workspace(input, num_groups, True, last), activation, MULTIPROCESSORS, SHARED_BYTES,
+        workspace(input, num_groups, True, last), activation, MULTIPROCESSORS, SHARED_BYTES, CAPABILITY,
     )  # fmt: skip
     return tuple(grads)

@@ -176,11 +176,13 @@ def check_cuda(shape, groups, layout, dtype=torch.float32, activation="silu", re
     return mine
 
 
-def small_gpu(monkeypatch, shared_bytes):
-    """Of many multiprocessors with little shared memory: calls are cut into slabs, as many as there can be."""
+def small_gpu(monkeypatch, shared_bytes, capability=80):
+    """Of many multiprocessors with little shared memory: calls are cut into slabs, as many as there can be, or shared
+    by clusters where there are any (capability 90)."""
     monkeypatch.setenv("CUDAHOST_SHARED_BYTES", str(shared_bytes))
     monkeypatch.setattr(group_norm_cudahost, "MULTIPROCESSORS", 1000)
     monkeypatch.setattr(group_norm_cudahost, "SHARED_BYTES", shared_bytes)
+    monkeypatch.setattr(group_norm_cudahost, "CAPABILITY", capability)
 
 
 layouts = pytest.mark.parametrize("layout", ["first", "last"])
@@ -204,11 +206,30 @@ def test_cuda_groups_on_chip(case, layout):
 
 @needs_cudahost
 @layouts
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case", CUT, ids=str)
-def test_cuda_larger_groups(case, layout, monkeypatch):
-    small_gpu(monkeypatch, 40 << 10)
+def test_cuda_larger_groups(case, capability, layout, monkeypatch):
+    small_gpu(monkeypatch, 40 << 10, capability)
     check_cuda(*case, layout, residual=True)
     check_cuda(*case, layout, torch.bfloat16)
+
+
+@needs_cudahost
+@layouts
+def test_cuda_clusters_are_as_large_as_the_gpu_wants(layout, monkeypatch):
+    """Blocks of more than 64 KB give every multiprocessor one; where eight blocks to a group are less than a quarter of
+    them, the groups are cut."""
+
+    def blocks(multiprocessors, capability, *shape):  # of a group
+        monkeypatch.setattr(group_norm_cudahost, "MULTIPROCESSORS", multiprocessors)
+        monkeypatch.setattr(group_norm_cudahost, "CAPABILITY", capability)
+        size = group_norm_cudahost.workspace(laid_out(tensor(*shape), layout), 1, False, layout == "last").size
+        return (size - 16) // 24 if size else 1  # three numbers each, and the statistics
+
+    assert [blocks(n, 90, 1, 64, 2241) for n in (1, 4, 8, 32)] == [4, 4, 8, 8]  # 560 KB
+    assert blocks(33, 90, 1, 64, 2241) > 8 and blocks(4, 80, 1, 64, 2241) > 8
+    assert [blocks(n, 90, 1, 64, 561) for n in (1, 2)] == [1, 2]  # 140 KB
+    assert [blocks(n, 80, 1, 64, 561) for n in (1, 4)] == [1, 1]
 
 
 @needs_cudahost
@@ -249,12 +270,12 @@ def test_cuda_strided_and_unaligned(layout):
 
 @needs_cudahost
 @layouts
-@pytest.mark.parametrize("cut", [False, True], ids=["on chip", "cut"])
-def test_cuda_hard_values(layout, cut, monkeypatch):
+@pytest.mark.parametrize("capability", [None, 80, 90], ids=["on chip", "cut", "cluster"])
+def test_cuda_hard_values(layout, capability, monkeypatch):
     """A mean far from zero, squares that overflow, NaN and infinity that stay in their group, equal elements."""
-    if cut:
-        small_gpu(monkeypatch, 40 << 10)
-    shape, groups = ((1, 8, 4100), 2) if cut else ((2, 8, 48), 2)
+    if capability:
+        small_gpu(monkeypatch, 40 << 10, capability)
+    shape, groups = ((1, 8, 4100), 2) if capability else ((2, 8, 48), 2)
     for mean in (1e2, 1e4, 1e6):
         check_cuda(shape, groups, layout, mean=mean)
     weight, bias = affine(8)
@@ -288,27 +309,29 @@ def test_cuda_one_element_per_group(layout):
 
 @needs_cudahost
 @layouts
-@pytest.mark.parametrize(("case", "cut"), [(((2, 64, 64), 8), False), (((1, 40, 8224), 4), True)], ids=str)
-def test_cuda_bytes(case, cut, layout, monkeypatch):
+@pytest.mark.parametrize("kind", ["on chip", "cluster", "cut"])
+def test_cuda_bytes(kind, layout, monkeypatch):
     """On chip x once and y once, then x and dy once and dx once; larger groups x twice, then x and dy twice."""
     from tests.proving.traffic import traffic
 
-    if cut:
+    shape, groups = ((2, 64, 64), 8) if kind == "on chip" else ((1, 40, 8224), 4)
+    if kind == "cluster":  # 330 KB
+        monkeypatch.setattr(group_norm_cudahost, "CAPABILITY", 90)
+    elif kind == "cut":
         small_gpu(monkeypatch, 24 << 10)
         monkeypatch.setattr(group_norm_cudahost, "MULTIPROCESSORS", 4)  # slabs as large as they get
-    shape, groups = case
     x, grad_out = (laid_out(tensor(*shape, seed=i), layout) for i in (0, 7))
     with traffic() as log:
         y, dx, *_ = run_cuda(x, groups, *affine(shape[1]), "silu", None, grad_out)
-    times = 2 if cut else 1
-    assert len(log) == (7 if cut else 3)
-    forward, backward = log[:3] if cut else log[:1], log[3:] if cut else log[1:]
+    times = 2 if kind == "cut" else 1
+    assert len(log) == (7 if kind == "cut" else 3)
+    forward, backward = log[: 2 * times - 1], log[2 * times - 1 :]
     for read, launches in ((x, forward), (x, backward), (grad_out, backward)):
         reads = sum(launch.reads(read) for launch in launches)
         # A slab's first element stands for its mean until that is known: each block reads it more than once.
         assert reads.min() == times and (reads > times).double().mean() <= 0.005
     assert (log.writes(y) == 1).all() and (log.writes(dx) == 1).all()
-    small = 0.05 if cut else 0.25  # parameters and statistics, once a block: much where the tensor is small
+    small = 0.25 if kind == "on chip" else 0.05  # parameters and statistics, once a block: much where x is small
     assert sum(launch.moved for launch in forward) <= (times + 1 + small) * x.nbytes
     assert sum(launch.moved for launch in backward) <= (2 * times + 1 + small) * x.nbytes
 
@@ -316,12 +339,13 @@ def test_cuda_bytes(case, cut, layout, monkeypatch):
 def cuda_calls():
     """What the sanitizers watch: every kernel of the file, with and without vectors."""
     for layout in ("first", "last"):
-        for shared_bytes, (shape, groups) in (
-            *((227 << 10, case) for case in SHAPES),
-            *((24 << 10, case) for case in CUT),
+        for shared_bytes, capability, (shape, groups) in (
+            *((227 << 10, 80, case) for case in SHAPES),
+            *((24 << 10, 80, case) for case in CUT),
+            *((40 << 10, 90, case) for case in CUT),
         ):
             group_norm_cudahost.MULTIPROCESSORS = 4 if shared_bytes > 100 << 10 else 1000
-            group_norm_cudahost.SHARED_BYTES = shared_bytes
+            group_norm_cudahost.SHARED_BYTES, group_norm_cudahost.CAPABILITY = shared_bytes, capability
             x = laid_out(tensor(*shape, dtype=torch.bfloat16), layout)
             run_cuda(x, groups, *affine(shape[1]), "silu", x, x)
     run_cuda(tensor(2, 12, 40) * 1e30, 3, *affine(12), "gelu", None, tensor(2, 12, 40))

@@ -6,9 +6,11 @@
 //
 // Bytes and launches: groups that fit on chip wait in shared memory between their statistics and what is made
 // of them: forward, x once and y once in one launch; backward, x and dy once and dx once in two, the second
-// for the gradients of the parameters. Larger groups are cut into slabs enough for the whole GPU: forward x
-// twice in three launches (statistics of slabs, merge, apply), backward x and dy twice in four. What is
-// applied begins with the slabs that were read last, which may still be in the cache.
+// for the gradients of the parameters. Groups too large for a block, or too few for the GPU, are shared by a
+// cluster of two to eight blocks, on sm_90 and later, which find each other's sums in memory: as many bytes
+// and launches. Larger groups are cut into slabs enough for the whole GPU: forward x twice in three launches
+// (statistics of slabs, merge, apply), backward x and dy twice in four. What is applied begins with the slabs
+// that were read last, which may still be in the cache.
 //
 // Accesses: 16 bytes, four in flight per thread, where every row of every tensor is aligned; else single
 // elements, neighbouring ones by neighbouring threads. Rows of channels_last are read at least 64 bytes at a
@@ -547,9 +549,37 @@ __host__ __device__ int sums_per_channel(const Cut& cut) {
   return LAST ? cut.rows : cut.lanes > 32 ? cut.lanes / 32 : 1;
 }
 
+// Leaves the moments of each group's part of a slab in parts: (samples, groups, chunks).
+template <bool LAST, class A, class T>
+__device__ void leave_moments(const Cut& cut, const Slab& slab, const Rows<const T>& x,
+                              const Scaled<A>* found, Moments<double>* parts) {
+  for (int g = threadIdx.x; g < slab.groups; g += blockDim.x) {
+    const Moments<A>& of = found[g].moments;
+    const double unit = 1 / static_cast<double>(found[g].scale);
+    const double mean = static_cast<double>(reference_of<LAST, A>(cut, slab, x, g)) + of.mean * unit;
+    parts[(slab.n * cut.groups + slab.group + g) * cut.chunks() + slab.chunk] = {of.count, mean,
+                                                                                 of.m2 * unit * unit};
+  }
+}
+
+// Of a group whose blocks have left their moments.
+template <class A>
+__device__ Pair<A> merged_statistics(const Cut& cut, const Moments<double>* parts, int64_t group,
+                                     double eps) {
+  Moments<double> all = {};
+  for (int i = 0; i < cut.chunks(); ++i) all = merge(all, parts[group * cut.chunks() + i]);
+  const Pair<double> of = Scaled<double>{all, 1}.statistics(0, eps);
+  return {static_cast<A>(of.a), static_cast<A>(of.b)};
+}
+
+// The slab of a block of a kernel whose clusters, or single blocks, have whole groups.
+__device__ inline Slab slab_of_cluster(const Cut& cut) { return {cut, blockIdx.x * cut.pieces + blockIdx.y}; }
+
+// `parts`: for clusters.
 template <class T, bool LAST, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(LAST ? kMostLast : kMost<T>, 1)
-    forward_whole(Cut cut, Input<A> in, Rows<const T> x, Rows<const T> residual, Rows<T> y) {
+    forward_whole(Cut cut, Input<A> in, Rows<const T> x, Rows<const T> residual, Rows<T> y,
+                  Moments<double>* parts) {
   DYN_SMEM(unsigned char, memory);
   Shared shared = {memory};
   Vector<T>* stash = shared.take<Vector<T>>(int64_t(cut.slots()) * cut.threads);
@@ -558,12 +588,18 @@ __global__ void __launch_bounds__(LAST ? kMostLast : kMost<T>, 1)
   Scaled<A>* found = shared.take<Scaled<A>>(cut.together);
   Pair<A>* stats = shared.take<Pair<A>>(cut.together);
   Channel<A>* table = shared.take<Channel<A>>(cut.width);
-  const Slab slab(cut, blockIdx.x);
+  const Slab slab = slab_of_cluster(cut);
   slab_moments<T, LAST>(cut, slab, x, stash, items, warps, found);
+  if (cut.pieces > 1) {
+    leave_moments<LAST>(cut, slab, x, found, parts);
+    wait_for_cluster();
+  }
   const int64_t group = slab.n * cut.groups + slab.group, groups = cut.samples * cut.groups;
   for (int g = threadIdx.x; g < slab.groups; g += blockDim.x) {
-    stats[g] = found[g].statistics(reference_of<LAST, A>(cut, slab, x, g), in.eps);
-    if (in.stats) in.stats[group + g] = stats[g].a, in.stats[groups + group + g] = stats[g].b;
+    stats[g] = cut.pieces > 1 ? merged_statistics<A>(cut, parts, group + g, in.eps)
+                              : found[g].statistics(reference_of<LAST, A>(cut, slab, x, g), in.eps);
+    if (in.stats && slab.piece == 0)
+      in.stats[group + g] = stats[g].a, in.stats[groups + group + g] = stats[g].b;
   }
   __syncthreads();
   fill_channels(cut, slab, in, table, [&](int g) { return stats[g]; });
@@ -573,7 +609,6 @@ __global__ void __launch_bounds__(LAST ? kMostLast : kMost<T>, 1)
       [&](T(&out)[Vector<T>::size], const Place&, int slot) { from_stash(out, stash, cut, slot); });
 }
 
-// The moments of each group's part of a slab, to parts: (samples, groups, chunks).
 template <class T, bool LAST, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(kSplitThreads, 1)
     slab_statistics(Cut cut, Rows<const T> x, Moments<double>* parts) {
@@ -584,13 +619,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   Scaled<A>* found = shared.take<Scaled<A>>(cut.together);
   const Slab slab(cut, blockIdx.x);
   slab_moments<T, LAST>(cut, slab, x, static_cast<Vector<T>*>(nullptr), items, warps, found);
-  for (int g = threadIdx.x; g < slab.groups; g += blockDim.x) {
-    const Moments<A>& of = found[g].moments;
-    const double unit = 1 / static_cast<double>(found[g].scale);
-    const double mean = static_cast<double>(reference_of<LAST, A>(cut, slab, x, g)) + of.mean * unit;
-    parts[(slab.n * cut.groups + slab.group + g) * cut.chunks() + slab.chunk] = {of.count, mean,
-                                                                                 of.m2 * unit * unit};
-  }
+  leave_moments<LAST>(cut, slab, x, found, parts);
 }
 
 // A block per group.
@@ -800,15 +829,29 @@ __global__ void __launch_bounds__(LAST ? kMostLast : kMost<T>, 1)
   Pair<A>* per_channel = shared.take<Pair<A>>(cut.width);
   Pair<A>* terms = shared.take<Pair<A>>(cut.together);
   Channel<A>* table = shared.take<Channel<A>>(cut.width);
-  const Slab slab(cut, blockIdx.x);
+  const Slab slab = slab_of_cluster(cut);
   fill_channels(cut, slab, in, table, Statistics<A>(cut, slab, in.stats));
   __syncthreads();
-  A *to = sums.at(cut, 0, slab.n, 0) + slab.channel, *to_x = sums.at(cut, 1, slab.n, 0) + slab.channel;
+  A* to = sums.at(cut, 0, slab.n, slab.piece) + slab.channel;
+  A* to_x = sums.at(cut, 1, slab.n, slab.piece) + slab.channel;
+  const auto weigh = [&](int c, Pair<A> found) {
+    per_channel[c] = {table[c].weight * found.a, table[c].weight * found.b};
+  };
   channel_sums<T, LAST>(cut, slab, in.activation, table, of, stash, items, warps, [&](int c, Pair<A> found) {
     to[c] = found.a, to_x[c] = found.b;
-    per_channel[c] = {table[c].weight * found.a, table[c].weight * found.b};
+    if (cut.pieces == 1) weigh(c, found);
   });
   if (!of.dx.data) return;
+  if (cut.pieces > 1) {
+    wait_for_cluster();
+    for (int c = threadIdx.x; c < slab.width; c += blockDim.x) {
+      Pair<A> found = {};
+      for (unsigned piece = 0; piece < cut.pieces; ++piece)
+        found = merge(found, {sums.at(cut, 0, slab.n, piece)[slab.channel + c],
+                              sums.at(cut, 1, slab.n, piece)[slab.channel + c]});
+      weigh(c, found);
+    }
+  }
   __syncthreads();
   const int here = static_cast<int>(cut.per_group);
   const A count = static_cast<A>(cut.per_group) * static_cast<A>(cut.positions);
@@ -919,10 +962,11 @@ __global__ void __launch_bounds__(32 * kParameterRows)
 // Launch shapes from arithmetic; nothing here has been tuned on a GPU yet.
 struct Plan {
   Cut cut;
-  bool whole;
+  bool whole;            // groups wait in shared memory, of a block or, cut into pieces, of a cluster
   int64_t shared_bytes;  // of forward_whole or backward_whole, else of slab_statistics or slab_sums
 
   unsigned blocks() const { return static_cast<unsigned>(cut.samples * cut.slabs * cut.pieces); }
+  dim3 grid_of_clusters() const { return {blocks() / cut.pieces, cut.pieces}; }
 };
 
 int64_t power_above(int64_t n) {
@@ -973,22 +1017,25 @@ int64_t groups_together(const Cut& cut, int64_t bytes) {
   return together;
 }
 
+// For clusters of so many blocks, or fewer, each with a piece of the positions.
 template <class T, bool LAST>
-bool cut_whole(Cut& cut) {
+bool cut_whole(Cut& cut, int blocks) {
   constexpr int V = Vector<T>::size;
   constexpr int64_t most = LAST ? kMostLast : kMost<T>, fits = 227 << 10;
-  const int64_t size = sizeof(T), per_group = cut.per_group, positions = cut.positions;
-  if (per_group * positions > fits / size) return false;
+  const int64_t size = sizeof(T), per_group = cut.per_group;
+  int64_t piece = ceil_div(cut.positions, blocks);
+  if (blocks > 1 && !LAST) piece = ceil_div(piece, V) * V;
+  if (per_group * piece > fits / size) return false;
   int64_t together = 1;
   if (LAST) {
     // Enough of them, too, for a block of some warps.
     together = groups_together<T>(cut, 64);
-    while (together < cut.groups && together * per_group * positions < 128 * V &&
+    while (together < cut.groups && together * per_group * piece < 128 * V &&
            (!cut.wide || 2 * together * per_group % V == 0))
       together *= 2;
     if (together > cut.groups) together = cut.groups;
     const int64_t vectors = cut.wide ? together * per_group / V : together * per_group;
-    const int64_t rows = cut.wide ? positions : ceil_div(positions, V);
+    const int64_t rows = cut.wide ? piece : ceil_div(piece, V);
     int64_t threads = power_above(ceil_div(vectors * rows, in_flight));
     if (threads < power_above(vectors)) threads = power_above(vectors);
     if (threads < 32) threads = 32;
@@ -1000,7 +1047,7 @@ bool cut_whole(Cut& cut) {
     cut.row_steps = 1;
     cut.steps = static_cast<int>(ceil_div(rows, cut.rows));
   } else {
-    const int64_t chunks = ceil_div(positions, V);
+    const int64_t chunks = ceil_div(piece, V);
     int64_t of_team = power_above(ceil_div(per_group * chunks, in_flight));
     if (of_team > most) of_team = most;
     while (of_team * together < 128 && together < cut.groups) together *= 2;
@@ -1015,8 +1062,8 @@ bool cut_whole(Cut& cut) {
   cut.width = static_cast<int>(together * per_group);
   cut.parts = 1;
   cut.slabs = static_cast<unsigned>(ceil_div(cut.groups, together));
-  cut.piece = positions;
-  cut.pieces = 1;
+  cut.piece = piece;
+  cut.pieces = static_cast<unsigned>(ceil_div(cut.positions, piece));
   return true;
 }
 
@@ -1073,20 +1120,24 @@ void cut_split(Cut& cut, int multiprocessors) {
 // `wide`: whether every row of every tensor is aligned.
 template <class T, bool LAST>
 Plan plan(int64_t n, int64_t channels, int64_t groups, int64_t positions, bool wide, bool backward,
-          int multiprocessors, int shared_bytes) {
-  Plan plan = {};
+          int multiprocessors, int shared_bytes, int capability) {
+  constexpr int64_t large = 64 << 10;  // shared memory of blocks that should keep every multiprocessor busy
+  Plan plan = {}, shared = {};
   Cut& cut = plan.cut;
   cut.samples = n, cut.channels = channels, cut.groups = groups, cut.positions = positions;
   cut.per_group = channels / groups, cut.wide = wide;
-  if (cut_whole<T, LAST>(cut)) {
-    plan.shared_bytes = shared_bytes_of<T, LAST>(cut, backward, true);
-    // A few large groups would keep but a few multiprocessors busy.
-    const bool few = n * cut.slabs * 4 < multiprocessors && plan.shared_bytes > 64 << 10;
-    if (plan.shared_bytes <= shared_bytes && !few) {
-      plan.whole = true;
-      return plan;
-    }
+  for (int blocks = 1; blocks <= (has_clusters(capability) ? most_blocks_of_cluster : 1); blocks *= 2) {
+    Plan next = plan;
+    if (!cut_whole<T, LAST>(next.cut, blocks)) continue;
+    next.shared_bytes = shared_bytes_of<T, LAST>(next.cut, backward, true);
+    if (next.shared_bytes > shared_bytes) continue;
+    shared = next, shared.whole = true;
+    if (next.shared_bytes <= large || n * next.cut.slabs * next.cut.pieces >= multiprocessors) break;
   }
+  // On few multiprocessors a second way through the cache of all of them takes less time.
+  if (shared.whole &&
+      (shared.shared_bytes <= large || n * shared.cut.slabs * shared.cut.pieces * 4 >= multiprocessors))
+    return shared;
   cut_split<T, LAST>(cut, multiprocessors);
   plan.shared_bytes = shared_bytes_of<T, LAST>(cut, backward, false);
   return plan;
@@ -1107,7 +1158,7 @@ bool divides(bool last, int64_t channels, int64_t positions) {
 template <class T>
 int64_t forward_workspace(const Plan& plan) {
   const Cut& cut = plan.cut;
-  if (plan.whole) return 0;
+  if (plan.whole && cut.pieces == 1) return 0;
   return cut.samples * cut.groups *
          (cut.chunks() * static_cast<int64_t>(sizeof(Moments<double>)) +
           2 * static_cast<int64_t>(sizeof(double)));
@@ -1131,15 +1182,19 @@ cudaError_t forward(const Plan& plan, Input<A> in, double eps, const Rows<const 
   const Cut& cut = plan.cut;
   const dim3 grid(plan.blocks()), block(static_cast<unsigned>(cut.threads));
   const auto bytes = static_cast<size_t>(plan.shared_bytes);
+  auto* parts = static_cast<Moments<double>*>(workspace);
   if (plan.whole) {
     auto* kernel = forward_whole<T, LAST>;
     if (const cudaError_t error = allow(kernel, plan.shared_bytes)) return error;
-    LAUNCH(kernel, grid, block, bytes, stream, cut, in, x, residual, y);
+    if (cut.pieces == 1)
+      LAUNCH(kernel, grid, block, bytes, stream, cut, in, x, residual, y, parts);
+    else
+      LAUNCH_CLUSTERS(kernel, cut.pieces, plan.grid_of_clusters(), block, bytes, stream, cut, in, x, residual,
+                      y, parts);
     return cudaGetLastError();
   }
   auto* statistics = slab_statistics<T, LAST>;
   auto* write = apply<T, LAST>;
-  auto* parts = static_cast<Moments<double>*>(workspace);
   const int64_t total = cut.samples * cut.groups;
   if (!in.stats) in.stats = reinterpret_cast<A*>(parts + total * cut.chunks());
   if (const cudaError_t error = allow(statistics, plan.shared_bytes)) return error;
@@ -1165,7 +1220,10 @@ cudaError_t backward(const Plan& plan, const Input<A>& in, Gradients<T> of, Para
   if (plan.whole) {
     auto* kernel = backward_whole<T, LAST>;
     if (const cudaError_t error = allow(kernel, plan.shared_bytes)) return error;
-    LAUNCH(kernel, grid, block, bytes, stream, cut, in, of, sums);
+    if (cut.pieces == 1)
+      LAUNCH(kernel, grid, block, bytes, stream, cut, in, of, sums);
+    else
+      LAUNCH_CLUSTERS(kernel, cut.pieces, plan.grid_of_clusters(), block, bytes, stream, cut, in, of, sums);
   } else {
     auto* gather = slab_sums<T, LAST>;
     auto* write = apply_backward<T, LAST>;
@@ -1206,13 +1264,13 @@ cudaError_t with_kind(int dtype, bool last, Run run) {
 
 cudaError_t group_norm_workspace(int dtype, bool backward, bool last, int64_t n, int64_t channels,
                                  int64_t groups, int64_t positions, int multiprocessors, int shared_bytes,
-                                 int64_t* bytes) {
+                                 int capability, int64_t* bytes) {
   return with_kind(dtype, last, [&]<class T, bool LAST>() {
     *bytes = 0;
     for (int wide = 0; wide < 2; ++wide) {  // which of them depends on addresses
       if (wide && !divides<T>(last, channels, positions)) break;
-      const Plan made =
-          plan<T, LAST>(n, channels, groups, positions, wide, backward, multiprocessors, shared_bytes);
+      const Plan made = plan<T, LAST>(n, channels, groups, positions, wide, backward, multiprocessors,
+                                      shared_bytes, capability);
       const int64_t needed = backward ? backward_workspace<T>(made) : forward_workspace<T>(made);
       if (needed > *bytes) *bytes = needed;
     }
@@ -1226,7 +1284,7 @@ cudaError_t group_norm_forward(int dtype, bool last, int64_t n, int64_t channels
                                const void* weight, int weight_dtype, const void* bias, int bias_dtype,
                                void* output, int64_t output_n, int64_t output_row, void* stats,
                                void* workspace, double eps, int activation, int multiprocessors,
-                               int shared_bytes, cudaStream_t stream) {
+                               int shared_bytes, int capability, cudaStream_t stream) {
   return with_kind(dtype, last, [&]<class T, bool LAST>() {
     using A = Arithmetic<T>;
     const Rows<const T> x = rows<T>(input, input_n, input_row);
@@ -1236,7 +1294,7 @@ cudaError_t group_norm_forward(int dtype, bool last, int64_t n, int64_t channels
     const auto fits = [&](const auto& of) { return !of.data || aligned(of, n, rows_of_sample); };
     const bool wide = divides<T>(last, channels, positions) && fits(x) && fits(y) && fits(r);
     const Plan made =
-        plan<T, LAST>(n, channels, groups, positions, wide, false, multiprocessors, shared_bytes);
+        plan<T, LAST>(n, channels, groups, positions, wide, false, multiprocessors, shared_bytes, capability);
     if (too_many(made.cut)) return cudaErrorInvalidValue;
     const Input<A> in = {
         {weight, weight_dtype}, {bias, bias_dtype}, static_cast<A>(eps), activation, static_cast<A*>(stats)};
@@ -1253,7 +1311,7 @@ cudaError_t group_norm_backward(int dtype, bool last, int64_t n, int64_t channel
                                 int64_t grad_input_row, void* grad_residual, int64_t grad_residual_n,
                                 int64_t grad_residual_row, void* grad_weight, int grad_weight_dtype,
                                 void* grad_bias, int grad_bias_dtype, void* workspace, int activation,
-                                int multiprocessors, int shared_bytes, cudaStream_t stream) {
+                                int multiprocessors, int shared_bytes, int capability, cudaStream_t stream) {
   return with_kind(dtype, last, [&]<class T, bool LAST>() {
     using A = Arithmetic<T>;
     const Gradients<T> of = {rows<T>(grad_output, grad_output_n, grad_output_row),
@@ -1266,7 +1324,7 @@ cudaError_t group_norm_backward(int dtype, bool last, int64_t n, int64_t channel
     const bool wide = divides<T>(last, channels, positions) && fits(of.dy) && fits(of.x) &&
                       fits(of.residual) && fits(of.dx) && fits(of.dr);
     const Plan made =
-        plan<T, LAST>(n, channels, groups, positions, wide, true, multiprocessors, shared_bytes);
+        plan<T, LAST>(n, channels, groups, positions, wide, true, multiprocessors, shared_bytes, capability);
     if (too_many(made.cut)) return cudaErrorInvalidValue;
     // The kernels only read the statistics here.
     const Input<A> in = {{weight, weight_dtype},

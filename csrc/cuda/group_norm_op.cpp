@@ -59,7 +59,8 @@ struct Call {
   Tensor workspace(bool backward) const {
     int64_t bytes = 0;
     check(cuda::group_norm_workspace(dtype, backward, last, samples, channels, groups, positions,
-                                     on.multiprocessors(), on.shared_bytes_of_block(), &bytes));
+                                     on.multiprocessors(), on.shared_bytes_of_block(), on.capability(),
+                                     &bytes));
     return on.empty({bytes}, ScalarType::Byte);
   }
 };
@@ -92,7 +93,7 @@ std::tuple<Tensor, Tensor> group_norm_forward(const Tensor& input, int64_t group
                                  code_or_none(weight), bias_data, code_or_none(bias), y.data, y.sample, y.row,
                                  save ? stats.mutable_data_ptr() : nullptr, workspace.mutable_data_ptr(), eps,
                                  static_cast<int>(activation), call.on.multiprocessors(),
-                                 call.on.shared_bytes_of_block(), call.on.stream));
+                                 call.on.shared_bytes_of_block(), call.on.capability(), call.on.stream));
   return {output, stats};
 }
 
@@ -131,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(const Tensor& gra
       wanted & 2 ? grad_weight.mutable_data_ptr() : nullptr, code_or_none(weight),
       wanted & 4 ? grad_bias.mutable_data_ptr() : nullptr, code_or_none(bias), workspace.mutable_data_ptr(),
       static_cast<int>(activation), call.on.multiprocessors(), call.on.shared_bytes_of_block(),
-      call.on.stream));
+      call.on.capability(), call.on.stream));
   return {grad_input, grad_weight, grad_bias, grad_residual};
 }
 
