@@ -17,9 +17,9 @@ last resort, which cannot fail. (In C++ a long row of fp32 aims lower by the 2^-
 
 The kernels: csrc/max_norm.h for what is decided per row, csrc/cpu/max_norm.cpp, csrc/cuda/max_norm.cu,
 tritonkernels/max_norm.py. One launch serves all rows of all tensors, reads each element once and writes rows over the
-cap alone. On a GPU, where there are rows of more than 32,768 elements, two or three launches more share each of those
-among many programs, and what is written there is read twice. `max_norm` and `row_norms` are differentiable and out of
-place: their kernels take a matrix of rows.
+cap alone. What is written is read twice where a GPU's program cannot hold a row: in Triton one of more than 4,096
+elements, in CUDA of more than 32 KiB. For rows of more than 32,768 elements two or three launches more share each among
+many programs. `max_norm` and `row_norms` are differentiable and out of place: their kernels take a matrix of rows.
 """
 
 import functools

@@ -1,18 +1,19 @@
 """Max-norm and its kin in Triton. The formulas stand in fastreg/max_norm.py, the decisions in csrc/max_norm.h.
 
-Bytes     each element is read once, if its row has at most 4,096 elements; longer rows are read once more if they
-          are over the cap, and once more to be written (once more in all, if they are cut into pieces). Rows under
-          the cap are not written, but for the form out of place, which writes each row once. Backward: x and the
-          gradient are read once, or twice if long.
+Bytes     each element is read once; if its row has more than 4,096 elements and is over the cap, once more to be
+          written, a moment later, when a cache has it. Rows under the cap are not written, but for the form out of
+          place, which writes each row once. Backward: x and the gradient are read once, or twice if long.
 Launches  1 for all tensors of the plan, whatever their sizes and dtypes; 1 each way out of place. Rows of more than
           SPLIT elements are cut into pieces, a program each, of which a few rows too fill the GPU: 2 launches for
           them (1 more in the backward), norms of pieces and then what becomes of them, and for p = 1 and 2, in
           dtypes narrower than fp64, a third, which mends rows that rounding has brought above their caps. (The l1
           ball cuts none.)
-Tiles     [rows, elements] in registers, of four widths; a program takes the width that its tensor's rows need.
+Tiles     [rows, elements] in registers, of four widths; a program takes the width that its tensor's rows need. One
+          of 8,192 elements spills, with 8 warps and with 16.
 Numerics  norms in fp64. Values are scaled by a power of two (by the largest one for other p) where sums of fp64
           or high powers could overflow. Cap after rounding as in the reference; but rows that are capped by a norm of
-          powers are rounded towards zero.
+          powers, and long ones by their largest element, are rounded towards zero, and long ones that rounding to the
+          nearest has left above the cap are scaled once more, towards zero.
 """
 
 # Conditions known when a kernel is compiled stand apart from those known when it runs.
@@ -113,6 +114,17 @@ def _rounded(exact, TYPE: tl.constexpr):
         return exact
     else:
         return exact.to(tl.float32).to(TYPE)
+
+
+@triton.jit
+def _unit(TYPE: tl.constexpr):
+    """By how much, relatively, rounding to the nearest may move a number."""
+    if TYPE == tl.float32:
+        return 2.0**-24
+    elif TYPE == tl.float16:
+        return 2.0**-11
+    else:
+        return 2.0**-8
 
 
 @triton.jit
@@ -423,13 +435,10 @@ def _verdict(
     slack, below, aim = _margins(length, p, ORDER)
     bound, target = cap * (1 - below), cap * (1 - aim)
     if KIND == CAP:
-        # Roundings of relative size u shift the norm of n elements by about u / sqrt(n): see csrc/max_norm.h.
-        if TYPE == tl.float32:
-            target = target - cap * (2.0**-22 / tl.sqrt(length.to(tl.float64)))
-        if TYPE == tl.float16:
-            target = target - cap * (2.0**-9 / tl.sqrt(length.to(tl.float64)))
-        if TYPE == tl.bfloat16:
-            target = target - cap * (2.0**-6 / tl.sqrt(length.to(tl.float64)))
+        # Roundings of relative size u shift the norm of n elements by about u / sqrt(n): see csrc/max_norm.h. Where
+        # the factor is so near 1 that many elements move by the same step or by none, by up to some u / 5.
+        if TYPE != tl.float64:
+            target = target - cap * _unit(TYPE) * (0.25 + 4 / tl.sqrt(length.to(tl.float64)))
     if (KIND == CAP) or (KIND == NORMALIZE):
         over, b = _factor(scale, s, cap, target, slack, tau, KIND, TAU)
         a = 1 / scale
@@ -471,9 +480,22 @@ def _long(
         elif (TYPE == tl.float64) or (KIND == NORMALIZE) or TAU:
             _long_sum(base, to, row, 0, length, box, p, keep, a, b, one,
                       ORDER, SOFT, DECAY, BOXED, TYPE, "write nearest")  # fmt: skip
-        elif ORDER == ANY:
+        elif (ORDER == LARGEST) or (ORDER == ANY):
+            # Powers cost more than what rounding to the nearest gains, and the largest is often rounded up.
             _long_sum(base, to, row, 0, length, box, p, keep, a, b, one,
                       ORDER, SOFT, DECAY, BOXED, TYPE, "write zero")  # fmt: skip
+        elif KIND == CAP:
+            if 1 - a * b < _unit(TYPE):  # nearer still: too few elements would move
+                _long_sum(base, to, row, 0, length, box, p, keep, a, b, one,
+                          ORDER, SOFT, DECAY, BOXED, TYPE, "write zero")  # fmt: skip
+            else:
+                inverse = 1 / tl.where(bound > 0, bound, INF)
+                ratio = _root(_long_sum(base, to, row, 0, length, box, p, keep, a, b, inverse,
+                                        ORDER, SOFT, DECAY, BOXED, TYPE, "write nearest"), p, ORDER)  # fmt: skip
+                if ratio > 1:  # what is there now is scaled once more, towards zero
+                    tl.debug_barrier()
+                    _long_sum(to, to, row, 0, length, box, p, keep, one, (1 - 8 * ULP) / ratio, one,
+                              ORDER, SOFT, False, BOXED, TYPE, "write zero")  # fmt: skip
         else:
             inverse = 1 / tl.where(bound > 0, bound, INF)
             tried = _long_sum(base, to, row, 0, length, box, p, keep, a, b, inverse,
@@ -482,10 +504,7 @@ def _long(
             fails = ratio > 1
             lower = b
             if fails:
-                if SOFT:
-                    lower = _long_theta(base, row, length, box, keep, a, target / (2 * ratio - 1), DECAY, BOXED, TYPE)
-                else:
-                    lower = b / (2 * ratio - 1)
+                lower = _long_theta(base, row, length, box, keep, a, target / (2 * ratio - 1), DECAY, BOXED, TYPE)
                 tried = _long_sum(base, to, row, 0, length, box, p, keep, a, lower, inverse,
                                   ORDER, SOFT, DECAY, BOXED, TYPE, "nearest")  # fmt: skip
                 fails = _root(tried, p, ORDER) > 1
@@ -573,8 +592,7 @@ def _piece_change(
             if KIND == LINF_BALL:
                 _long_sum(base, to, r * stride, begin, end, box, p, keep, one, bound, one,
                           ORDER, False, DECAY, BOXED, TYPE, "clamp")  # fmt: skip
-            elif (KIND == CAP) and (not TAU) and ((ORDER == LARGEST) or (ORDER == ANY)):
-                # Powers cost more than what rounding to the nearest gains, and the largest is often rounded up.
+            elif (KIND == CAP) and (not TAU) and ((ORDER == LARGEST) or (ORDER == ANY)):  # as in `_long`
                 _long_sum(base, to, r * stride, begin, end, box, p, keep, a, b, one,
                           ORDER, False, DECAY, BOXED, TYPE, "write zero")  # fmt: skip
             else:
