@@ -82,6 +82,11 @@ def unusual(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def many_at_once(grad: Tensor) -> bool:
+    """Whether a backward is asked for many incoming gradients in one call: `is_grads_batched`, or torch.func.vmap."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._functorch.is_batchedtensor(grad)
+
+
 def only_arguments_matter() -> bool:
     """Whether nothing but its arguments can keep a call from the CPU kernels: what `choose` and `unusual` find, without
     their calls, which would be two microseconds of forty."""

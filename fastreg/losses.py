@@ -126,6 +126,7 @@ def cross_entropy(
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, …), in fp16, bf16, fp32 or fp64, with any strides. Never modified.
+            Of several dimensions d1, … that no single stride spans, as in a spatially cropped view, a copy is made.
         target: one of
             class indices of input's shape without the class dimension, int64, int32 or uint8;
             probabilities of input's shape, in any floating dtype (a gradient to them, or to the share below, comes from
@@ -162,7 +163,10 @@ def cross_entropy(
             strided ones (580); and few rows, which are dealt out to several multiprocessors each: up to as many as
             there are of those, if they have more than 4,096 classes in 16 bits (fp32: 2,048), or 32 times as many of
             more than 64 strided ones.
-            fp16 input is treated as without it: a gradient scaler's factor must come before the rounding.
+            Without a gradient in the forward, Triton reads rows of more than 8,192 classes twice in the forward where
+            each has a term of its own: for probabilities, and smoothing with gamma.
+            fp16 input is treated as without it: a gradient scaler's factor must come before the rounding. So is every
+            input under torch.compile.
             "in_place" lets the gradient take the place of the logits, which are then spoilt: for logits that nobody
             else needs, not a leaf, and for one backward. Where the gradient is not made in the forward, they stay.
             On the CPU calls on up to 2^20 logits of (N, C) do so by themselves.
@@ -595,7 +599,7 @@ class _SmallCrossEntropy(torch.autograd.Function):
         else:
             if grad is None:
                 _, grad = (_with_gradient if vectors else _small)(input, target, *vectors, *ctx.options)
-            grad = grad * grad_loss if factor is None else grad.mul_(factor)
+            grad = _scaled(grad, grad_loss, "cpu") if factor is None else grad.mul_(factor)
         return grad, None, None, None
 
 
@@ -627,11 +631,19 @@ class _CrossEntropyExtra(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grad = _differentiable_backward(grad_loss, ctx.saved_tensors[:8], ctx.options, ctx.zero_if_empty)
         elif made is not None:
-            _scale_gradient[ctx.backend](made, grad_loss)
-            grad = made
+            grad = _scaled(made, grad_loss, ctx.backend)
         else:
             grad = _backward[ctx.backend](grad_loss, *ctx.saved_tensors, *ctx.options)
         return grad, *([None] * 20)
+
+
+def _scaled(made: Tensor, factor: Tensor, backend: str) -> Tensor:
+    """made · factor, in place where that can be. An exact 0, that of an ignored row for one, stays 0 if the factor is
+    infinite."""
+    if _backends.many_at_once(factor) or (backend == "cpu" and not math.isfinite(factor.item())):
+        return torch.where(made == 0, made, made * factor)
+    _scale_gradient[backend](made, factor)
+    return made
 
 
 def _memory_for_gradient(input: Tensor, wanted: bool | str) -> Tensor | None:
@@ -930,7 +942,8 @@ def sigmoid_focal_loss(
         p_t  = t·p + (1 − t)·(1 − p),    α_t = t·α + (1 − t)·(1 − α), or 1 if alpha is negative
 
     Args:
-        inputs: logits of any shape, in fp16, bf16, fp32 or fp64.
+        inputs: logits of any shape, in fp16, bf16, fp32 or fp64. Those that do not lie in one piece of memory in the
+            order of their dimensions, permuted ones for example, are copied, and so are bool targets.
         targets: t, of inputs' shape and any floating dtype (which is not rounded to that of inputs) or bool; or class
             indices of inputs' shape without its last dimension, int64, int32 or uint8: 1 for that class and 0 for the
             others, which are never made. An index outside [0, C) is background: 0 for every class.

@@ -26,7 +26,9 @@ class CrossEntropyLoss(nn.Module):
     """`fastreg.cross_entropy` as a module: `torch.nn.CrossEntropyLoss` with the options of the long-tail family.
 
     weight, logit_adjustment, margin and a tensor alpha are buffers. Attributes may be changed between calls, as
-    deferred re-weighting (Cao et al. 2019) does with `loss.weight = …`.
+    deferred re-weighting (Cao et al. 2019) does with `loss.weight = …`. What belongs to one call is told with it:
+    `forward(input, target, *, grad_in_forward=False, outputs=False, statistics=None)`, of which with outputs a
+    `LossOutputs` comes back; this and all that follows holds for the losses below, too.
     """
 
     def __init__(
@@ -61,7 +63,15 @@ class CrossEntropyLoss(nn.Module):
         self.z_loss = z_loss
         self.all_ignored = all_ignored
 
-    def forward(self, input: Tensor, target: losses.Target) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: losses.Target,
+        *,
+        grad_in_forward: bool | str = False,
+        outputs: bool = False,
+        statistics: longtail.ClassStatistics | None = None,
+    ) -> Tensor | losses.LossOutputs:
         return cross_entropy(
             input,
             target,
@@ -76,6 +86,9 @@ class CrossEntropyLoss(nn.Module):
             scale=self.scale,
             z_loss=self.z_loss,
             all_ignored=self.all_ignored,
+            grad_in_forward=grad_in_forward,
+            outputs=outputs,
+            statistics=statistics,
         )
 
     def extra_repr(self) -> str:
@@ -104,11 +117,11 @@ class FocalLoss(CrossEntropyLoss):
 
 
 class _FromCounts(CrossEntropyLoss):
-    """A loss one of whose vectors follows from the class counts: a subclass names it in `_vector` and makes it in
-    `_derive()`.
+    """A loss one of whose vectors follows from the class counts: a subclass names it in `_vector`, makes it in
+    `_derive()`, and names in `_shown` what else it follows from.
 
-    `counts` is an int64 buffer, and what the state_dict holds; the vector is made from it again when a state_dict
-    is loaded. `.half()` and the like leave the vector's dtype alone.
+    `counts` is an int64 buffer, and what the state_dict holds; the vector is made again when a state_dict is loaded,
+    and when what it follows from is assigned. `.half()` and the like leave the vector's dtype alone.
     """
 
     _vector = ""
@@ -119,6 +132,21 @@ class _FromCounts(CrossEntropyLoss):
             raise TypeError(f"{self._vector} follows from the counts and must not be given")
         super().__init__(**options)
         self.register_buffer("counts", longtail.check_counts(counts).clone())  # loading writes to it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("counts", *self._shown):
+            super().__setattr__(name, value)
+            return
+        if name == "counts":
+            device = value.device if isinstance(value, Tensor) else self.counts.device
+            value = longtail.check_counts(value).to(device)
+        before = getattr(self, name, None)
+        super().__setattr__(name, value)
+        try:
+            self._refresh()
+        except (TypeError, ValueError):
+            super().__setattr__(name, before)
+            raise
 
     def _refresh(self) -> None:
         self.register_buffer(self._vector, self._derive(), persistent=False)
@@ -146,7 +174,6 @@ class LogitAdjustedLoss(_FromCounts):
     def __init__(self, counts: longtail.Counts, tau: float = 1.0, **options: Any) -> None:
         super().__init__(counts, **options)
         self.tau = tau
-        self._refresh()
 
     def _derive(self) -> Tensor:
         return longtail.log_prior(self.counts, self.tau)
@@ -180,7 +207,6 @@ class LDAMLoss(_FromCounts):
     def __init__(self, counts: longtail.Counts, max_margin: float = 0.5, scale: float = 30, **options: Any) -> None:
         super().__init__(counts, scale=scale, **options)
         self.max_margin = max_margin
-        self._refresh()
 
     def _derive(self) -> Tensor:
         return longtail.ldam_margins(self.counts, self.max_margin)
@@ -198,7 +224,6 @@ class ClassBalancedLoss(_FromCounts):
     def __init__(self, counts: longtail.Counts, beta: float = 0.9999, gamma: float = 0.0, **options: Any) -> None:
         super().__init__(counts, gamma=gamma, **options)
         self.beta = beta
-        self._refresh()
 
     def _derive(self) -> Tensor:
         return longtail.effective_number_weights(self.counts, self.beta)

@@ -123,7 +123,7 @@ def test_kept_rows_of_weight_0_have_the_gradient_of_a_quotient_by_0():
     """NaN, as without chunks; but 0 where no row is kept."""
     x, weight, zero = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4), torch.tensor([0.0, 1, 1, 1, 1])
     for target, nan in ((torch.zeros(6, dtype=torch.int64), True), (torch.full((6,), -100), False)):
-        for chunk_size in (2, 6):
+        for chunk_size in (2, 6, None):
             loss = linear_cross_entropy(x, weight, target, weight=zero, chunk_size=chunk_size)
             (grad,) = torch.autograd.grad(loss, x)
             assert loss.isnan() and (grad.isnan().all() if nan else (grad == 0).all())
@@ -140,7 +140,7 @@ def test_takes_the_options_of_torch():
 def test_gradient_in_the_forward_may_be_asked_for_with_any_number_of_chunks():
     x, weight, target = torch.randn(6, 4), torch.randn(5, 4), torch.arange(6) % 5
     one, three = (
-        fastreg.linear_cross_entropy(x, weight, target, grad_in_forward=True, chunk_size=rows) for rows in (6, 2)
+        fastreg.linear_cross_entropy(x, weight, target, grad_in_forward=True, chunk_size=rows) for rows in (None, 2)
     )
     torch.testing.assert_close(one, three)
 
@@ -298,12 +298,23 @@ def test_a_wrong_target_is_told_before_anything_is_counted():
 @pytest.mark.skipif(
     _backends.missing("cross_entropy", "cpu") is not None, reason="without kernels the loss of a chunk has temporaries"
 )
-@pytest.mark.parametrize("chunk", [16, 64])
-def test_peak_memory_is_a_chunk_of_logits(chunk):
+@pytest.mark.parametrize(
+    ("dtype", "n", "features", "classes", "chunk"),
+    [
+        (torch.float32, 256, 8, 3000, 16),
+        (torch.float32, 256, 8, 3000, 64),
+        (torch.float32, 64, 8, 3000, 64),
+        (torch.float32, 64, 512, 3000, 16),
+        # Where a chunk's logits are few beside the sums: PyTorch's product takes fp32 for them on some CPUs.
+        (torch.bfloat16, 64, 512, 3001, 16),
+        (torch.bfloat16, 256, 256, 30000, 16),
+    ],
+    ids=str,
+)
+def test_peak_memory_is_a_chunk_of_logits_and_the_sums(dtype, n, features, classes, chunk):
     one_pass = fastreg.backends()["cross_entropy"]["cpu"] == "usable"  # else their gradients come on top
-    n, features, classes = 256, 8, 3000
-    x = torch.randn(n, features, requires_grad=True)
-    w = torch.randn(classes, features, requires_grad=True)
+    x = torch.randn(n, features, dtype=dtype, requires_grad=True)
+    w = torch.randn(classes, features, dtype=dtype, requires_grad=True)
     y = torch.randint(classes, (n,))
 
     def step():
@@ -318,9 +329,47 @@ def test_peak_memory_is_a_chunk_of_logits(chunk):
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    gradients = 2 * (x.numel() + w.numel())  # the sums, and what is handed out
-    ideal = 4 * ((1 if one_pass else 2) * chunk * classes + x.numel() + w.numel())
-    assert 0.9 * ideal <= peak <= 1.1 * max(ideal, 4 * gradients)  # below it nothing was measured
+    ideal = dtype.itemsize * ((1 if one_pass else 2) * chunk * classes + x.numel()) + 4 * w.numel()
+    assert 0.9 * ideal <= peak <= 1.1 * ideal  # below it nothing was measured
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("classes", [1, 2, 601, 1300])
+def test_sums_in_the_memory_of_their_gradient(dtype, classes):
+    """Of every number of classes, in one piece and in several."""
+    x = torch.randn(9, 3).to(dtype)
+    w = torch.randn(classes, 3).to(dtype).requires_grad_()
+    b = torch.zeros(classes, dtype=dtype, requires_grad=True)
+    y = torch.randint(classes, (9,))
+    wide = [t.detach().double().requires_grad_() for t in (w, b)]
+    for reduction in ("mean", "none"):
+        loss = linear_cross_entropy(x, w, y, linear_bias=b, chunk_size=4, reduction=reduction)
+        exact = composed(x.double(), wide[0], y, linear_bias=wide[1], reduction=reduction)
+        got = torch.autograd.grad(loss.sum(), (w, b))
+        for a, e in zip(got, torch.autograd.grad(exact.sum(), wide), strict=True):
+            assert a.dtype == dtype and a.is_contiguous()
+            torch.testing.assert_close(a.double(), e, rtol=0, atol=16 * torch.finfo(dtype).eps * float(e.abs().max()))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_many_incoming_gradients_at_once(reduction):
+    x, w, b, y = problem(torch.float64)
+    grads = torch.randn(3, *((N,) if reduction == "none" else ()), dtype=torch.float64)
+    loss = linear_cross_entropy(x, w, y, linear_bias=b, chunk_size=8, reduction=reduction)
+    got = torch.autograd.grad(loss, (x, w, b), grads, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(loss, (x, w, b), grad, retain_graph=True) for grad in grads]
+    for a, e in zip(got, zip(*each), strict=True):
+        torch.testing.assert_close(a, torch.stack(e))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_ignored_rows_stay_0_under_an_infinite_gradient(reduction):
+    x, w, b, y = problem(torch.float32)
+    for target in (y, torch.full_like(y, -100)):
+        loss = linear_cross_entropy(x, w, target, linear_bias=b, chunk_size=8, reduction=reduction)
+        grads = torch.autograd.grad(loss, (x, w, b), torch.full_like(loss, float("inf")))
+        assert (grads[0][target < 0] == 0).all() and not grads[0][target >= 0].isfinite().any()
+        assert all((grad == 0).all() != (target >= 0).any() for grad in grads)
 
 
 @needs_cuda

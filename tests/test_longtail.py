@@ -207,6 +207,49 @@ def test_deferred_reweighting():
     assert torch.equal(copy.deepcopy(balanced).to(X.device, torch.float64)(X, Y), fastreg.cross_entropy(X, Y))
 
 
+def test_what_the_vector_follows_from_takes_it_along():
+    for make, name, value in (
+        (fastreg.nn.LogitAdjustedLoss, "tau", 2.0),
+        (fastreg.nn.LDAMLoss, "max_margin", 0.2),
+        (fastreg.nn.ClassBalancedLoss, "beta", 0.5),
+        (fastreg.nn.BalancedSoftmaxLoss, "counts", [5, 4, 3, 2, 1]),
+        (fastreg.nn.LDAMLoss, "counts", torch.tensor([5, 4, 3, 2, 1])),
+    ):
+        changed = make(COUNTED)
+        before = changed(X, Y)
+        setattr(changed, name, value)
+        fresh = make(**{"counts": COUNTED, name: value})
+        assert torch.equal(changed(X, Y), fresh(X, Y)) and not torch.equal(changed(X, Y), before)
+        assert repr(changed) == repr(fresh) and torch.equal(changed.counts, fresh.counts)
+        changed.load_state_dict(fresh.state_dict(), assign=True)
+        assert torch.equal(changed(X, Y), fresh(X, Y))
+
+
+def test_what_is_assigned_and_wrong_changes_nothing():
+    loss = fastreg.nn.LogitAdjustedLoss(COUNTED)
+    before = loss(X, Y)
+    with pytest.raises(ValueError, match="tau must be finite"):
+        loss.tau = float("nan")
+    with pytest.raises(ValueError, match="counts must not be negative"):
+        loss.counts = [-1]
+    assert loss.tau == 1.0 and loss.counts.tolist() == COUNTED and torch.equal(loss(X, Y), before)
+
+
+@pytest.mark.parametrize("make", [make for make, _ in MODULES.values()], ids=MODULES)
+def test_modules_tell_what_one_call_is_asked_for(make):
+    module, seen = make(), longtail.ClassStatistics(5)
+    x = X.clone().requires_grad_()
+    found = module(x, Y, outputs=True, statistics=seen, grad_in_forward=True)
+    assert torch.equal(found.loss, module(x, Y)) and seen.count.tolist() == [1] * 5
+    assert torch.equal(found.argmax, torch.where(Y < 0, -1, X.argmax(1))) and torch.equal(
+        found.correct, found.argmax == Y.clamp(0)
+    )
+    (grad,) = torch.autograd.grad(found.loss, x)
+    assert (grad[5] == 0).all() and grad[:5].any()
+    mixed = module(x, (Y, Y.flip(0), 0.5))  # a target of two classes is one, as to the function
+    assert mixed.isfinite()
+
+
 def test_modules_refuse_bad_options_when_made():
     with pytest.raises(ValueError, match="gamma"):
         fastreg.nn.FocalLoss(-1.0)

@@ -52,6 +52,7 @@ import ctypes
 import itertools
 import math
 import random
+import warnings
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -1533,6 +1534,29 @@ def test_gradient_in_the_place_of_the_logits(backend, dtype):
         before = logits.clone()
         serve(backend, lambda: cross_entropy(logits, y, grad_in_forward="in_place"))
         assert torch.equal(before, logits)
+
+
+def test_many_incoming_gradients_at_once(backend):
+    x, y = torch.randn(5, 9, requires_grad=True), torch.tensor([3, -100, 0, 8, 2])
+    grads = torch.tensor([0.5, 1.0, INF])
+    # What stands in for an operator of CUDA is none, to which nothing can be given one by one.
+    for grad_in_forward in (True,) if backend == ON_THE_HOST else (False, True):
+        loss = serve(backend, lambda: cross_entropy(x, y, grad_in_forward=grad_in_forward))  # noqa: B023
+        with warnings.catch_warnings(action="ignore"):  # of the time that it takes
+            (got,) = torch.autograd.grad(loss, x, grads, is_grads_batched=True, retain_graph=True)
+        for each, grad in zip(got, grads[:2]):
+            torch.testing.assert_close(each, torch.autograd.grad(loss, x, grad, retain_graph=True)[0])
+        assert (got[2, 1] == 0).all() and not got[2, y >= 0].isfinite().any()
+
+
+@pytest.mark.parametrize("grad_in_forward", [False, True, "in_place"])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_ignored_rows_stay_0_under_an_infinite_gradient(backend, layout, grad_in_forward):
+    x, y = torch.randn(5, 9, requires_grad=True), torch.tensor([3, -100, 0, 8, 2])
+    logits = with_layout(x * 1, layout)
+    loss = serve(backend, lambda: cross_entropy(logits, y, grad_in_forward=grad_in_forward))
+    (grad,) = torch.autograd.grad(loss, x, torch.tensor(INF))
+    assert (grad[1] == 0).all() and not grad[y >= 0].isfinite().any()
 
 
 def test_extra_arguments_are_checked():

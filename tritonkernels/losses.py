@@ -995,18 +995,18 @@ def _backward(
 
 @_kernel
 def _scale_gradient(grad, factor, n, BLOCK: tl.constexpr, VECTOR: tl.constexpr, TYPE: tl.constexpr):
-    """grad *= factor, which memory is spared where the factor is 1."""
+    """grad *= factor, which memory is spared where the factor is 1. A 0 stays 0, were the factor infinite."""
     by = tl.load(factor).to(TYPE)
     if by != 1.0:
         whole = tl.multiple_of(n // VECTOR * VECTOR, VECTOR)
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = i < whole
-        value = tl.load(grad + i, mask=mask, other=0.0).to(TYPE) * by
-        tl.store(grad + i, value.to(grad.dtype.element_ty), mask=mask)
+        value = tl.load(grad + i, mask=mask, other=0.0).to(TYPE)
+        tl.store(grad + i, tl.where(value == 0.0, value, value * by).to(grad.dtype.element_ty), mask=mask)
         i = whole + tl.arange(0, VECTOR)
         mask = (i < n) & (tl.program_id(0) == 0)
-        value = tl.load(grad + i, mask=mask, other=0.0).to(TYPE) * by
-        tl.store(grad + i, value.to(grad.dtype.element_ty), mask=mask)
+        value = tl.load(grad + i, mask=mask, other=0.0).to(TYPE)
+        tl.store(grad + i, tl.where(value == 0.0, value, value * by).to(grad.dtype.element_ty), mask=mask)
 
 
 # ---- sigmoid focal loss --------------------------------------------------------------------------------------
@@ -1491,7 +1491,7 @@ def cross_entropy_backward(
 
 def scale_gradient_(grad, factor):
     if not torch.ops.aten.is_non_overlapping_and_dense(grad):
-        grad.mul_(factor)  # in every case a pass, and right
+        grad.copy_(torch.where(grad == 0, grad, grad * factor))  # in every case a pass, and right
     elif grad.numel():
         vector = 16 // grad.element_size()
         block = 512 * vector
