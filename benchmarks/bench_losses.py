@@ -38,6 +38,12 @@ def ours(data):
     return differentiable(lambda: fastreg.cross_entropy(data.logits, data.target), data.logits)
 
 
+@cross_entropy.peer("fastreg, grad_in_forward")
+def in_forward(data):
+    call = lambda: fastreg.cross_entropy(data.logits, data.target, grad_in_forward=True)  # noqa: E731
+    return {"both": differentiable(call, data.logits)["both"]}  # a second backward makes the gradient again
+
+
 @cross_entropy.peer("torch eager")
 def eager(data):
     return differentiable(lambda: F.cross_entropy(data.logits, data.target), data.logits)
@@ -168,9 +174,7 @@ def features_and_classes(shape, dtype, device):
 
 
 LINEAR_CASES = {"1024x128x8142": (1024, 128, 8142), "2048x256x32000": (2048, 256, 32000)}
-linear = Bench(
-    "linear_cross_entropy", LINEAR_CASES, quick=("1024x128x8142",), dtypes=(torch.float32,), registry="cross_entropy"
-)
+linear = Bench("linear_cross_entropy", LINEAR_CASES, quick=("1024x128x8142",), registry="cross_entropy")
 linear.inputs(features_and_classes)
 
 
@@ -182,9 +186,9 @@ def operands(data):
 
 
 def loss_or_gradients(call, data):
-    """The forward alone is that of an evaluation, under no_grad: where gradients are wanted, ours and torch's chunked
-    one make them in the forward already."""
-    return differentiable(call, data.input, data.weight) | {"forward": Run(torch.no_grad()(call))}
+    """The forward alone is that of an evaluation, under no_grad: where gradients are wanted, the chunked ones make them
+    in the forward already. So there is no backward alone either, which ours would make again if it came twice."""
+    return {"forward": Run(torch.no_grad()(call)), "both": differentiable(call, data.input, data.weight)["both"]}
 
 
 @linear.ours
@@ -199,11 +203,24 @@ def eager_linear(data):
     return loss_or_gradients(lambda: F.cross_entropy(F.linear(data.input, data.weight), data.target), data)
 
 
+@linear.peer("torch.compile", compiled=True)
+def compiled_linear(data):
+    loss = torch.compile(lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target))
+    return loss_or_gradients(lambda: loss(data.input, data.weight, data.target), data)
+
+
+@linear.peer("liger-kernel", needs="liger_kernel", devices=("cuda",))
+def liger_linear(data):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return loss_or_gradients(lambda: liger_fused_linear_cross_entropy(data.input, data.weight, data.target), data)
+
+
 @linear.peer("torch chunked")
 def chunked_linear(data):
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise LeftOut("this torch has no linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+    options = torch.nn.LinearCrossEntropyOptions()
     return loss_or_gradients(
         lambda: F.linear_cross_entropy(data.input, data.weight, data.target, options=options), data
     )

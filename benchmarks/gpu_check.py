@@ -82,6 +82,11 @@ def long_tail(device: str) -> Iterator[Call]:
                 partial(loss_and_gradient, cross_entropy_reference, x, target, **options),
             )
 
+        def counted(losses, x=x, target=a):
+            return losses(x, target, gamma=2.0)
+
+        yield partial(counted, seen_by_statistics), partial(counted, counted_by_hand)
+
         def known(loss, x=x, target=a):
             return loss(x, target)
 
@@ -89,6 +94,49 @@ def long_tail(device: str) -> Iterator[Call]:
             partial(known, lambda x, y: tuple(fastreg.cross_entropy(x, y, outputs=True)[:3])),
             partial(known, lambda x, y: (functional.cross_entropy(x, y), x.logsumexp(1), x.argmax(1))),
         )
+
+
+def seen_by_statistics(x: Tensor, target: Tensor, **options: object) -> tuple[Tensor, ...]:
+    seen = fastreg.longtail.ClassStatistics(x.shape[1], x.device)
+    fastreg.cross_entropy(x, target, statistics=seen, **options)
+    return seen.count, seen.correct, seen.loss_sum
+
+
+def counted_by_hand(x: Tensor, target: Tensor, **options: object) -> tuple[Tensor, ...]:
+    losses = cross_entropy_reference(x, target, reduction="none", **options).double()
+    hits = x.argmax(1) == target
+    return tuple(
+        torch.zeros(x.shape[1], dtype=each.dtype, device=x.device).index_add_(0, target.flatten(), each.flatten())
+        for each in (torch.ones_like(target), hits.long(), losses)
+    )
+
+
+def linear(device: str) -> Iterator[Call]:
+    """Chunks of equal length, and a shorter last one; with and without a bias; ignored rows."""
+    for rows, features, classes, chunk in ((33, 16, 1001, 8), (64, 32, 70000, 16)):
+        x, weight = torch.randn(rows, features, device=device), torch.randn(classes, features, device=device)
+        target = torch.randint(0, classes, (rows,), device=device)
+        target[3] = -100
+        for given in ((x, weight), (x, weight, torch.randn(classes, device=device))):
+            for reduction in ("mean", "none"):
+
+                def both(loss, given=given, target=target, reduction=reduction):
+                    leaves = [tensor.detach().requires_grad_() for tensor in given]
+                    out = loss(*leaves, target, reduction)
+                    return out.detach(), *torch.autograd.grad(out.sum(), leaves)
+
+                def ours(x, weight, *rest, chunk=chunk):
+                    *bias, target, reduction = rest
+                    bias = bias[0] if bias else None
+                    return fastreg.linear_cross_entropy(
+                        x, weight, target, linear_bias=bias, reduction=reduction, chunk_size=chunk
+                    )
+
+                def stock(x, weight, *rest):
+                    *bias, target, reduction = rest
+                    return functional.cross_entropy(functional.linear(x, weight, *bias), target, reduction=reduction)
+
+                yield partial(both, ours), partial(both, stock)
 
 
 def sigmoid_focal(device: str) -> Iterator[Call]:
@@ -316,11 +364,17 @@ OPS = {
             "512x1000": (512, 1000),
             "32x10": (32, 10),
             "4096x50257": (4096, 50257),
+            "1024x262144": (1024, 262_144),
         },
     ),
     "focal_loss": Op(
         long_tail,
         {"8192x1000": (8192, 1000), "1024x8142": (1024, 8142), "4096x32000": (4096, 32000), "512x1000": (512, 1000)},
+        registry="cross_entropy",
+    ),
+    "linear_cross_entropy": Op(
+        linear,
+        {"8192x2048x32000": (8192, 2048, 32000), "4096x1024x262144": (4096, 1024, 262_144)},
         registry="cross_entropy",
     ),
     "sigmoid_focal_loss": Op(
