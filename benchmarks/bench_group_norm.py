@@ -13,7 +13,7 @@ from fastreg import _backends
 from .timing import Bench, LeftOut, Run, differentiable, nbytes
 
 GROUPS = 32
-SHAPES = ((8, 64, 56, 56), (8, 320, 32, 32), (2, 512, 64, 64), (1, 512, 64, 64), (64, 256, 14, 14))
+SHAPES = ((8, 64, 56, 56), (8, 320, 32, 32), (2, 512, 64, 64), (1, 512, 64, 64), (64, 256, 14, 14), (64, 256, 7, 7))
 CASES = {
     f"{'x'.join(map(str, shape))} {layout}{' SiLU' if activation else ''}": (shape, layout, activation)
     for shape in SHAPES

@@ -66,6 +66,12 @@ def foreach(data):
     return differentiable(lambda: torch.stack(torch._foreach_norm(data.weights, data.p)).sum(), *data.weights)
 
 
+@penalty.peer("torch.compile", compiled=True)
+def compiled(data):
+    call = torch.compile(loop)
+    return differentiable(lambda: call(data.weights, data.p), *data.weights)
+
+
 # ---- FGM -------------------------------------------------------------------------------------------------
 
 fgm = Bench(
@@ -103,34 +109,45 @@ def own_copy(data):
     return module
 
 
-def there_and_back(perturbation):
+def there_and_back(attack, restore):
     def call():
-        perturbation.attack()
-        perturbation.restore()
+        attack()
+        restore()
 
     return {"forward": Run(call)}
 
 
 @fgm.ours
 def our_fgm(data):
-    return there_and_back(fastreg.FGM(own_copy(data), include="emb."))
+    ours = fastreg.FGM(own_copy(data), include="emb.")
+    return there_and_back(ours.attack, ours.restore)
+
+
+class Article:
+    def __init__(self, module):
+        self.module = module
+
+    def attack(self):
+        self.backup = {}
+        for name, param in self.module.named_parameters():
+            self.backup[name] = param.data.clone()
+            norm = torch.norm(param.grad)
+            if norm != 0 and not torch.isnan(norm):
+                param.data.add_(1.0 * param.grad / norm)
+
+    def restore(self):
+        for name, param in self.module.named_parameters():
+            param.data = self.backup[name]
 
 
 @fgm.peer("article's class")
 def article_fgm(data):
-    module = own_copy(data)
+    theirs = Article(own_copy(data))
+    return there_and_back(theirs.attack, theirs.restore)
 
-    class Article:
-        def attack(self):
-            self.backup = {}
-            for name, param in module.named_parameters():
-                self.backup[name] = param.data.clone()
-                norm = torch.norm(param.grad)
-                if norm != 0 and not torch.isnan(norm):
-                    param.data.add_(1.0 * param.grad / norm)
 
-        def restore(self):
-            for name, param in module.named_parameters():
-                param.data = self.backup[name]
-
-    return there_and_back(Article())
+@fgm.peer("torch.compile", compiled=True)
+def compiled_fgm(data):
+    """With a break of the graph where the norm is looked at."""
+    theirs = Article(own_copy(data))
+    return there_and_back(torch.compile(theirs.attack), torch.compile(theirs.restore))

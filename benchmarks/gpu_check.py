@@ -34,6 +34,7 @@ from fastreg import _backends
 from fastreg.losses import cross_entropy_reference, sigmoid_focal_loss_reference
 
 from .bench_averaging import resnet50
+from .bench_max_norm import RESNET50, by_sorting
 
 ROOT = Path(__file__).parents[1]
 BUDGET = 540.0  # seconds, for everything
@@ -46,9 +47,10 @@ Call = tuple[Callable[[], tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
 
 
 def agree(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
-    """Both in fp32, both sums of up to 10⁵ terms in an order of their own."""
+    """Both in fp32, both sums of up to 10⁵ terms in an order of their own; of a half type, two roundings apart."""
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * b.abs().max().item())
+        bound = 2 * torch.finfo(b.dtype).eps if b.dtype in (torch.float16, torch.bfloat16) else 2e-5
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound * b.abs().max().item())
 
 
 def loss_and_gradient(loss, x: Tensor, *arguments: object, **options: object) -> tuple[Tensor, ...]:
@@ -227,11 +229,44 @@ def averaging(device: str) -> Iterator[Call]:
     yield module, lambda: (quarter, (first + second) / 2, second, torch.full((), 7.0, device=device))
 
 
-def max_norm(device: str) -> Iterator[Call]:
-    """Rows for a warp, for a block, too long to be held, and in pieces; odd ones, and biases, in one call."""
-    shapes = ((33, 50), (5, 300), (7, 3, 3, 3), (3, 2049), (2, 9001), (2, 40001))
-    fresh = [torch.randn(shape, device=device) for shape in shapes]
+# Rows for a warp, for a block, too long to be held, and in pieces; odd ones.
+ROWS = ((33, 50), (5, 300), (7, 3, 3, 3), (3, 2049), (2, 9001), (2, 40001))
+
+
+def in_place(fresh: list[Tensor], ours: Callable, stock: Callable) -> Call:
+    """`ours` changes all tensors in one call, `stock` the rows of one tensor, of which it is given a wide copy."""
     weights = [w.clone() for w in fresh]
+
+    def at_once() -> tuple[Tensor, ...]:
+        torch._foreach_copy_(weights, fresh)
+        ours(weights)
+        return tuple(weights)
+
+    def one_by_one() -> tuple[Tensor, ...]:
+        return tuple(stock(w.flatten(1).double()).view_as(w).to(w.dtype) for w in fresh)
+
+    return at_once, one_by_one
+
+
+def lengths(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+
+
+def max_norm(device: str) -> Iterator[Call]:
+    """All kinds of rows in one call; with weight decay, of half types, and with norms to a power."""
+    fresh = [torch.randn(shape, device=device) for shape in ROWS]
+    weights = [w.clone() for w in fresh]
+    half = [w.to(dtype) for dtype in (torch.bfloat16, torch.float16) for w in fresh]
+    yield in_place(
+        half,
+        lambda weights: fastreg.max_norm_(weights, 6.0, decay=0.25),
+        lambda rows: torch.renorm(rows * 0.75, 2, 0, 6.0),
+    )
+    yield in_place(
+        fresh,
+        lambda weights: fastreg.max_norm_(weights, 20.0, tau=1.5),
+        lambda rows: rows * (20 / lengths(rows) ** 1.5).clamp(max=1),
+    )
     for cap, p in ((5.0, 2), (100.0, 1), (0.9, 2.5)):
 
         def projected(project, cap=cap, p=p):
@@ -266,6 +301,20 @@ def max_norm(device: str) -> Iterator[Call]:
                     lambda w, p=p: torch.linalg.vector_norm(w.flatten(1), p, 1),
                 ),
             )
+
+
+def balls(device: str) -> Iterator[Call]:
+    """The other changes of rows: onto the l1 and the l∞ ball, and to norms of their own to a power."""
+    fresh = [torch.randn(shape, device=device) for shape in ROWS]
+    yield in_place(
+        fresh, lambda weights: fastreg.project_lp_ball_(weights, 41.0, 1), lambda rows: by_sorting(rows, 41.0)
+    )
+    yield in_place(
+        fresh, lambda weights: fastreg.project_lp_ball_(weights, 2.5, float("inf")), lambda rows: rows.clamp(-2.5, 2.5)
+    )
+    yield in_place(
+        fresh, lambda weights: fastreg.tau_normalize_(weights, 0.5), lambda rows: rows / lengths(rows) ** 0.5
+    )
 
 
 def lp_penalty(device: str) -> Iterator[Call]:
@@ -399,9 +448,10 @@ OPS = {
     ),
     "max_norm": Op(
         max_norm,
-        {"50257x4096": (50257, 4096), "8142x2048": (8142, 2048), "1000x2048": (1000, 2048)},
+        {"50257x4096": [(50257, 4096)], "8142x2048": [(8142, 2048)], "resnet50": RESNET50, "1000x2048": [(1000, 2048)]},
         registry="max_norm_",
     ),
+    "l1_ball": Op(balls, {"8142x2048": [(8142, 2048)]}, registry="project_lp_ball_"),
     "lp_penalty": Op(lp_penalty, {"100M l2": (2, [(4096, 1024)] * 24), "1000x64 l2": (2, [(64,)] * 1000)}),
     "fgm": Op(fgm, {"30522x768 dense": (30522, 768, 1.0), "2000x128 dense": (2000, 128, 1.0)}, registry="FGM"),
     "drop_path": Op(
