@@ -602,6 +602,26 @@ def test_compiles_as_one_graph_and_with_dynamic_shapes(layout, backend):
         torch.testing.assert_close(g, e, rtol=0, atol=0 if backend == "cpu" else 1e-6)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_inductor_keeps_values_and_strides(layout, backend):
+    """Between kernels of its own, whose layouts it is free to choose."""
+    if backend == "reference" or (backend == "triton" and device_of(backend) == "cpu"):
+        pytest.skip("one kernel's operators stand for those of the others")
+    module = fastreg.nn.GroupNorm(2, 8, activation="silu")
+
+    def network(x):
+        return module(x * 2) + 1
+
+    x = tensor(2, 8, 6, 5).to(memory_format=layout).requires_grad_()
+    y, expected = torch.compile(network, fullgraph=True)(x), network(x)
+    torch.testing.assert_close(y, expected)
+    assert y.stride() == expected.stride() == x.stride()
+    wanted, grad = (x, module.weight, module.bias), torch.randn_like(y)
+    ours, theirs = torch.autograd.grad(y, wanted, grad), torch.autograd.grad(expected, wanted, grad)
+    torch.testing.assert_close(ours, theirs)
+    assert ours[0].stride() == x.stride()
+
+
 def test_operators_keep_their_promises(backend):
     """opcheck: schemas, fake kernels with their strides, and that nothing is modified."""
     if backend == "reference":
