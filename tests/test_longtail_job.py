@@ -275,6 +275,5 @@ def test_workers_do_not_outlive_a_killed_run(tmp_path):
 def test_the_results_in_readme_are_the_committed_ones():
     section = (ROOT / "README.md").read_text().split("## The main job")[1].split("\n## ")[0]
     shown = [line for line in section.splitlines() if line.startswith("| ") and " ± " in line]
-    committed = (ROOT / "benchmarks/results/longtail/fashion-mnist/table.md").read_text().splitlines()
-    assert len(shown) == len(methods.METHODS)
-    assert set(shown) <= set(committed)
+    committed = (ROOT / "benchmarks/results/longtail/fashion-mnist/table.md").read_text().split("\n\n")[1].splitlines()
+    assert len(shown) > 10 and shown == committed[2:]

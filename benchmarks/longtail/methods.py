@@ -55,9 +55,11 @@ METHODS = (
     Method("l2-norm", "cross-entropy, L2-normalised", start="ce", finish=unit_norm),
     Method("wd", "weight decay", weight_decay=WEIGHT_DECAY),
     Method("max-norm", "max-norm per step", cap=Cap(max_norm=1.5)),
-    # The paper's second stage as its code runs it, and with the projection after each step that its text describes.
+    # The paper's second stage as its code runs it, with the projection after each step that its text describes, and
+    # with none: what strong decay does by itself.
     Method("two-stage", "two stages, cap per epoch", class_balanced, 0.1, Cap(thresh=0.1, every="epoch"), start="wd"),
     Method("two-stage/step", "two stages, cap per step", class_balanced, 0.1, Cap(thresh=0.1), start="wd"),
+    Method("two-stage/decay", "two stages, no cap", class_balanced, 0.1, start="wd"),
     # Decay so weak that only the cap holds the rows back, and the same without the cap: what max-norm does by itself.
     Method("two-stage/weak", "two stages, weak decay, cap", class_balanced, 1e-3, Cap(thresh=0.5), start="wd"),
     Method("two-stage/free", "two stages, weak decay, no cap", class_balanced, 1e-3, start="wd"),
