@@ -264,6 +264,25 @@ def test_gradients_kept_until_the_sums_are_known(shape, groups, layout, backend)
     check(x, groups, *affine(shape[1]), activation="silu")
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize(("shape", "groups"), [((2, 512, 56, 57), 32), ((1, 66, 220, 220), 3)])
+def test_gradients_before_the_activation_made_twice(shape, groups, activation, backend):
+    """Of more than 12 MiB in fp32 by positions, for a gelu alone written and read again."""
+    if backend != "cpu":
+        pytest.skip("about the CPU kernels, to which writing costs more than computing")
+    x, threads, results = tensor(*shape).to(memory_format=torch.channels_last), torch.get_num_threads(), []
+    assert x.nbytes > 12 << 20
+    grad = tensor(*shape, seed=4).to(memory_format=torch.channels_last)
+    for count in (1, 5):
+        torch.set_num_threads(count)
+        try:
+            results.append(run(ours, grad, x, groups, *affine(shape[1]), 1e-5, activation, None))
+        finally:
+            torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(results[0][:4], results[1][:4]))
+    check(x, groups, *affine(shape[1]), activation=activation)
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("shape", [(22, 256, 196), (44, 512, 49), (6, 64, 3249), (1, 64, 17689)])
 def test_vectors_that_belong_to_two_channels(shape, activation, backend):

@@ -88,6 +88,8 @@ struct GroupNorm {
   int64_t together = 1, slabs = 1;
   bool cached;  // whether a core's cache holds a unit
   bool keeps;   // whether a unit's dz goes to a scratch
+  // Whether dz is made a second time of what has come from memory again: sooner than it is written there.
+  bool repeats;
   // The cut into parts. Rows are channels: `rows_per_part` of them, or one of `pieces` of a channel.
   int64_t rows_per_part, pieces, row_parts;
   // Statistics: per group and part, or per sample, part and channel. Sums: per sample, channel and piece, or
@@ -103,17 +105,17 @@ struct GroupNorm {
   int64_t columns = 0, depth = 0, slots_of_channel = 0;  // of a group; vectors of a column; table's entries
 
   // `size`: bytes of an element of the tensors; `read`: of all that belongs to an element of a unit and is
-  // read again; `keep`: whether dz may go to a scratch.
+  // read again; `keep`: whether dz may go to a scratch; `repeat`: whether it may be made twice.
   GroupNorm(int64_t samples, int64_t channels, int64_t groups, int64_t positions, bool last, int64_t size,
-            int64_t read, bool keep)
+            int64_t read, bool keep, bool repeat)
       : samples(samples), channels(channels), groups(groups), positions(positions), last(last) {
+    const bool far = samples * channels * positions * size > kNear;
     if (last) {
       const int64_t line = kLine / std::gcd(kLine, std::max<int64_t>(per_group(), 1));
       const int64_t group_bytes = std::max<int64_t>(per_group() * positions * read, 1);
       together = std::max(kCache / group_bytes / line, int64_t{1}) * line;
-      const bool kept = keep && unit_size() <= kScratch && channels * size <= kRowKept;
-      if (together > groups || line * group_bytes > 2 * kCache ||
-          (!kept && samples * channels * positions * size > kNear) ||
+      const bool kept = keep && !(repeat && far) && unit_size() <= kScratch && channels * size <= kRowKept;
+      if (together > groups || line * group_bytes > 2 * kCache || (!kept && far) ||
           (width() * size < (kept ? kNarrowKept : kNarrow) && channels * size >= 4 * kNarrow))
         together = groups;
       slabs = (groups + together - 1) / together;
@@ -126,7 +128,8 @@ struct GroupNorm {
       row_parts = (per_group() + rows_per_part - 1) / rows_per_part;
     }
     cached = together * per_group() * positions * read <= kCache;
-    keeps = keep && unit_size() <= kScratch;
+    repeats = repeat && last && far && !cached;
+    keeps = keep && !repeats && unit_size() <= kScratch;
   }
 
   int64_t per_group() const { return channels / groups; }
@@ -375,7 +378,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, int64_t groups, const st
   const int64_t samples = input.size(0), channels = input.size(1), positions = layout.positions;
   const bool last = rows_are_positions(input, layout);
   const int64_t size = input.element_size();
-  GroupNorm<A> call(samples, channels, groups, positions, last, size, size, false);
+  GroupNorm<A> call(samples, channels, groups, positions, last, size, size, false, false);
   Tensor kept_input, kept_residual;
   std::vector<A> weight_copy, bias_copy, own_stats;
   call.input = rows_of(input, last, positions, kept_input, new_strided);
@@ -428,8 +431,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   const bool last = rows_are_positions(input, layout);
   const int64_t size = input.element_size();
   const bool keep = activation && wanted & 1 && !(wanted & 8);
+  // A gelu takes longer than the memory.
+  const bool repeat = keep && !residual && size == sizeof(float) && activation != baseline::kGelu;
   GroupNorm<A> call(samples, channels, groups, positions, last, size, 2 * size + (activation ? sizeof(A) : 0),
-                    keep);
+                    keep, repeat);
   Tensor kept_input, kept_residual, kept_grad;
   std::vector<A> weight_copy, bias_copy;
   call.input = rows_of(input, last, positions, kept_input, new_strided);
@@ -450,7 +455,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   call.stream = input.numel() * input.element_size() >= kStream;
   // In 16 bits dz is rounded before dx is made of it, as it is where the activation is an operator of its
   // own.
-  call.dz = activation == 0 ? call.grad_output : wanted & 8 ? call.grad_residual : call.grad_input;
+  call.dz = activation == 0 ? call.grad_output
+            : wanted & 8    ? call.grad_residual
+            : call.repeats  ? Rows{}
+                            : call.grad_input;
   if (input.numel()) {
     if (!(wanted & 8))
       call.find_small(FASTREG_PICK(lanes<A>), {call.input, call.grad_output, call.grad_input});
@@ -1276,10 +1284,13 @@ void finish_sums(const GroupNorm<A>& call, int64_t unit) {
 }
 
 // ---- dx --------------------------------------------------------------------------------------------------
-template <class A>
+// With an activation dz is made of dy, its argument, again.
+template <class A, int act = kNone>
 struct BackTerms {
-  Vec<A> mean, rstd, scale, m1, m2;
+  Vec<A> mean, rstd, scale, m1, m2, bias{};
   __attribute__((always_inline)) Vec<A> operator()(Vec<A> x, Vec<A> dz) const {
+    if constexpr (act != kNone)
+      dz = Channel<A>{mean, scale, bias}.template derive<act, A>(x, dz, Vec<A>{}).dz;
     return (dz * scale - m1) - (x - mean) * rstd * m2;
   }
   __attribute__((always_inline)) BackTerms until(int64_t n, const BackTerms& next) const {
@@ -1326,7 +1337,7 @@ FASTREG_INLINE void gradient_rows(Run<const T> x, Run<D> dz, Run<T> dx, int64_t 
     for (int64_t k = 0; k < rows; ++k) store_part(dx.at(k, tail), last[k], valid);
 }
 
-template <class T, class A, bool kept>
+template <int act, class T, class A, bool kept>
 void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end,
                           const A* scratch) {
   using D = std::conditional_t<kept, const A, const T>;
@@ -1340,14 +1351,14 @@ void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin,
     if constexpr (kept)
       return {scratch + scratch_at, scratch_row};
     else
-      return run_at<D>(call.dz, n, r, offset);
+      return run_at<D>(act == kNone ? call.dz : call.grad_output, n, r, offset);
   };
-  if (call.last) {
+  if (act != kNone || call.last) {
     const Slab slab = slab_of(call, unit);
-    const Tables<T, A, 5> table(slab.width, [&](int64_t i, A(&of)[5]) {
+    const Tables<T, A, 6> table(slab.width, [&](int64_t i, A(&of)[6]) {
       const int64_t c = slab.channel + i, group = slab.n * call.groups + c / call.per_group();
       of[0] = call.mean[group], of[1] = rstd_of(group), of[2] = rstd_of(group) * call.weight[c];
-      of[3] = m1[group], of[4] = m2[group];
+      of[3] = m1[group], of[4] = m2[group], of[5] = call.bias[c];
     });
     const int64_t skip = call.cached ? 0 : rows_ahead<T>(2 * slab.width);
     for (int64_t part = end; part-- > begin;) {
@@ -1359,8 +1370,8 @@ void apply_backward_typed(const GroupNorm<A>& call, int64_t unit, int64_t begin,
             source(slab.n, r, slab.channel, r * scratch_row),
             run_at<T>(call.grad_input, slab.n, r, slab.channel), std::min(kRun, first + rows - r), slab.width,
             stream, skip, [&](int64_t slot) {
-              return BackTerms<A>{table.get(0, slot), table.get(1, slot), table.get(2, slot),
-                                  table.get(3, slot), table.get(4, slot)};
+              return BackTerms<A, act>{table.get(0, slot), table.get(1, slot), table.get(2, slot),
+                                       table.get(3, slot), table.get(4, slot), table.get(5, slot)};
             });
     }
     return;
@@ -1685,10 +1696,14 @@ void sums(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, A*
 template <class A>
 void apply_backward(const GroupNorm<A>& call, int64_t unit, int64_t begin, int64_t end, const A* scratch) {
   by_dtype(call, [&](auto t) {
-    if (scratch)
-      apply_backward_typed<decltype(t), A, true>(call, unit, begin, end, scratch);
-    else
-      apply_backward_typed<decltype(t), A, false>(call, unit, begin, end, scratch);
+    using T = decltype(t);
+    if (scratch) return apply_backward_typed<kNone, T, A, true>(call, unit, begin, end, scratch);
+    if constexpr (std::is_same_v<T, float>)
+      if (call.repeats)
+        return by_activation(call, [&]<int act>() {
+          apply_backward_typed<act, T, A, false>(call, unit, begin, end, scratch);
+        });
+    apply_backward_typed<kNone, T, A, false>(call, unit, begin, end, scratch);
   });
 }
 
