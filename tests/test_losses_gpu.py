@@ -999,9 +999,10 @@ def test_no_spills_and_wide_accesses(calls, architectures):
             assert sum(facts.stores.values()) <= 4 + narrow, facts
 
 
-def compile_rows_of(classes_and_option):
-    classes, name = classes_and_option.split()
-    x, target = torch.empty(4096, int(classes), dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.int64)
+def compile_rows_of(classes_option_and_dtype):
+    classes, name, dtype = classes_option_and_dtype.split()
+    x = torch.empty(4096, int(classes), dtype=getattr(torch, dtype))
+    target = torch.zeros(4096, dtype=torch.int64)
     if name.startswith("pair"):
         target = (target, target, torch.empty(4096))
     elif name.startswith("probabilities"):
@@ -1010,17 +1011,29 @@ def compile_rows_of(classes_and_option):
 
 
 @needs_ptxas
-@pytest.mark.parametrize("even", [1000, pytest.param(32000, marks=pytest.mark.slow)])
-def test_odd_rows_take_at_most_two_loads_more(even):
+@pytest.mark.parametrize(
+    ("even", "name", "dtype"),
+    [
+        (1000, "plain", torch.bfloat16),
+        (1000, "plain", torch.float32),
+        pytest.param(32000, "plain", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(1000, "all", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_odd_rows_take_at_most_two_loads_more(even, name, dtype):
     """For what lies before the first and behind the last multiple of 16 bytes: one for both ends, and one for the
-    target's logit, which they want too where the row is longer than a tile. Here logits alone have 16 bits; of other
-    widths are the numbers of a row, which are loaded once more for the ends from where they have just been."""
-    calls = [f"tests.test_losses_gpu:compile_rows_of:{classes} plain" for classes in (even, even + 1)]
+    target's logit, which they want too where the row is longer than a tile. In bf16 logits alone have 16 bits; 32 have
+    the numbers of a row, three in the backward, which are loaded once more for the ends from where they have just
+    been, and what is per class."""
+    width, more = (16, 2) if dtype == torch.bfloat16 else (32, 2 + 3)
+    spelled = str(dtype).removeprefix("torch.")
+    calls = [f"tests.test_losses_gpu:compile_rows_of:{classes} {name} {spelled}" for classes in (even, even + 1)]
     aligned, odd = cubin.launch_facts(*calls, architectures=(90,)).values()
     for one, other in zip(aligned, odd, strict=True):
         assert one.kernel == other.kernel
         assert other.loads.get(128, 0) <= one.loads.get(128, 0), (one, other)
-        assert other.loads.get(16, 0) <= one.loads.get(16, 0) + 2, (one, other)
+        assert other.loads.get(width, 0) <= one.loads.get(width, 0) + more, (one, other)
         assert sum(other.stores.values()) <= sum(one.stores.values()) + 1, (one, other)
 
 
