@@ -351,6 +351,19 @@ def test_sums_in_the_memory_of_their_gradient(dtype, classes):
             torch.testing.assert_close(a.double(), e, rtol=0, atol=16 * torch.finfo(dtype).eps * float(e.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_belong_to_their_receiver(dtype):
+    """What he does to them must not show in those of a second backward."""
+    x, w, b, y = problem(dtype)
+    loss = linear_cross_entropy(x, w, y, linear_bias=b, chunk_size=8)
+    first = torch.autograd.grad(loss, (x, w, b), retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    for grad in first:
+        grad.zero_()
+    for again, grad in zip(torch.autograd.grad(loss, (x, w, b)), kept, strict=True):
+        assert torch.equal(again, grad)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_many_incoming_gradients_at_once(reduction):
     x, w, b, y = problem(torch.float64)
