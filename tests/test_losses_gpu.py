@@ -423,6 +423,9 @@ def test_scale_gradient(backend, dtype):
                 want = (x.double() * factor.double()).to(dtype)
                 kernels.scale_gradient_(x, factor)
                 torch.testing.assert_close(x, want, rtol=torch.finfo(dtype).eps, atol=0)
+                x[..., ::3] = 0
+                kernels.scale_gradient_(x, torch.tensor(torch.inf, dtype=dtype))
+                assert torch.equal(x, torch.where(x == 0, x, x.sign() * torch.inf))
 
 
 @ours

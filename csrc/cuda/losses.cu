@@ -1084,7 +1084,11 @@ template <class T, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(256) scale_elements(T* data, const A* factor, int64_t n) {
   const A by = *factor;
   if (by == 1) return;
-  auto scaled = [&](T value) { return static_cast<T>(static_cast<A>(value) * by); };
+  // A 0, that of an ignored row, stays 0, were the factor infinite.
+  auto scaled = [&](T value) {
+    const A wide = static_cast<A>(value);
+    return wide == 0 ? value : static_cast<T>(wide * by);
+  };
   auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t i, int64_t pitch) {
     constexpr int size = Vector<T>::size;
     alignas(16) T values[COUNT][size];
