@@ -27,6 +27,17 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "xdist_group: with --dist loadgroup, the tests of a group go to one worker")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    """A backend that a test leaves forced would be blamed on whichever test comes next."""
+    from fastreg import _backends
+
+    result = yield
+    left, _backends._forced = _backends.forced(), os.environ.get("FASTREG_BACKEND") or None
+    assert left == _backends.forced(), f"{item.nodeid} left the backend {left!r} forced"
+    return result
+
+
 def pytest_collection_modifyitems(items) -> None:
     """Tests whose `device` is "cuda", or whose `backend` runs on one here, get the marker gpu; without a CUDA device,
     tests with that marker skip."""

@@ -341,24 +341,22 @@ def test_fgm_restores_what_sparse_and_dense_gradients_moved(kinds, between, monk
 def test_fgm_restores_what_several_ways_of_attacking_moved(monkeypatch):
     """The kernels back up block by block, plain PyTorch whole parameters; gradients of other strides are for the
     latter, forced or not."""
-    forced = _backends.forced()
-    monkeypatch.setattr(_backends, "_forced", None)
-    model = Text()
+    forced, model = _backends.forced(), Text()
     before = model.emb.weight.detach().clone()
     fgm = fastreg.FGM(model)
     plain, other = torch.ones(20, 6), torch.ones(6, 20).t()
-    for round in ("plain other", "other plain", "plain other plain", "plain", "plain reference", "reference plain"):
-        for last in (None, "reference", forced):
-            for kind in round.split():
-                model.emb.weight.grad = other if kind == "other" else plain
-                monkeypatch.setattr(_backends, "_forced", "reference" if kind == "reference" else None)
-                fgm.attack()
-            want = before + len(round.split()) / 120**0.5
-            torch.testing.assert_close(model.emb.weight.detach(), want)
-            monkeypatch.setattr(_backends, "_forced", last)
-            fgm.restore()
-            monkeypatch.setattr(_backends, "_forced", None)
-            assert torch.equal(model.emb.weight, before)
+    with monkeypatch.context() as choice:  # which ends before the backend of the test does
+        for round in ("plain other", "other plain", "plain other plain", "plain", "plain reference", "reference plain"):
+            for last in (None, "reference", forced):
+                for kind in round.split():
+                    model.emb.weight.grad = other if kind == "other" else plain
+                    choice.setattr(_backends, "_forced", "reference" if kind == "reference" else None)
+                    fgm.attack()
+                want = before + len(round.split()) / 120**0.5
+                torch.testing.assert_close(model.emb.weight.detach(), want)
+                choice.setattr(_backends, "_forced", last)
+                fgm.restore()
+                assert torch.equal(model.emb.weight, before)
 
 
 def test_fgm_restores_a_model_that_was_converted_since():
