@@ -148,6 +148,47 @@ _define(
     "losses",
 )
 
+# The linear layer and loss by chunks, where a graph must hold them as one step; whatever the backend, it is Python that
+# calls the operators above (see linear_cross_entropy.py). Per row what `want` asks of the rows (log-sum-exp, loss,
+# argmax; else empty), and of the reduced loss the gradients that `made` asks for (else empty): for the reduction none
+# those come of the backward, which makes the logits again.
+_LINEAR = (
+    f"Tensor input, Tensor linear_weight, Tensor? linear_bias, {_TENSORS.removeprefix('Tensor input, ')}, {_OPTIONS}, "
+    "bool zero_if_empty, SymInt chunk, str backend"
+)
+_LINEAR_GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias"
+
+
+def _linear_gradients(tensors, made):
+    return (
+        torch.empty_like(tensor) if wanted else tensors[0].new_empty(0) for tensor, wanted in zip(tensors[:3], made)
+    )
+
+
+def _linear_cross_entropy(*args):
+    *args, want, made = args
+    input, reduction = args[0], args[11]
+    loss = input.new_empty(len(input) if reduction == 0 else [], dtype=accumulator(input))
+    lse, losses, argmax = (loss.new_empty(len(input) if want else 0) for _ in range(3))
+    return loss, lse, losses, argmax.to(torch.int64), *_linear_gradients(args, made)
+
+
+for _name, _schema, _fake in (
+    (
+        "linear_cross_entropy",
+        f"({_LINEAR}, bool want, bool[] made) -> "
+        f"(Tensor loss, Tensor lse, Tensor losses, Tensor argmax, {_LINEAR_GRADIENTS})",
+        _linear_cross_entropy,
+    ),
+    (
+        "linear_cross_entropy_backward",
+        f"(Tensor grad_loss, {_LINEAR}, bool[] made) -> ({_LINEAR_GRADIENTS})",
+        lambda grad_loss, *args: tuple(_linear_gradients(args, args[-1])),
+    ),
+):
+    torch.library.define(f"fastreg::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"fastreg::{_name}", _fake)
+
 
 # input is (N, C); target is (N, C), of its dtype or of the computation's, or holds one class index per row (N), where
 # any value outside [0, C) makes the whole row negative. weight is (C,). With reduce the result is 0-d: the sum · scale,

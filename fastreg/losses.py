@@ -214,83 +214,32 @@ def cross_entropy(
     except (RuntimeError, IndexError, TypeError):
         pass  # what is wrong is said below in this function's own words
 
-    other_target = share = None
-    if isinstance(target, tuple):
-        target, other_target, share = _unpack(target)
-    indices = check_shapes(input, target, other_target, share)
-    vectors = weight is not None or logit_adjustment is not None or margin is not None or isinstance(alpha, Tensor)
-    if vectors:
-        classes = input.shape[0 if input.dim() == 1 else 1]
-        _check_vector("weight", weight, classes, input)
-        _check_vector("logit_adjustment", logit_adjustment, classes, input)
-        _check_vector("margin", margin, classes, input)
-        if isinstance(alpha, Tensor):
-            alpha = _check_vector("alpha", alpha.expand(classes) if alpha.dim() == 0 else alpha, classes, input)
-    plain = type(label_smoothing) is type(gamma) is type(z_loss) is type(scale) is float and alpha is None
-    plain = plain and label_smoothing == gamma == z_loss == 0.0 and scale == 1.0
-    if not plain or all_ignored != "nan" or reduction not in _ops.REDUCTIONS:
-        check_options(reduction, label_smoothing, gamma, alpha, scale, z_loss, all_ignored)
-    if type(ignore_index) is not int and not isinstance(ignore_index, Tensor):
-        _checks.is_integer("ignore_index", ignore_index)
-    if not indices and ignore_index >= 0:
-        raise ValueError(f"ignore_index must not be given with probabilities as target, got {ignore_index}")
-
     extra = grad_in_forward or outputs or statistics is not None
+    options = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "gamma": gamma,
+        "alpha": alpha,
+        "logit_adjustment": logit_adjustment,
+        "margin": margin,
+        "scale": scale,
+        "z_loss": z_loss,
+        "all_ignored": all_ignored,
+    }
+    targets = check_arguments(input, target, weight, **options)
     if extra:
-        targets = () if not indices else (target,) if other_target is None else (target, other_target)
-        _check_extra(reduction, grad_in_forward, statistics, indices and other_target is None, input)
-
-    pair = other_target is not None
-    backend = _backends.choose("cross_entropy", input.device.type, _refuse, input, target, share)
+        check_extra(reduction, grad_in_forward, statistics, len(targets) == 1, input)
+    backend = choose_backend(input, target)
     if backend == "reference":
-        options = {
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "gamma": gamma,
-            "alpha": alpha,
-            "logit_adjustment": logit_adjustment,
-            "margin": margin,
-            "scale": scale,
-            "z_loss": z_loss,
-            "all_ignored": all_ignored,
-        }
-        both = (target, other_target, share) if pair else target
         if not extra:
-            return cross_entropy_reference(input, both, weight, **options)
-        found = _reference_with_extra(input, both, weight, **options)
-        return _with_extra(*found, targets, ignore_index, outputs, statistics)
+            return cross_entropy_reference(input, target, weight, **options)
+        found = _reference_with_extra(input, target, weight, **options)
+        return with_extra(*found, targets, ignore_index, outputs, statistics)
 
     shape = input.shape
-    if vectors:
-        compute = _ops.accumulator(input)
-        weight, logit_adjustment, margin = (_as_dtype(v, compute) for v in (weight, logit_adjustment, margin))
-        alpha = _as_dtype(alpha, compute)
-    if pair:
-        share = _share_per_row(share, target, _ops.accumulator(input))
-    if input.dim() != 2:
-        input, target, other_target, share = _as_kernels_know(input, target, other_target, share)
-    args = (
-        input,
-        target,
-        weight,
-        alpha if isinstance(alpha, Tensor) else None,
-        logit_adjustment,
-        margin,
-        other_target,
-        share,
-        ignore_index,
-        _REDUCTION[reduction],
-        label_smoothing,
-        gamma,
-        1.0 if alpha is None or isinstance(alpha, Tensor) else alpha,
-        scale,
-        z_loss,
-        all_ignored == "zero",
-        # Under autocast PyTorch computes this loss in fp32; the kernels do so anyway and only widen the result.
-        _ops.autocast_enabled(input.device.type),
-        backend,
-    )
+    args = (*kernel_arguments(input, target, weight, **options), backend)
+    input, target = args[:2]
     if not extra:
         if input.requires_grad and torch.is_grad_enabled():
             if (
@@ -318,7 +267,7 @@ def cross_entropy(
     if not want:
         return loss
     known = [t.reshape(_rows(shape)) for t in known]
-    return _with_extra(loss, *known, targets, ignore_index, outputs, statistics)
+    return with_extra(loss, *known, targets, ignore_index, outputs, statistics)
 
 
 @overload
@@ -386,6 +335,32 @@ def focal_loss(
 
 
 # ---- checks: attribute reads only, so that the call stays cheap -------------------------------------------
+
+
+def check_arguments(
+    input: Tensor, target: Target, weight: Tensor | None, *, ignore_index, reduction, label_smoothing, gamma, alpha,
+    logit_adjustment, margin, scale, z_loss, all_ignored,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The targets that are class indices: one, two of which each has its share, or none where they are
+    probabilities."""
+    target, other_target, share = _unpack(target) if isinstance(target, tuple) else (target, None, None)
+    indices = check_shapes(input, target, other_target, share)
+    if weight is not None or logit_adjustment is not None or margin is not None or isinstance(alpha, Tensor):
+        classes = input.shape[0 if input.dim() == 1 else 1]
+        _check_vector("weight", weight, classes, input)
+        _check_vector("logit_adjustment", logit_adjustment, classes, input)
+        _check_vector("margin", margin, classes, input)
+        if isinstance(alpha, Tensor):
+            _check_vector("alpha", alpha.expand(classes) if alpha.dim() == 0 else alpha, classes, input)
+    plain = type(label_smoothing) is type(gamma) is type(z_loss) is type(scale) is float and alpha is None
+    plain = plain and label_smoothing == gamma == z_loss == 0.0 and scale == 1.0
+    if not plain or all_ignored != "nan" or reduction not in _ops.REDUCTIONS:
+        check_options(reduction, label_smoothing, gamma, alpha, scale, z_loss, all_ignored)
+    if type(ignore_index) is not int and not isinstance(ignore_index, Tensor):
+        _checks.is_integer("ignore_index", ignore_index)
+    if not indices and ignore_index >= 0:
+        raise ValueError(f"ignore_index must not be given with probabilities as target, got {ignore_index}")
+    return () if not indices else (target,) if other_target is None else (target, other_target)
 
 
 def _unpack(target: tuple) -> tuple[Tensor, Tensor, float | Tensor]:
@@ -486,7 +461,7 @@ def check_options(reduction, label_smoothing, gamma, alpha, scale, z_loss, all_i
     _checks.choice("all_ignored", all_ignored, ("nan", "zero"))
 
 
-def _check_extra(reduction, grad_in_forward, statistics, indices: bool, input: Tensor) -> None:
+def check_extra(reduction, grad_in_forward, statistics, indices: bool, input: Tensor) -> None:
     if grad_in_forward and reduction == "none":
         raise ValueError(
             "grad_in_forward needs reduction 'mean' or 'sum': with 'none' the gradient of a row is still open"
@@ -514,15 +489,56 @@ def _as_dtype(vector: object, dtype: torch.dtype) -> object:
 # ---- kernels ---------------------------------------------------------------------------------------------
 
 
-def _refuse(backend: str, input: Tensor, target: Tensor, share: float | Tensor | None) -> str | None:
-    if target_wants_gradient(target, share):
+def choose_backend(input: Tensor, target: Target) -> str:
+    return _backends.choose("cross_entropy", input.device.type, _refuse, input, target)
+
+
+def kernel_arguments(
+    input: Tensor, target: Target, weight: Tensor | None, *, ignore_index, reduction, label_smoothing, gamma, alpha,
+    logit_adjustment, margin, scale, z_loss, all_ignored,
+) -> tuple:  # fmt: skip
+    """What the operators take, in their order: eight tensors, seven options, zero_if_empty, fp32_loss."""
+    compute = _ops.accumulator(input)
+    other_target = share = None
+    if isinstance(target, tuple):
+        target, other_target, share = target
+        share = _share_per_row(share, target, compute)
+    vectors = isinstance(alpha, Tensor)
+    if vectors and alpha.dim() == 0:
+        alpha = alpha.expand(input.shape[0 if input.dim() == 1 else 1])
+    if input.dim() != 2:
+        input, target, other_target, share = _as_kernels_know(input, target, other_target, share)
+    return (
+        input,
+        target,
+        _as_dtype(weight, compute),
+        _as_dtype(alpha, compute) if vectors else None,
+        _as_dtype(logit_adjustment, compute),
+        _as_dtype(margin, compute),
+        other_target,
+        share,
+        ignore_index,
+        _REDUCTION[reduction],
+        label_smoothing,
+        gamma,
+        1.0 if alpha is None or vectors else alpha,
+        scale,
+        z_loss,
+        all_ignored == "zero",
+        # Under autocast PyTorch computes this loss in fp32; the kernels do so anyway and only widen the result.
+        _ops.autocast_enabled(input.device.type),
+    )
+
+
+def _refuse(backend: str, input: Tensor, target: Target) -> str | None:
+    if target_wants_gradient(target):
         return "the target's probabilities want a gradient, which only the reference gives"
     return _backends.unusual(input)
 
 
-def target_wants_gradient(target: Tensor, share: float | Tensor | None = None) -> bool:
-    wants = target.requires_grad or (isinstance(share, Tensor) and share.requires_grad)
-    return wants and torch.is_grad_enabled()
+def target_wants_gradient(target: Target) -> bool:
+    parts = target if isinstance(target, tuple) else (target,)
+    return any(isinstance(part, Tensor) and part.requires_grad for part in parts) and torch.is_grad_enabled()
 
 
 def _rows(shape: torch.Size) -> torch.Size:
@@ -655,7 +671,7 @@ def _memory_for_gradient(input: Tensor, wanted: bool | str) -> Tensor | None:
     return torch.empty_like(input)
 
 
-def _with_extra(
+def with_extra(
     loss: Tensor,
     lse: Tensor,
     losses: Tensor,
@@ -681,9 +697,14 @@ def _with_extra(
 
 
 def _differentiable_backward(grad_loss: Tensor, tensors: tuple, options: tuple, zero_if_empty: bool) -> Tensor:
+    return _differentiable_gradient(reference_of(tensors, options, zero_if_empty), tensors[0], grad_loss)
+
+
+def reference_of(tensors: tuple, options: tuple, zero_if_empty: bool, extra: bool = False) -> Any:
+    """The reference's loss of what the operators take; with `extra` what `_reference_with_extra` returns."""
     input, target, weight, alpha, logit_adjustment, margin, other_target, share = tensors
     ignore_index, reduction, label_smoothing, gamma, alpha_scale, scale, z_loss = options
-    loss = cross_entropy_reference(
+    return (_reference_with_extra if extra else cross_entropy_reference)(
         input,
         target if other_target is None else (target, other_target, share),
         weight,
@@ -698,7 +719,6 @@ def _differentiable_backward(grad_loss: Tensor, tensors: tuple, options: tuple, 
         z_loss=z_loss,
         all_ignored="zero" if zero_if_empty else "nan",
     )
-    return _differentiable_gradient(loss, input, grad_loss)
 
 
 def _differentiable_gradient(loss: Tensor, input: Tensor, grad_loss: Tensor) -> Tensor:

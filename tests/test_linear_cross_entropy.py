@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastreg
 from fastreg import _backends, cross_entropy, linear_cross_entropy
+from fastreg.losses import choose_backend
 from fastreg.testing import assert_accurate
 from tests.machine import needs_cuda, no_sync
 
@@ -35,6 +37,12 @@ def problem(dtype, kind="indices", bias=True):
     y[5] = -100
     target = {"indices": y, "probabilities": torch.rand(N, C), "shares": (y, y.flip(0), torch.rand(N))}[kind]
     return x, weight, bias, target
+
+
+needs_kernels = pytest.mark.skipif(
+    choose_backend(torch.zeros(1, 1), torch.zeros(1)) == "reference",
+    reason="torch.compile makes the reference's composition",
+)
 
 
 def composed(x, linear_weight, target, *, linear_bias=None, weight=None, **options):
@@ -129,6 +137,13 @@ def test_kept_rows_of_weight_0_have_the_gradient_of_a_quotient_by_0():
             assert loss.isnan() and (grad.isnan().all() if nan else (grad == 0).all())
 
 
+def test_without_values():
+    x, w = (torch.zeros(n, IN, device="meta", requires_grad=True) for n in (N, C))
+    loss = linear_cross_entropy(x, w, torch.zeros(N, dtype=torch.int64, device="meta"), chunk_size=8)
+    grads = torch.autograd.grad(loss, (x, w))
+    assert [grad.shape for grad in grads] == [x.shape, w.shape] and loss.is_meta
+
+
 @pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch 2.13 has them")
 def test_takes_the_options_of_torch():
     x, weight, target = torch.randn(6, 4), torch.randn(5, 4), torch.arange(6) % 5
@@ -218,19 +233,79 @@ def test_autocast():
         torch.testing.assert_close(a, e, rtol=2**-6, atol=1e-3)
 
 
-def test_transforms_and_compile_take_the_composition():
+def test_transforms_take_the_composition():
     x, w, _, y = problem(torch.float64, bias=False)
     call = lambda x, w: linear_cross_entropy(x, w, y, chunk_size=8)  # noqa: E731
     expected = torch.autograd.grad(call(x, w), (x, w))
-    for got in (torch.func.grad(call, (0, 1))(x, w), torch.autograd.grad(compiled(call)(x, w), (x, w))):
-        for a, e in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, e)
+    for a, e in zip(torch.func.grad(call, (0, 1))(x, w), expected, strict=True):
+        torch.testing.assert_close(a, e)
     assert torch.autograd.gradgradcheck(lambda w: call(x.detach(), w), w)
 
 
-def compiled(call):
+COMPILED = {
+    "mean": {"gamma": 2.0, "alpha": torch.rand(C), "weight": torch.rand(C)},
+    "sum": {"label_smoothing": 0.1, "outputs": True},
+    "none": {"margin": torch.rand(C), "z_loss": 1e-3, "outputs": True},
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("reduction", COMPILED)
+def test_compiled(reduction, kind):
+    """In one graph, in chunks if a kernel serves the call, the gradients for whatever comes in."""
+    options = COMPILED[reduction]
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 2**-7)):
+        x, w, b, target = problem(dtype, kind)
+
+        def call(x, w, b, target=target):
+            found = linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, chunk_size=8, **options)
+            return (found.loss, *found[1:3]) if options.get("outputs") else (found,)
+
+        steps = []
+
+        def backend(graph, inputs, steps=steps):
+            graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+            steps.extend(str(node.target) for each in graphs for node in each.nodes if node.op == "call_function")
+            return aot_eager(graph, inputs)
+
+        torch._dynamo.reset()
+        ours = torch.compile(call, fullgraph=True, backend=backend)
+        (loss, *known), (expected, *others) = ours(x, w, b), call(x, w, b)
+        torch.testing.assert_close([loss, *known], [expected, *others], rtol=tolerance, atol=tolerance)
+        for factor in (1.0, 3.0):
+            grad = factor * torch.rand_like(loss)
+            got = torch.autograd.grad(loss, (x, w, b), grad, retain_graph=True)
+            for a, e in zip(got, torch.autograd.grad(expected, (x, w, b), grad, retain_graph=True), strict=True):
+                assert a.dtype == e.dtype
+                torch.testing.assert_close(a, e, rtol=2 * tolerance, atol=tolerance * float(e.abs().max()))
+        chunked = choose_backend(x, target) != "reference"
+        assert (
+            any("linear_cross_entropy" in step for step in steps)
+            == chunked
+            != any("function linear" in s for s in steps)
+        )
+
+
+@needs_kernels
+def test_compiled_infinite_gradients_leave_ignored_rows_0():
+    x, w, _, y = problem(torch.float32)
     torch._dynamo.reset()
-    return torch.compile(call, fullgraph=True, backend="aot_eager")
+    loss = torch.compile(lambda: linear_cross_entropy(x, w, y, chunk_size=8), fullgraph=True, backend="aot_eager")()
+    grad, _ = torch.autograd.grad(loss, (x, w), torch.tensor(float("inf")))
+    assert (grad[5] == 0).all() and not grad[:5].isfinite().any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_operators(reduction):
+    *leaves, target = problem(torch.float32, "shares")
+    x, w, b = (leaf.detach() for leaf in leaves)
+    told = (*target[:1], None, None, None, None, *target[1:], -100, ("none", "mean").index(reduction), 0.1, 2.0, 1.0)
+    args = (x, w, b, *told, 1.0, 1e-3, False, 8, "cpu")
+    ops = torch.ops.fastreg
+    torch.library.opcheck(ops.linear_cross_entropy, (*args, True, [reduction == "mean", False, reduction == "mean"]))
+    grad = torch.rand(N if reduction == "none" else ())
+    torch.library.opcheck(ops.linear_cross_entropy_backward, (grad, *args, [True, False, True]))
 
 
 @pytest.mark.parametrize(
