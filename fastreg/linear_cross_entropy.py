@@ -322,7 +322,9 @@ class _Call:
         input, weight = self.tensors[0], self.told[1]
         all_ignored = "zero" if self.zero_if_empty else "nan"
         denominator = mean_denominator(row_counts(kept, shares, weight, self.compute), len(input), all_ignored)
-        return torch.as_tensor(denominator, dtype=self.compute, device=input.device)
+        if isinstance(denominator, Tensor):
+            return denominator.to(self.compute)
+        return torch.full((), denominator, dtype=self.compute, device=input.device)
 
     def _chunks(self, sums: "_Gradients", want: bool, grad: Tensor | None = None) -> list[tuple[Tensor, ...]]:
         """Chunk by chunk the loss (the sum of its rows' unless the reduction is none), log-sum-exps, losses, argmax;
