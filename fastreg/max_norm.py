@@ -18,8 +18,9 @@ last resort, which cannot fail. (In C++ a long row of fp32 aims lower by the 2^-
 The kernels: csrc/max_norm.h for what is decided per row, csrc/cpu/max_norm.cpp, csrc/cuda/max_norm.cu,
 tritonkernels/max_norm.py. One launch serves all rows of all tensors, reads each element once and writes rows over the
 cap alone. What is written is read twice where a GPU's program cannot hold a row: in Triton one of more than 4,096
-elements, in CUDA of more than 32 KiB. For rows of more than 32,768 elements two or three launches more share each among
-many programs. `max_norm` and `row_norms` are differentiable and out of place: their kernels take a matrix of rows.
+elements, in CUDA of more than 64 KiB, or 112 where the GPU has the shared memory (sm_90, sm_100). For rows of more than
+32,768 elements two or three launches more share each among many programs. `max_norm` and `row_norms` are differentiable
+and out of place: their kernels take a matrix of rows.
 """
 
 import functools
@@ -541,7 +542,8 @@ def _as_shares(total: Tensor, count: Tensor) -> Tensor:
 
 _BALLS = {1: "l1_ball", 2: "cap", math.inf: "linf_ball"}
 _INNER = 4  # dimensions of a row's box of elements that the kernels know
-_WIDTHS = (128, 512, 2048, 4096)  # elements of the rows that the Triton kernel holds in registers
+_WIDTHS = (128, 512, 2048, 4096)  # elements of the rows that Triton's kernels hold in registers
+_LAP = 2048  # bytes of one vector for each thread of a CUDA block
 _CHUNK = 8192  # elements of the rows that a chunk holds, if it holds more than one
 _SPLIT = 32768  # elements of a row, from which on it is cut into pieces, on a GPU
 _PIECE, _PIECES = 8192, 1024  # elements of a piece, at least; pieces of a row, at most
@@ -771,7 +773,7 @@ def _piece(length: int) -> int:
 def _build(tensors: list[Tensor], dim: int, places: tuple[tuple[int, int], ...], split: bool = True) -> _plan.Plan:
     """A chunk is a run of short rows or, after all of those, a piece of a row of more than `_SPLIT` elements."""
     _check_written(tensors, dim)
-    table, whole, pieces, longest = [], [], [], 0
+    table, whole, pieces, longest, vectors = [], [], [], 0, 0
     for index in _each_once(tensors):
         tensor, (cap, step) = tensors[index], places[index]
         rows = tensor.shape[dim] if tensor.dim() else 1
@@ -786,19 +788,23 @@ def _build(tensors: list[Tensor], dim: int, places: tuple[tuple[int, int], ...],
             per_chunk = max(1, _CHUNK // length)
             firsts, chunks = np.arange(0, rows, per_chunk, dtype=np.int64), whole
             longest = max(longest, length)
+            size = tensor.element_size()
+            shift = 16 - size if tensor.data_ptr() % 16 or stride * size % 16 else 0  # of the first element, at most
+            vectors = max(vectors, -(-(length * size + shift) // _LAP))
         chunks.append(np.stack([np.full_like(firsts, len(table)), firsts], 1))
         table.append([tensor.data_ptr(), code, rows, stride, length, *sum(box, ()), per_chunk, cap, step])
     device = tensors[0].device
     columns = np.array(table, np.int64).reshape(len(table), 8 + 2 * _INNER)
     entries = np.concatenate([np.empty((0, 2), np.int64), *whole, *pieces])
-    traits = _traits(columns, longest) | sum(map(len, pieces)) << 12
+    traits = _traits(columns, longest) | min(vectors, 255) << 12 | sum(map(len, pieces)) << 20
     return _plan.Plan(_plan._to_device(columns, device), _plan._to_device(entries, device), traits)
 
 
 def _traits(table: np.ndarray, longest: int) -> int:
     """What the Triton kernel is compiled for: bits 0 to 3 the dtypes' codes, 4 whether elements of a row lie apart, 5
     whether all rows are multiples of 16 bytes, 8 to 11 the number of widths that the longest row reaches of those that
-    are not cut. The bits above hold the number of chunks that are pieces of rows.
+    are not cut. For the CUDA kernels bits 12 to 19 hold how many vectors of such a row a thread has; the bits above,
+    for both, the number of chunks that are pieces of rows.
 
     One tensor whose rows are no multiples of 16 bytes (a first convolution, a bias) makes Triton access all of the plan
     element by element, which coalesces but takes more instructions: a launch for those that are would be a second one

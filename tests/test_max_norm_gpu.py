@@ -16,16 +16,20 @@ max_norm = import_module("fastreg.max_norm")  # the name in the package is the f
 LAUNCHERS = ("max_norm_rows", "max_norm_forward", "max_norm_backward", "row_norms", "row_norms_backward")
 
 
+SHARED = 99 << 10  # bytes that a block may have, of sm_120; of others more
+
+
 def kernels():
     return cudahost.load("csrc/cuda/max_norm.cu", [f"fastreg::cuda::{name}" for name in LAUNCHERS])
 
 
 # The CUDA kernels on the host, called as the operators; `behind` are tensors at the table's addresses.
 def max_norm_rows(table, chunks, traits, caps, p, tau, decay, decay_tensor, kind, behind=()):
-    count, pieces = torch.zeros((), dtype=torch.int64), traits >> 12
+    count, pieces = torch.zeros((), dtype=torch.int64), traits >> 20
     mends = kind == 0 and tau == 1 and traits & 7 != 0
-    rest = decay, decay_tensor, kind, torch.empty(4 * pieces, dtype=torch.float64), count
-    kernels().max_norm_rows(table, chunks, len(chunks), pieces, mends, caps, p, tau, *rest, *behind)
+    rest = decay, decay_tensor, kind, torch.empty(4 * pieces, dtype=torch.float64), count, SHARED
+    vectors = traits >> 12 & 255
+    kernels().max_norm_rows(table, chunks, len(chunks), pieces, vectors, mends, caps, p, tau, *rest, *behind)
     return count
 
 
@@ -35,27 +39,27 @@ def workspace(matrix):
 
 def max_norm_forward(input, caps, p, tau):
     output, norms = torch.empty_like(input), torch.empty(len(input), dtype=torch.float64)
-    rest = caps, int(len(caps) > 1), norms, *input.shape, p, tau, workspace(input)
+    rest = caps, int(len(caps) > 1), norms, *input.shape, p, tau, workspace(input), SHARED
     kernels().max_norm_forward(_plan.DTYPE_CODES[input.dtype], input, output, *rest)
     return output, norms
 
 
 def max_norm_backward(grad_output, input, caps, norms, p, tau):
     grad, slopes = torch.empty_like(input), torch.empty_like(norms)
-    rest = caps, int(len(caps) > 1), norms, slopes, *input.shape, p, tau, workspace(input)
+    rest = caps, int(len(caps) > 1), norms, slopes, *input.shape, p, tau, workspace(input), SHARED
     kernels().max_norm_backward(_plan.DTYPE_CODES[input.dtype], grad_output, input, grad, *rest)
     return grad, slopes
 
 
 def row_norms(input, p):
     norms = torch.empty(len(input), dtype=torch.float64)
-    kernels().row_norms(_plan.DTYPE_CODES[input.dtype], input, norms, *input.shape, p, workspace(input))
+    kernels().row_norms(_plan.DTYPE_CODES[input.dtype], input, norms, *input.shape, p, workspace(input), SHARED)
     return norms
 
 
 def row_norms_backward(grad, input, norms, p):
     out = torch.empty_like(input)
-    rest = norms, *input.shape, p, workspace(input)
+    rest = norms, *input.shape, p, workspace(input), SHARED
     kernels().row_norms_backward(_plan.DTYPE_CODES[input.dtype], grad, input, out, *rest)
     return out
 
@@ -87,7 +91,12 @@ def test_rows_are_read_once_and_those_over_the_cap_written(ours, dtype, p):
     """Rows that do not fit on chip are read once more to be written."""
     from tests.proving.traffic import traffic
 
-    tensors = [torch.randn(shape).to(dtype) for shape in [*SHAPES, (2, 4000), (2, 512, 3, 3), (2, 5000)]]
+    if ours == "triton":
+        longest = 4096
+    else:
+        longest = (64 << 10) // dtype.itemsize
+    shapes = [*SHAPES, (2, 4000), (2, 512, 3, 3), (2, 5000), (2, 8192), (2, 16_384), (2, 20_000)]
+    tensors = [torch.randn(shape).to(dtype) for shape in shapes]
     rows = [w.flatten(1) if w.dim() > 1 else w[:, None] for w in tensors]
     norms = [w.double().norm(p, dim=1) for w in rows]
     caps = [n.median().item() for n in norms]
@@ -98,10 +107,71 @@ def test_rows_are_read_once_and_those_over_the_cap_written(ours, dtype, p):
     assert count.item() == sum(int((n > cap).sum()) for n, cap in zip(norms, caps))
     for old, new, cap, n in zip(before, tensors, caps, norms):
         over = (n > cap).reshape(-1, *[1] * (old.dim() - 1)).expand_as(old)
-        held = new[0].numel() <= 4096 if ours == "triton" else new[0].numel() * new.element_size() <= 32 * 1024
+        held = new[0].numel() <= longest
         assert over.any() and torch.equal(new[~over], old[~over])
         assert torch.equal(log.writes(new), over.long())
         assert torch.equal(log.reads(new), 1 + over.long() * (not held))
+
+
+@needs_cudahost
+@pytest.mark.parametrize(("kilobytes", "length"), [(99, 16_384), (163, 20_000), (227, 28_000)])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_cuda_holds_as_long_rows_as_the_device_has_room_for(monkeypatch, kilobytes, length, offset):
+    from tests.proving.traffic import traffic
+
+    monkeypatch.setattr(f"{__name__}.SHARED", kilobytes << 10)
+    w, short = torch.randn(3 * length + offset)[offset:].view(3, length), torch.randn(40, 30)
+    w[1] *= 0.01
+    with traffic() as log:
+        assert project([w, short], [0.9 * w[0].norm().item(), 0.0]).item() >= 41
+    assert len(log) == 1 and log.reads(w).eq(1).all() and log.reads(short).eq(1).all()
+    assert log.writes(w).amax(1).tolist()[:2] == [1, 0]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_decay_writes_every_row_once_whatever_the_dtypes(ours, mixed):
+    from tests.proving.traffic import traffic
+
+    tensors = [torch.randn(3, 4608), torch.randn(3, 4608).to(torch.bfloat16 if mixed else torch.float32)]
+    with traffic() as log:
+        if ours == "triton":
+            fastreg.max_norm_(tensors, 60.0, decay=0.125)
+        else:
+            project(tensors, 60.0, decay=0.125)
+    for w in tensors:
+        assert log.writes(w).eq(1).all() and log.reads(w).eq(2 if ours == "triton" else 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("length", [4608, 8200])
+def test_every_rule_for_long_rows_on_chip(ours, dtype, length):
+    """Rows that stay, of NaN and inf, huge and tiny; elements side by side and apart."""
+    far = 2.0**600 if dtype == torch.float64 else 2.0**90
+    w = torch.randn(7, length, dtype=torch.float64) * torch.tensor([1, 1, 1, 1, far, 1 / far, 0])[:, None]
+    w[2, 4500], w[3, 17] = torch.nan, -torch.inf
+    w = w.to(dtype)
+    tolerance = 4 * torch.finfo(dtype).eps + length * 2.0**-52
+
+    def check(call):
+        for old in (w, w.t().contiguous().t()):
+            new, expected = old.clone(), w.clone()
+            call(new)
+            with fastreg.use_backend("reference"):
+                call(expected)
+            torch.testing.assert_close(new, expected, rtol=tolerance, atol=0, equal_nan=True)
+
+    for p in (1.0, 2.0, float("inf")):
+        caps = torch.linalg.vector_norm(w.double(), p, dim=1) * torch.tensor([0.5, 2, 1, 1, 0.5, 0.5, 1])
+        caps = caps.nan_to_num(1.0, 1.0)
+        check(lambda x, p=p, caps=caps: fastreg.max_norm_(x, caps, p=p))
+    check(lambda x: fastreg.max_norm_(x, caps, decay=0.125))
+    check(lambda x: fastreg.max_norm_(x, caps, tau=1.5))
+    check(lambda x: fastreg.tau_normalize_(x))
+    check(lambda x: fastreg.project_lp_ball_(x, 0.75, p=float("inf")))
+    out, expected = fastreg.max_norm(w, caps, p=1.0), w.clone()
+    with fastreg.use_backend("reference"):
+        fastreg.max_norm_(expected, caps, p=1.0)
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=0, equal_nan=True)
 
 
 @needs_cudahost
@@ -128,7 +198,7 @@ def test_long_rows_are_shared_among_programs_and_read_once_to_measure_and_once_t
     cap = 0.9 * norms[0].item()
     over = norms > cap
     plan = max_norm._build([w, short], 0, ((0, 0),) * 2)
-    pieces = plan.chunk >> 12
+    pieces = plan.chunk >> 20
     assert pieces == 3 * 5 and len(plan.chunks) == pieces + 1
     with traffic() as log:
         if ours == "triton":

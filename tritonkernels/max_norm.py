@@ -891,7 +891,7 @@ def _treat_pieces(table, chunks, first, x, out, norms, caps, programs, piece, fo
 def max_norm_rows(table, chunks, traits, caps, p, tau, decay, decay_tensor, kind):
     """`traits` is what the plan knows about its tensors: see `_traits` in fastreg/max_norm.py."""
     count = torch.zeros((), dtype=torch.int64, device=table.device)
-    codes, widest, pieces = traits & 15, traits >> 8 & 15, traits >> 12
+    codes, widest, pieces = traits & 15, traits >> 8 & 15, traits >> 20
     options = {
         "decay_bits": _bits(decay), "decay_tensor": decay_tensor, "count": count, "CODES": codes,
         "DECAY": decay != 0.0 or decay_tensor is not None, "BOXED": bool(traits & 16), "ALIGN": 8 if traits & 32 else 1,

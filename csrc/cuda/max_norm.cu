@@ -1,9 +1,10 @@
 // Max-norm and its kin in CUDA: all rows of all tensors of a plan in one launch, or of a matrix out of place,
 // with the gradient. What is decided per row, and the table's layout, stand in max_norm.h.
 //
-// Bytes     each element read once; rows that change are written once (out of place, every row). Rows of more
-//           than kThreads * kVectors * 16 bytes do not fit on chip: those that are written are read again,
-//           from L2 where it holds them. Backward: x and the gradient once, of rows of half that size.
+// Bytes     each element read once; rows that change are written once (out of place, every row). A block
+//           holds a row in half of the shared memory that it may have, but at least 64 KB (on sm_80 81 KB, on
+//           sm_90 and sm_100 113): longer ones that are written are read again, from L2 where it holds them.
+//           Backward: x and the gradient once, of rows of half that size.
 // Launches  one. A block takes one chunk: rows of one tensor, each dealt to 1, 2, 4 ... 32 lanes of a warp or
 //           to the block by its length. Rows of more than kSplit elements are cut into pieces, a block each,
 //           of which a few rows too fill the GPU: two launches more, norms of pieces and then what becomes of
@@ -31,7 +32,7 @@ using mn::Kind;
 using mn::Order;
 
 constexpr int kThreads = 128;
-constexpr int kVectors = 16;         // of 16 bytes, that a thread holds
+constexpr int kVectors = 16;         // of 16 bytes, that a thread holds of a row in pieces
 constexpr int64_t kPerBlock = 8192;  // elements of the rows of a matrix that a block takes, if more than one
 // Rows of more elements than kSplit are cut into pieces of at least kPiece elements, at most kPieces of them.
 constexpr int64_t kSplit = 32768, kPiece = 8192, kPieces = 1024;
@@ -53,6 +54,7 @@ struct Job {
   const double* decay_tensor = nullptr;  // if not null, instead of decay
   Kind kind = Kind::cap;
   unsigned long long* count = nullptr;  // of the rows that changed, or null
+  int vectors = kVectors;               // that a thread holds
   int64_t out = 0;                      // the matrix to write, instead of the one that is read
   double* norms = nullptr;              // of the rows of a matrix; -1 of rows that stay
   // Of rows in pieces: the plan's first chunk that is one, what is done now, and per piece (scale, sum of
@@ -105,7 +107,7 @@ struct Team {
   int log;
   double* warps;  // shared, one per warp
 
-  // Two vectors per thread in a warp, if that is enough of them, up to eight; in a block up to kVectors.
+  // Two vectors per thread in a warp, if that is enough of them, up to eight; in a block any number.
   static __host__ __device__ int log_for(int64_t vectors) {
     if (vectors > 32 * 8) return kBlock;
     int log = 0;
@@ -271,10 +273,12 @@ class Share {
   static constexpr int size = Vector<T>::size;
 
  public:
-  __device__ Share(const Run<T>& from, const Run<T>& to, bool fits, double keep, bool decays, Vector<T>* held)
-      : from_(from), to_(to), held_(held), keep_(keep), fits_(fits), decays_(decays) {
+  // `held` has room for `most` vectors.
+  __device__ Share(const Run<T>& from, const Run<T>& to, int most, bool fits, double keep, bool decays,
+                   Vector<T>* held)
+      : from_(from), to_(to), held_(held), keep_(keep), most_(most), fits_(fits), decays_(decays) {
     if (fits) {
-      from_.stage(held_, 0, kVectors);
+      from_.stage(held_, 0, most_);
       Run<T>::wait_for_copies();
     }
   }
@@ -341,14 +345,14 @@ class Share {
   template <class Body>
   __device__ void each_vector(const Body& body) {
 #pragma unroll 1
-    for (int64_t first = 0; first < from_.count; first += kVectors) {
+    for (int64_t first = 0; first < from_.count; first += most_) {
       // What this thread has just written may be on its way still, for loads that go past its registers.
       if (!fits_ && !written_) {
-        from_.stage(held_, first, kVectors);
+        from_.stage(held_, first, most_);
         Run<T>::wait_for_copies();
       }
 #pragma unroll 1
-      for (int i = 0; i < kVectors && first + i < from_.count; ++i) {
+      for (int i = 0; i < most_ && first + i < from_.count; ++i) {
         Vector<T> v = written_ ? from_.read(first + i) : held_[i * kThreads];
         if (decays_) {
 #pragma unroll
@@ -374,6 +378,7 @@ class Share {
   Run<T> from_, to_;
   Vector<T>* held_;
   double keep_;
+  int most_;
   bool fits_, decays_, written_ = false;
 };
 
@@ -548,7 +553,7 @@ __device__ void treat_piece(const Job& job, const Rows& rows, int64_t number, do
   T* data = reinterpret_cast<T*>(rows.data) + piece.row * rows.stride;
   T* written = job.out ? reinterpret_cast<T*>(job.out) + piece.row * rows.stride : data;
   const Run<T> from(data, rows.box, piece.length, team, piece.begin), to = from.beside(written);
-  Share<T> share(job.stage == Stage::mend ? to : from, to, false, keep, decays,
+  Share<T> share(job.stage == Stage::mend ? to : from, to, kVectors, false, keep, decays,
                  static_cast<Vector<T>*>(held) + threadIdx.x);
   if (job.stage == Stage::norm) {
     const Found found = measure<T, ORDER>(share, team, p, true);
@@ -592,8 +597,7 @@ __device__ void treat_piece(const Job& job, const Rows& rows, int64_t number, do
 template <class T, Order ORDER>
 __device__ int run_chunk(const Job& job, const Rows& rows, int64_t first, double* warps, void* held) {
   const int64_t end = first + rows.per_chunk, last = end < rows.rows ? end : rows.rows;
-  const int64_t vectors = Run<T>::vectors(rows.length);
-  const Team team{Team::log_for(vectors), warps};
+  const Team team{Team::log_for(Run<T>::vectors(rows.length)), warps};
   const double keep = 1 - (job.decay_tensor ? *job.decay_tensor : job.decay);
   const bool decays = job.decay_tensor || job.decay != 0;
   int changed = 0;
@@ -606,7 +610,7 @@ __device__ int run_chunk(const Job& job, const Rows& rows, int64_t first, double
     const Run<T> from(data, rows.box, live ? rows.length : 0, team);
     const Run<T> to = from.beside(
         job.out ? reinterpret_cast<T*>(job.out) + (data - reinterpret_cast<T*>(rows.data)) : data);
-    Share<T> share(from, to, vectors <= kVectors << team.log, keep, decays,
+    Share<T> share(from, to, job.vectors, from.count <= job.vectors, keep, decays,
                    static_cast<Vector<T>*>(held) + threadIdx.x);
     double norm;
     const bool over = treat<T, ORDER>(share, team, job, rows.length, cap, live, &norm);
@@ -679,52 +683,57 @@ __global__ void __launch_bounds__(kThreads, ORDER == Order::any ? 3 : 4) pieces_
   }
 }
 
+constexpr int64_t kHeld = int64_t(kThreads) * 16;  // bytes of one vector per thread
+
 template <Order ORDER>
-void launch(const Job& job, int64_t blocks, bool pieces, int64_t shared, cudaStream_t stream) {
+cudaError_t launch(const Job& job, int64_t blocks, bool pieces, cudaStream_t stream) {
   auto* kernel = pieces ? &pieces_kernel<ORDER> : &rows_kernel<ORDER>;
-  LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared, stream, job);
+  if (cudaError_t error = allow(kernel, job.vectors * kHeld)) return error;
+  LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), job.vectors * kHeld, stream, job);
+  return cudaGetLastError();
 }
 
-cudaError_t launch(const Job& job, int64_t blocks, bool pieces, int64_t shared, cudaStream_t stream) {
+cudaError_t launch(const Job& job, int64_t blocks, bool pieces, cudaStream_t stream) {
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   if (blocks == 0) return cudaSuccess;
   switch (mn::order_of(job.p)) {
     case Order::one:
-      launch<Order::one>(job, blocks, pieces, shared, stream);
-      break;
+      return launch<Order::one>(job, blocks, pieces, stream);
     case Order::two:
-      launch<Order::two>(job, blocks, pieces, shared, stream);
-      break;
+      return launch<Order::two>(job, blocks, pieces, stream);
     case Order::largest:
-      launch<Order::largest>(job, blocks, pieces, shared, stream);
-      break;
+      return launch<Order::largest>(job, blocks, pieces, stream);
     default:
-      launch<Order::any>(job, blocks, pieces, shared, stream);
+      return launch<Order::any>(job, blocks, pieces, stream);
   }
-  return cudaGetLastError();
 }
 
-constexpr int64_t kHeld = int64_t(kThreads) * 16;  // bytes of one vector per thread
+// Vectors that a thread may hold: two blocks at a time fit on a multiprocessor, unless that left no room for
+// rows of 64 KB, which take a vector more where they lie off the 16-byte boundaries.
+int most_vectors(int shared_bytes) {
+  return static_cast<int>(std::max<int64_t>(shared_bytes / 2, (64 << 10) + kHeld) / kHeld);
+}
 
 // The stages of `pieces` pieces. `mends`: whether rounding may bring a row above its cap. Workspace: 4
 // numbers per piece.
 cudaError_t launch_pieces(Job job, int64_t pieces, bool mends, double* workspace, cudaStream_t stream) {
+  job.vectors = kVectors;
   job.parts = workspace;
   job.again = workspace + 2 * pieces;
   for (Stage stage : {Stage::norm, Stage::change, Stage::mend}) {
     if (stage == Stage::mend && !mends) break;
     job.stage = stage;
-    if (cudaError_t error = launch(job, pieces, true, kVectors * kHeld, stream)) return error;
+    if (cudaError_t error = launch(job, pieces, true, stream)) return error;
   }
   return cudaSuccess;
 }
 
 // Vectors that a thread holds of a row of a matrix, at most `most`: shared memory that is not asked for
 // leaves room for other blocks.
-int64_t held_vectors(int code, int64_t length, int64_t most) {
+int held_vectors(int code, int64_t length, int64_t most) {
   const int64_t size = code == mn::kDouble ? 2 : code == mn::kFloat ? 4 : 8;
   const int64_t vectors = (length + 2 * size - 2) / size, lanes = int64_t(1) << Team::log_for(vectors);
-  return std::min(most, ceil_div(vectors, lanes));
+  return static_cast<int>(std::min(most, ceil_div(vectors, lanes)));
 }
 
 // Elements of the pieces of a row, or 0 if it stays whole.
@@ -747,13 +756,13 @@ Rows matrix_of(int code, const void* input, int64_t rows, int64_t length, int64_
           cap_step};
 }
 
-cudaError_t launch_matrix(const Job& job, bool mends, double* workspace, cudaStream_t stream) {
+cudaError_t launch_matrix(Job job, bool mends, double* workspace, int shared_bytes, cudaStream_t stream) {
   const Rows& rows = job.matrix;
   const int code = static_cast<int>(rows.code);
   if (const int64_t pieces = max_norm_pieces(rows.rows, rows.length))
     return launch_pieces(job, pieces, mends && code != mn::kDouble, workspace, stream);
-  const int64_t held = held_vectors(code, rows.length, kVectors);
-  return launch(job, ceil_div(rows.rows, rows.per_chunk), false, held * kHeld, stream);
+  job.vectors = held_vectors(code, rows.length, most_vectors(shared_bytes));
+  return launch(job, ceil_div(rows.rows, rows.per_chunk), false, stream);
 }
 
 // ---- gradients -------------------------------------------------------------------------------------------
@@ -768,10 +777,9 @@ struct Gradient {
   double p, tau;
   double*
       parts;  // per piece of a row, if there are any: sum of g * x / norm, and how many elements are largest
-  bool sums = false;  // whether those are to be found now
+  bool sums = false;           // whether those are to be found now
+  int vectors = kVectors / 2;  // of x and of g that a thread holds
 };
-
-constexpr int kPairs = kVectors / 2;  // vectors of x and of g that a thread holds
 
 __device__ double slope_of(double x, double p, double norm, double inverse, Order order) {
   if (order == Order::two) return x * inverse;
@@ -787,12 +795,9 @@ __device__ void differentiate(const Gradient& job, bool cut, double* warps, void
   Piece piece(blockIdx.x, rows.length, cut ? rows.per_chunk : rows.length);
   if (cut) first = piece.row, last = first + 1;
   if (last > rows.rows) last = rows.rows;
-  const int64_t vectors = Run<T>::vectors(piece.length);
-  const Team team{cut ? Team::kBlock : Team::log_for(vectors), warps};
-  const bool fits = vectors <= kPairs << team.log;
+  const Team team{cut ? Team::kBlock : Team::log_for(Run<T>::vectors(piece.length)), warps};
   const bool with_g = job.g != 0;
-  Vector<T>*held_x = static_cast<Vector<T>*>(memory) + threadIdx.x,
-  *held_g = held_x + (fits ? (vectors + (1 << team.log) - 1) >> team.log : kPairs) * kThreads;
+  Vector<T>*held_x = static_cast<Vector<T>*>(memory) + threadIdx.x, *held_g = held_x + job.vectors * kThreads;
   for (int64_t base = first; base < last; base += team.teams()) {
     const int64_t r = base + team.member(), offset = r < last ? r * rows.length : 0;
     const bool live = r < last;
@@ -801,6 +806,7 @@ __device__ void differentiate(const Gradient& job, bool cut, double* warps, void
     const Run<T> g = x.beside(reinterpret_cast<T*>(with_g ? job.g : rows.data) + offset);
     const Run<T> out = x.beside(reinterpret_cast<T*>(job.out) + offset);
     const double norm = live ? job.norms[r] : -1;
+    const bool fits = x.count <= job.vectors;
     const bool moves = live && (!with_g || norm >= 0);  // else the gradient passes, and x is not read
     const double inverse = norm == 0 && !with_g ? 1 : 1 / norm;
     Order order = mn::order_of(job.p);
@@ -810,14 +816,14 @@ __device__ void differentiate(const Gradient& job, bool cut, double* warps, void
     // body(number, vector of x, vector of g), read anew where they do not fit.
     const auto each = [&](bool stage, bool with_x, const auto& body) {
 #pragma unroll 1
-      for (int64_t start = 0; start < x.count; start += kPairs) {
+      for (int64_t start = 0; start < x.count; start += job.vectors) {
         if (stage || !fits) {
-          if (with_x) x.stage(held_x, start, kPairs);
-          if (with_g) g.stage(held_g, start, kPairs);
+          if (with_x) x.stage(held_x, start, job.vectors);
+          if (with_g) g.stage(held_g, start, job.vectors);
           Run<T>::wait_for_copies();
         }
 #pragma unroll 1
-        for (int i = 0; i < kPairs && start + i < x.count; ++i)
+        for (int i = 0; i < job.vectors && start + i < x.count; ++i)
           body(start + i, held_x[i * kThreads], held_g[i * kThreads]);
       }
     };
@@ -888,19 +894,22 @@ __global__ void __launch_bounds__(kThreads, 4) gradient_kernel(Gradient job, boo
   }
 }
 
-cudaError_t launch(Gradient job, cudaStream_t stream) {
+cudaError_t launch(Gradient job, int shared_bytes, cudaStream_t stream) {
   const Rows& rows = job.x;
   const int64_t pieces = max_norm_pieces(rows.rows, rows.length);
   const int64_t blocks = pieces ? pieces : ceil_div(rows.rows, rows.per_chunk);
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  const int64_t held = pieces ? kPairs : held_vectors(static_cast<int>(rows.code), rows.length, kPairs);
+  if (!pieces)
+    job.vectors = held_vectors(static_cast<int>(rows.code), rows.length, most_vectors(shared_bytes) / 2);
+  const int64_t held = 2 * job.vectors * kHeld;
+  if (cudaError_t error = allow(gradient_kernel, held)) return error;
   const dim3 grid(static_cast<unsigned>(blocks));
   if (pieces && (job.g || mn::order_of(job.p) == Order::largest)) {
     job.sums = true;
-    LAUNCH(gradient_kernel, grid, dim3(kThreads), 2 * held * kHeld, stream, job, true);
+    LAUNCH(gradient_kernel, grid, dim3(kThreads), held, stream, job, true);
     job.sums = false;
   }
-  LAUNCH(gradient_kernel, grid, dim3(kThreads), 2 * held * kHeld, stream, job, pieces > 0);
+  LAUNCH(gradient_kernel, grid, dim3(kThreads), held, stream, job, pieces > 0);
   return cudaGetLastError();
 }
 }  // namespace
@@ -911,9 +920,9 @@ int64_t max_norm_pieces(int64_t rows, int64_t length) {
 }
 
 cudaError_t max_norm_rows(const int64_t* table, const int64_t* chunks, int64_t chunk_count, int64_t pieces,
-                          bool mends, const double* caps, double p, double tau, double decay,
+                          int64_t vectors, bool mends, const double* caps, double p, double tau, double decay,
                           const double* decay_tensor, int64_t kind, double* workspace, int64_t* count,
-                          cudaStream_t stream) {
+                          int shared_bytes, cudaStream_t stream) {
   Job job{.table = table,
           .chunks = chunks,
           .caps = caps,
@@ -922,16 +931,17 @@ cudaError_t max_norm_rows(const int64_t* table, const int64_t* chunks, int64_t c
           .decay = decay,
           .decay_tensor = decay_tensor,
           .kind = static_cast<Kind>(kind),
-          .count = reinterpret_cast<unsigned long long*>(count)};
+          .count = reinterpret_cast<unsigned long long*>(count),
+          .vectors = std::clamp<int>(vectors, kVectors, most_vectors(shared_bytes))};
   job.first_piece = chunk_count - pieces;
-  cudaError_t error = launch(job, job.first_piece, false, kVectors * kHeld, stream);
+  cudaError_t error = launch(job, job.first_piece, false, stream);
   if (error == cudaSuccess && pieces) error = launch_pieces(job, pieces, mends, workspace, stream);
   return error;
 }
 
 cudaError_t max_norm_forward(int code, const void* input, void* output, const double* caps, int64_t cap_step,
                              double* norms, int64_t rows, int64_t length, double p, double tau,
-                             double* workspace, cudaStream_t stream) {
+                             double* workspace, int shared_bytes, cudaStream_t stream) {
   const Job job{.matrix = matrix_of(code, input, rows, length, cap_step),
                 .caps = caps,
                 .p = p,
@@ -939,34 +949,34 @@ cudaError_t max_norm_forward(int code, const void* input, void* output, const do
                 .kind = Kind::cap,
                 .out = reinterpret_cast<int64_t>(output),
                 .norms = norms};
-  return launch_matrix(job, tau == 1, workspace, stream);
+  return launch_matrix(job, tau == 1, workspace, shared_bytes, stream);
 }
 
 cudaError_t row_norms(int code, const void* input, double* norms, int64_t rows, int64_t length, double p,
-                      double* workspace, cudaStream_t stream) {
+                      double* workspace, int shared_bytes, cudaStream_t stream) {
   const Job job{.matrix = matrix_of(code, input, rows, length, 0),
                 .p = p,
                 .tau = 1,
                 .kind = Kind::norm,
                 .norms = norms};
-  return launch_matrix(job, false, workspace, stream);
+  return launch_matrix(job, false, workspace, shared_bytes, stream);
 }
 
 cudaError_t max_norm_backward(int code, const void* grad_output, const void* input, void* grad_input,
                               const double* caps, int64_t cap_step, const double* norms, double* slopes,
                               int64_t rows, int64_t length, double p, double tau, double* workspace,
-                              cudaStream_t stream) {
+                              int shared_bytes, cudaStream_t stream) {
   return launch(
       Gradient{matrix_of(code, input, rows, length, cap_step), reinterpret_cast<int64_t>(grad_output),
                reinterpret_cast<int64_t>(grad_input), caps, norms, nullptr, slopes, p, tau, workspace},
-      stream);
+      shared_bytes, stream);
 }
 
 cudaError_t row_norms_backward(int code, const double* grad, const void* input, void* grad_input,
                                const double* norms, int64_t rows, int64_t length, double p, double* workspace,
-                               cudaStream_t stream) {
+                               int shared_bytes, cudaStream_t stream) {
   return launch(Gradient{matrix_of(code, input, rows, length, 0), 0, reinterpret_cast<int64_t>(grad_input),
                          nullptr, norms, grad, nullptr, p, 1, workspace},
-                stream);
+                shared_bytes, stream);
 }
 }  // namespace fastreg::cuda

@@ -24,7 +24,7 @@ Tensor workspace(const OnDevice& on, int64_t pieces) { return on.empty({4 * piec
 Tensor max_norm_rows(const Tensor& table, const Tensor& chunks, int64_t traits, const Tensor& caps, double p,
                      double tau, double decay, std::optional<Tensor> decay_tensor, int64_t kind) {
   const OnDevice on(table);
-  const int64_t pieces = traits >> 12;
+  const int64_t pieces = traits >> 20, vectors = traits >> 12 & 0xFF;
   const bool mends =
       static_cast<max_norm::Kind>(kind) == max_norm::Kind::cap && tau == 1 && (traits & 7) != 0;
   Tensor work = workspace(on, pieces);
@@ -32,9 +32,10 @@ Tensor max_norm_rows(const Tensor& table, const Tensor& chunks, int64_t traits, 
   check(cudaMemsetAsync(count.mutable_data_ptr(), 0, sizeof(int64_t), on.stream));
   check(cuda::max_norm_rows(static_cast<const int64_t*>(table.const_data_ptr()),
                             static_cast<const int64_t*>(chunks.const_data_ptr()), chunks.size(0), pieces,
-                            mends, doubles_of(caps), p, tau, decay,
+                            vectors, mends, doubles_of(caps), p, tau, decay,
                             decay_tensor ? doubles_of(*decay_tensor) : nullptr, kind, doubles_of(work),
-                            static_cast<int64_t*>(count.mutable_data_ptr()), on.stream));
+                            static_cast<int64_t*>(count.mutable_data_ptr()), on.shared_bytes_of_block(),
+                            on.stream));
   return count;
 }
 
@@ -45,7 +46,7 @@ std::tuple<Tensor, Tensor> max_norm_forward(const Tensor& input, const Tensor& c
   Tensor output = on.empty({rows, length}, input.scalar_type()), norms = on.empty({rows}, ScalarType::Double);
   check(cuda::max_norm_forward(code_of(input), input.const_data_ptr(), output.mutable_data_ptr(),
                                doubles_of(caps), caps.size(0) > 1, doubles_of(norms), rows, length, p, tau,
-                               doubles_of(work), on.stream));
+                               doubles_of(work), on.shared_bytes_of_block(), on.stream));
   return {output, norms};
 }
 
@@ -58,7 +59,7 @@ std::tuple<Tensor, Tensor> max_norm_backward(const Tensor& grad_output, const Te
   check(cuda::max_norm_backward(code_of(input), grad_output.const_data_ptr(), input.const_data_ptr(),
                                 grad.mutable_data_ptr(), doubles_of(caps), caps.size(0) > 1,
                                 doubles_of(norms), doubles_of(slopes), rows, length, p, tau, doubles_of(work),
-                                on.stream));
+                                on.shared_bytes_of_block(), on.stream));
   return {grad, slopes};
 }
 
@@ -67,7 +68,7 @@ Tensor row_norms(const Tensor& input, double p) {
   Tensor work = workspace(on, cuda::max_norm_pieces(input.size(0), input.size(1)));
   Tensor norms = on.empty({input.size(0)}, ScalarType::Double);
   check(cuda::row_norms(code_of(input), input.const_data_ptr(), doubles_of(norms), input.size(0),
-                        input.size(1), p, doubles_of(work), on.stream));
+                        input.size(1), p, doubles_of(work), on.shared_bytes_of_block(), on.stream));
   return norms;
 }
 
@@ -77,7 +78,7 @@ Tensor row_norms_backward(const Tensor& grad, const Tensor& input, const Tensor&
   Tensor grad_input = on.empty({input.size(0), input.size(1)}, input.scalar_type());
   check(cuda::row_norms_backward(code_of(input), doubles_of(grad), input.const_data_ptr(),
                                  grad_input.mutable_data_ptr(), doubles_of(norms), input.size(0),
-                                 input.size(1), p, doubles_of(work), on.stream));
+                                 input.size(1), p, doubles_of(work), on.shared_bytes_of_block(), on.stream));
   return grad_input;
 }
 }  // namespace
