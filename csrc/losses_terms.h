@@ -53,6 +53,14 @@ FASTREG_HD Logistic<V> logistic(V x) {
   return {near_one, e * near_one, Math::log1p(e)};
 }
 
+// factor * term. A factor of 0 gives 0 even if the term, of an infinite logit, is infinite: so it does for
+// every finite one, however large. NaN stays.
+template <class V>
+FASTREG_HD V weighed(V factor, V term) {
+  const V zero{};
+  return factor * ((factor == zero) & (term == INFINITY) ? zero : term);
+}
+
 template <class V>
 struct SigmoidFocal {
   V loss, derivative;
@@ -79,7 +87,7 @@ FASTREG_HD SigmoidFocal<V> sigmoid_focal(V x, V t, A alpha, A gamma) {
   const V slope = p * (one - t) - not_p * t;
   const V inner = ratio == zero ? zero : gamma * (t + t - one) * ratio * entropy;
   const V derivative = slope - inner;
-  return {balance * power * entropy, balance * power * derivative};
+  return {weighed(balance, power * entropy), balance * power * derivative};
 }
 
 // The same for a target of 0 or 1, without alpha_t and by the logit of being wrong: x for 0, -x for 1. With

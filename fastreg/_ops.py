@@ -95,11 +95,11 @@ def _cross_entropy_forward_extra(input, *args):
 _define(
     "cross_entropy_forward",
     # Returns the loss; the log-sum-exp of each row; what the sum of the losses was divided by (1 unless the
-    # reduction is mean; with zero_if_empty never 0). The log-sum-exp comes as two numbers per row, lse[0] the
-    # largest z and lse[1] the log of the sum of exp(z - lse[0]), because their sum, rounded, has no digits left
-    # where the logits are large: log p is (z - lse[0]) - lse[1]. Where every class has a share in the loss, lse[2] is
-    # what the backward would otherwise have to read the whole row for: the sum over the classes of their shares times
-    # the slopes of their terms, S in tritonkernels/losses.py.
+    # reduction is mean; in the place of 0 stands inf with zero_if_empty, else NaN: see losses.mean_denominator). The
+    # log-sum-exp comes as two numbers per row, lse[0] the largest z and lse[1] the log of the sum of exp(z - lse[0]),
+    # because their sum, rounded, has no digits left where the logits are large: log p is (z - lse[0]) - lse[1]. Where
+    # every class has a share in the loss, lse[2] is what the backward would otherwise have to read the whole row for:
+    # the sum over the classes of their shares times the slopes of their terms, S in tritonkernels/losses.py.
     f"({_TENSORS}, {_OPTIONS}, bool zero_if_empty, bool fp32_loss) -> (Tensor loss, Tensor lse, Tensor denominator)",
     _cross_entropy_forward,
     "losses",

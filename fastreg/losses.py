@@ -848,11 +848,14 @@ def _at(vector: Tensor, y: Tensor) -> Tensor:
     return vector[y.unsqueeze(0)].squeeze(0)
 
 
-def mean_denominator(counts: Tensor | float, rows: int, all_ignored: str) -> Tensor | int:
+def mean_denominator(counts: Tensor | float, rows: int, all_ignored: str) -> Tensor | float:
+    """What the sum of the losses is divided by. In the place of 0 stands what makes the mean 0, or, as in PyTorch, NaN,
+    also where the sum is not 0: smoothing and z_loss give kept rows of weight 0 a loss."""
+    nothing = math.inf if all_ignored == "zero" else math.nan
     if not isinstance(counts, Tensor):
-        return max(rows, 1) if all_ignored == "zero" else rows
+        return rows or nothing
     denominator = counts.sum()
-    return denominator.masked_fill(denominator == 0, 1) if all_ignored == "zero" else denominator
+    return denominator.masked_fill(denominator == 0, nothing)
 
 
 def _reduce(losses: Tensor, counts: Tensor | float, reduction: str, all_ignored: str, input: Tensor) -> Tensor:
@@ -962,8 +965,10 @@ def sigmoid_focal_loss(
         p_t  = t·p + (1 − t)·(1 − p),    α_t = t·α + (1 − t)·(1 − α), or 1 if alpha is negative
 
     Args:
-        inputs: logits of any shape, in fp16, bf16, fp32 or fp64. Those that do not lie in one piece of memory in the
-            order of their dimensions, permuted ones for example, are copied, and so are bool targets.
+        inputs: logits of any shape, in fp16, bf16, fp32 or fp64. Permuted ones are read as they lie, and so are dense
+            targets permuted alike. A copy is made of what does not lie in one piece of memory, of permuted logits whose
+            classes, the last dimension, must be known, for weight or class indices, and do not lie next to each other,
+            and of bool targets on CUDA's own kernels.
         targets: t, of inputs' shape and any floating dtype (which is not rounded to that of inputs) or bool; or class
             indices of inputs' shape without its last dimension, int64, int32 or uint8: 1 for that class and 0 for the
             others, which are never made. An index outside [0, C) is background: 0 for every class.
@@ -987,8 +992,16 @@ def sigmoid_focal_loss(
     if backend == "reference" or not classes:
         return sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction, weight, normalizer)
     compute = _ops.accumulator(inputs)
-    if targets.shape == inputs.shape and targets.dtype != inputs.dtype:
-        targets = targets.to(inputs.dtype if targets.dtype == torch.bool else compute)
+    dense = targets.shape == inputs.shape
+    if targets.dtype == torch.bool:
+        targets = targets.to(inputs.dtype) if backend == "cuda" else targets.view(torch.uint8)
+    elif dense and targets.dtype != inputs.dtype:
+        targets = targets.to(compute)
+    shape = inputs.shape
+    order = _order_in_memory(inputs, classes_last=not dense or weight is not None)
+    if order is not None:
+        inputs, targets = inputs.permute(order), targets.permute(order if dense else order[:-1])
+        classes = inputs.shape[-1]
     scale = 1.0
     if reduction == "mean":
         scale = 1 / inputs.numel() if inputs.numel() else float("nan")
@@ -1002,10 +1015,10 @@ def sigmoid_focal_loss(
         and torch.is_grad_enabled()
         and not _is_compiling()
     )
-    return _backends.apply(
+    loss = _backends.apply(
         _SmallSigmoidFocal if small else _SigmoidFocal,
         inputs.reshape(-1, classes),
-        targets.reshape(-1, classes) if targets.shape == inputs.shape else targets.reshape(-1),
+        targets.reshape(-1, classes) if dense else targets.reshape(-1),
         _as_dtype(weight, compute),
         _as_dtype(normalizer, compute),
         alpha,
@@ -1014,7 +1027,25 @@ def sigmoid_focal_loss(
         scale,
         _ops.autocast_enabled(inputs.device.type),
         backend,
-    ).reshape(inputs.shape if reduction == "none" else ())
+    )
+    if reduction != "none":
+        return loss.reshape(())
+    if order is None:
+        return loss.reshape(shape)
+    return loss.reshape(inputs.shape).permute([order.index(dim) for dim in range(len(order))])
+
+
+def _order_in_memory(inputs: Tensor, classes_last: bool) -> list[int] | None:
+    """The order of dimensions in which permuted logits are contiguous; None if they are so as they come, or if none
+    will do."""
+    if inputs.is_contiguous():
+        return None
+    order = []  # sorted by stride, which torch.compile cannot do by a key that it does not know
+    for dim, stride in enumerate(inputs.stride()):
+        order.insert(sum(1 for other in order if inputs.stride(other) >= stride), dim)
+    if (classes_last and order[-1] != inputs.dim() - 1) or not inputs.permute(order).is_contiguous():
+        return None
+    return order
 
 
 def _check_sigmoid(inputs, targets, alpha, gamma, reduction, weight, normalizer) -> None:

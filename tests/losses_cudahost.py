@@ -146,6 +146,8 @@ def _sigmoid_focal(grad_loss, input, target, weight, normalizer, out, alpha, gam
     accumulate, size = _accumulate(input), np.zeros(1, np.int64)
     code, wide = _CODES[input.dtype], (out if grad_loss is None else grad_loss).dtype == accumulate
     input, target = input.contiguous(), target.contiguous()
+    if target.dim() == 2 and target.dtype == torch.uint8:
+        target = target.to(accumulate)
     _sigmoid_kernels().sigmoid_focal_workspace(code, input.numel(), MULTIPROCESSORS, size)
     dense = target.dim() == 2
     _sigmoid_kernels().sigmoid_focal(

@@ -14,7 +14,8 @@ GPU kernels alone, in tests/test_losses_gpu.py; (cpu): for the C++ ones, in test
    (gpu) test_ignored_rows_hide_nan_and_get_zero, test_ignored_rows_are_not_read, (cpu) test_ignored_rows_are_never_read
  5 targets out of range: test_target_out_of_range (plain PyTorch, C++), (gpu)
    test_a_target_out_of_range_is_an_assertion, on a GPU the test of that name in tests/test_gpu.py
- 6 weights: test_weights_of_every_kind, test_means_divide_by_weights_for_indices_and_by_rows_for_probabilities
+ 6 weights: test_weights_of_every_kind, test_kept_rows_of_weight_0,
+   test_means_divide_by_weights_for_indices_and_by_rows_for_probabilities
  7 smoothing: test_label_smoothing
  8 infinite, huge and equal logits: test_logits_of_minus_infinity, test_rows_without_a_softmax_are_nan,
    test_large_and_equal_logits; (gpu) test_minus_infinity, test_large_logits,
@@ -689,15 +690,36 @@ def test_weights_of_every_kind(backend):
             check(backend, x.to(dtype), y, weight, reduction=reduction)
             check(backend, x.to(dtype), y, weight, reduction=reduction, label_smoothing=0.1)
             check(backend, x.to(dtype), y, weight, reduction=reduction, gamma=2.0)
-    absent = torch.ones(6)
-    absent[y.unique()] = 0
-    for options in ({}, {"label_smoothing": 0.1}):
-        loss = serve(backend, lambda: cross_entropy(x, y, absent, **options))  # noqa: B023
-        assert not loss.isfinite()  # something or nothing, divided by 0
-        assert serve(backend, lambda: cross_entropy(x, y, absent, all_ignored="zero", **options)).isfinite()  # noqa: B023
     infinite = torch.ones(6)
     infinite[y[0]] = INF
     assert serve(backend, lambda: cross_entropy(x, y, infinite, reduction="sum")) == INF
+
+
+@pytest.mark.parametrize("classes", [6, 600])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}, {"z_loss": 0.1}], ids=str)
+def test_kept_rows_of_weight_0(backend, classes, options):
+    """Their mean divides by 0: NaN as in PyTorch, or 0, even where smoothing or z_loss give them a loss."""
+    x, y = torch.randn(5, classes), torch.tensor([0, 1, 1, -100, 0])
+    absent = torch.ones(classes)
+    absent[:2] = 0
+    for all_ignored, extra in itertools.product(("nan", "zero"), ({}, {"grad_in_forward": True})):
+        leaf = x.clone().requires_grad_()
+        options_ = {**options, **extra, "all_ignored": all_ignored}
+        loss = serve(backend, lambda: cross_entropy(leaf, y, absent, **options_))  # noqa: B023
+        loss.backward()
+        expected = NAN if all_ignored == "nan" else 0.0
+        assert_equal_with_nan(loss, torch.tensor(expected))
+        assert_equal_with_nan(leaf.grad[y >= 0], torch.full((4, classes), expected))
+        assert (leaf.grad[3] == 0).all()
+    if "z_loss" not in options:
+        leaf = x.clone().requires_grad_()
+        stock = F.cross_entropy(leaf, y, absent, **options)
+        stock.backward()
+        assert stock.isnan() and leaf.grad[y >= 0].isnan().all()
+
+
+def assert_equal_with_nan(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_means_divide_by_weights_for_indices_and_by_rows_for_probabilities(backend):
@@ -1782,6 +1804,68 @@ def test_sigmoid_focal_at_infinite_logits(sigmoid_backend, gamma):
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_sigmoid_focal_terms_without_a_share_may_be_infinite(sigmoid_backend, gamma):
+    """Under a factor of 0, alpha's or weight's, the loss of every finite logit is 0; so it is of infinite ones."""
+    inputs = torch.tensor([[INF, -INF, NAN, 3.0]] * 3)
+    soft = torch.tensor([0.0, 1.0, 0.25])[:, None].expand(3, 4)
+    for targets, dtype in itertools.product((soft, torch.tensor([-1, 1, 0])), (torch.float32, torch.float64)):
+        t = torch.from_numpy(dense_targets(inputs, targets).astype(np.float64))
+        for alpha, weight in itertools.product((0.0, 1.0, 0.25, -1.0), (None, torch.tensor([0.0, 1.0, 0.0, 0.0]))):
+            balance = t * alpha + (1 - t) * (1 - alpha) if alpha >= 0 else torch.ones_like(t)
+            factor = balance if weight is None else balance * weight
+            x = inputs.to(dtype).requires_grad_()
+            call = lambda: sigmoid_focal_loss(x, targets.to(dtype) if targets is soft else targets, alpha, gamma,  # noqa: B023, E731
+                                              weight=weight)  # noqa: B023  # fmt: skip
+            loss = serve(sigmoid_backend, call)
+            (grad,) = torch.autograd.grad(loss.sum(), x)
+            nan = inputs.isnan()
+            assert torch.equal(loss.isnan(), nan) and torch.equal(grad.isnan(), nan)
+            assert (loss[(factor == 0) & ~nan] == 0).all() and (grad[(factor == 0) & ~nan] == 0).all()
+            wrong = (factor != 0) & inputs.isinf() & (torch.where(inputs > 0, 1 - t, t) > 0)
+            assert torch.equal(loss.isinf(), wrong)
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (0, 2, 1), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize("kind", ["dense", "other layout", "bool", "indices", "weight"])
+def test_sigmoid_focal_of_permuted_logits(sigmoid_backend, order, kind):
+    """The gradient and the terms lie as the logits do."""
+    back = [order.index(dim) for dim in range(3)]
+    x = torch.randn(3, 4, 5).permute(order).contiguous().permute(back)
+    t = torch.rand(3, 4, 5)
+    t = {
+        "indices": torch.randint(-1, 5, (3, 4)),
+        "bool": t > 0.5,
+        "other layout": t,
+    }.get(kind, t.permute(order).contiguous().permute(back))
+    weight = torch.rand(5) if kind == "weight" else None
+    copied = kind in ("indices", "weight") and order[-1] != 2  # whose classes do not lie next to each other
+    for reduction in ("none", "sum"):
+        loss, grad = check_sigmoid(sigmoid_backend, x, t, reduction=reduction, weight=weight)
+        if sigmoid_backend != "reference" and not copied:
+            assert grad.stride() == x.stride()
+            assert reduction == "sum" or loss.stride() == x.stride()
+
+
+def test_sigmoid_focal_copies_no_permuted_logits(sigmoid_backend, monkeypatch):
+    kernels = fastreg.losses._sigmoid_forward
+    name = "cpu" if sigmoid_backend == ON_THE_HOST else sigmoid_backend
+    if name not in kernels:
+        pytest.skip("plain PyTorch walks the storage by itself")
+    monkeypatch.setattr(fastreg.losses, "_SMALL", -1)
+    seen, inner = [], kernels[name]
+    monkeypatch.setitem(kernels, name, lambda *args: seen.append(args[:2]) or inner(*args))
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    t = torch.rand_like(x)
+    for targets in (t, t > 0.5):
+        with use(sigmoid_backend):
+            sigmoid_focal_loss(x, targets, reduction="sum")
+        logits, dense = seen.pop()
+        assert logits.data_ptr() == x.data_ptr() and logits.is_contiguous() and dense.is_contiguous()
+        if name != "cuda":
+            assert dense.data_ptr() == targets.data_ptr()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sigmoid_focal_targets_keep_their_digits(sigmoid_backend, dtype):
     """Soft targets of fp32 beside logits of 16 bits, where torchvision promotes: near 1, bf16 has but two digits. In a
@@ -1835,16 +1919,20 @@ def test_sigmoid_focal_gradcheck(sigmoid_backend, gamma):
     assert torch.autograd.grad(loss, t)[0].isfinite().all()
 
 
-def test_sigmoid_focal_under_transforms_and_compile():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_sigmoid_focal_under_transforms_and_compile(dynamic):
     x, t = torch.randn(3, 4, 5), torch.randint(5, (3, 4))
     call = lambda x, t: sigmoid_focal_loss(x, t, reduction="sum")  # noqa: E731
     torch.testing.assert_close(torch.vmap(call)(x, t), torch.stack([call(a, b) for a, b in zip(x, t)]))
     torch._dynamo.reset()
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     x.requires_grad_()
-    for a, b in ((compiled(x, t), call(x, t)),):
+    permuted = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    soft = torch.rand_like(permuted)
+    for logits, targets in ((x, t), (permuted, soft), (permuted, soft > 0.5)):
+        a, b = compiled(logits, targets), call(logits, targets)
         torch.testing.assert_close(a, b)
-        torch.testing.assert_close(torch.autograd.grad(a, x)[0], torch.autograd.grad(b, x)[0])
+        torch.testing.assert_close(torch.autograd.grad(a, logits)[0], torch.autograd.grad(b, logits)[0])
 
 
 @pytest.mark.parametrize(

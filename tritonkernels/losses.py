@@ -396,10 +396,11 @@ def _deliver(
 
 @triton.jit
 def _divisor(count, REDUCTION: tl.constexpr, ZERO_IF_EMPTY: tl.constexpr):
-    divisor = count if REDUCTION == MEAN else tl.full([], 1.0, count.dtype)
-    if ZERO_IF_EMPTY:
-        divisor = tl.where(divisor == 0.0, 1.0, divisor)
-    return divisor
+    """See mean_denominator in fastreg/losses.py."""
+    if REDUCTION == MEAN:
+        return tl.where(count == 0.0, float("inf") if ZERO_IF_EMPTY else float("nan"), count)
+    else:
+        return tl.full([], 1.0, count.dtype)
 
 
 @triton.jit
@@ -1042,9 +1043,15 @@ def _sigmoid_focal_terms(x, t, gamma, alpha, FOCAL: tl.constexpr, SQUARE: tl.con
         slope *= power
     if BALANCED:
         balance = t * alpha + other * (1.0 - alpha)
-        value *= balance
+        value = _weighed(balance, value)
         slope *= balance
     return value, slope
+
+
+@triton.jit
+def _weighed(factor, value):
+    """factor·value; 0 for a factor of 0, were the value infinite."""
+    return factor * tl.where((factor == 0.0) & (value == float("inf")), 0.0, value)
 
 
 @_kernel
@@ -1075,7 +1082,7 @@ def _sigmoid_focal(
         value, slope = _sigmoid_focal_terms(z, t, gamma, alpha, FOCAL, SQUARE, BALANCED)
         result = slope if BACKWARD else value
         if weight is not None:
-            result *= tl.load(weight + i % CLASSES, mask=mask, other=0.0).to(TYPE)
+            result = _weighed(tl.load(weight + i % CLASSES, mask=mask, other=0.0).to(TYPE), result)
         if BACKWARD and not REDUCE:
             result *= tl.load(grad_loss + i, mask=mask, other=0.0).to(TYPE)
         if REDUCE and not BACKWARD:

@@ -397,9 +397,10 @@ void check_targets(CrossEntropy<A>& call) {
   refuse_target(bad, r, call.classes, call.ignore_index);
 }
 
-// What the sum of the losses is divided by.
+// What the sum of the losses is divided by: see mean_denominator in fastreg/losses.py.
 double denominator_of(const Options& options, double counts, bool zero_if_empty) {
-  return options.reduction != reduction_mean || (zero_if_empty && counts == 0) ? 1 : counts;
+  if (options.reduction != reduction_mean) return 1;
+  return counts != 0 ? counts : zero_if_empty ? INFINITY : NAN;
 }
 
 bool few(int64_t tasks) { return tasks < 2 * static_cast<int64_t>(torch::stable::get_num_threads()); }

@@ -165,6 +165,11 @@ const A* gathered(const Elements& from, int64_t row, int64_t column, int64_t n, 
     for (; j < n; ++j) buffer[j] = static_cast<A>(x[j]);
     return buffer;
   }
+  if (from.inner == 1 && from.dtype == ScalarType::Byte) {
+    const uint8_t* x = reinterpret_cast<const uint8_t*>(from.data) + at;
+    for (int64_t j = 0; j < n; ++j) buffer[j] = static_cast<A>(x[j]);
+    return buffer;
+  }
   for (int64_t j = 0; j < n; ++j) buffer[j] = from.get<A>(at + j * from.inner);
   return buffer;
 }
@@ -248,13 +253,13 @@ double sigmoid_block(const SigmoidFocalCall& call, int64_t row, int64_t begin, i
     const Vec<A> at = of(x);
     const auto term = hard_sigmoid_focal<VectorMath<A> >(target != zero ? -at : at, gamma);
     const Vec<A> balance = target != zero ? of_one : of_zero;
-    Vec<A> loss = term.loss * balance, grad = term.derivative * (target != zero ? -balance : balance);
+    Vec<A> loss = weighed(balance, term.loss), grad = term.derivative * (target != zero ? -balance : balance);
     if (t != nullptr && any_different(target, target != zero ? one : zero)) {
       const auto soft = sigmoid_focal<VectorMath<A> >(at, target, alpha, gamma);
       const auto hard = (target == zero) | (target == one);  // which lanes are must not show in the others
       loss = hard ? loss : soft.loss, grad = hard ? grad : soft.derivative;
     }
-    if (w != nullptr) loss *= of(w), grad *= of(w);
+    if (w != nullptr) loss = weighed(of(w), loss), grad *= of(w);
     if constexpr (differentiate) {
       grad *= g == nullptr ? scale : of(g);
       whole ? store(grads + j, grad) : store_first(grads + j, grad, count);

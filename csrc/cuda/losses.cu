@@ -757,10 +757,11 @@ struct Results {
   Stage stage;
 };
 
+// See mean_denominator in fastreg/losses.py.
 template <class A>
 __device__ A divisor_of(const Problem<A>& p, A weights) {
-  const A divisor = p.reduction == reduction_mean ? weights : A(1);
-  return p.zero_if_empty && divisor == 0 ? A(1) : divisor;
+  if (p.reduction != reduction_mean) return 1;
+  return weights != 0 ? weights : A(p.zero_if_empty ? INFINITY : NAN);
 }
 
 template <class T, class A>

@@ -124,7 +124,9 @@ __global__ void __launch_bounds__(256, 1) sigmoid_terms(SigmoidCall<T> call, boo
   auto term = [&](A x, A t, const Position& at) {
     if (call.index_bytes) t = at.c == call.index(at.row) ? A(1) : A(0);
     const SigmoidFocal<A> focal = fastreg::sigmoid_focal<DeviceMath>(x, t, call.alpha, call.gamma);
-    return (BACKWARD ? focal.derivative : focal.loss) * (call.weight ? call.weight[at.c] : A(1));
+    if (!call.weight) return BACKWARD ? focal.derivative : focal.loss;
+    const A weight = call.weight[at.c];
+    return BACKWARD ? weight * focal.derivative : weighed(weight, focal.loss);
   };
   auto scalar = [&](int64_t i) {
     A value = term(static_cast<A>(call.x[i]), dense ? call.dense_target(i) : A(0),
