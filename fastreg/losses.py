@@ -42,7 +42,8 @@ _SMALL = 1 << 20
 _small = _ops.kernels("cross_entropy_small")["cpu"]
 _small = getattr(_small, "_op", _small)  # without the wrapper that Dynamo wants: a third of a microsecond
 _with_gradient = _ops.kernels("cross_entropy_with_gradient")["cpu"]
-_INT64, _FP16, _FP32 = torch.int64, torch.float16, torch.float32
+_with_gradient = getattr(_with_gradient, "_op", _with_gradient)
+_INT64, _FP16, _FP32, _FP64 = torch.int64, torch.float16, torch.float32, torch.float64
 _is_autocast_enabled = torch.is_autocast_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # without a device to parse
 _is_compiling = torch.compiler.is_compiling
@@ -189,7 +190,7 @@ def cross_entropy(
     """
     try:
         if (
-            (weight is alpha is logit_adjustment is margin is statistics is None)
+            (alpha is logit_adjustment is margin is statistics is None)
             and label_smoothing == gamma == z_loss == 0.0
             and scale == 1.0
             and not (label_smoothing is False or gamma is False or z_loss is False or scale is True)
@@ -210,7 +211,11 @@ def cross_entropy(
             and _backends.only_arguments_matter()
         ):
             widen = dtype is not _FP32 and _is_any_autocast_enabled() and _is_autocast_enabled("cpu")
-            return _small_cross_entropy(input, target, (ignore_index, _REDUCTION[reduction], widen))
+            if weight is None:
+                return _small_cross_entropy(input, target, (ignore_index, _REDUCTION[reduction], widen))
+            if _fits(weight, input, target):
+                told = ignore_index, _REDUCTION[reduction], 0.0, 0.0, 1.0, 1.0, 0.0, False, widen
+                return _small_cross_entropy(input, target, told, (weight, None, None, None, None, None))
     except (RuntimeError, IndexError, TypeError):
         pass  # what is wrong is said below in this function's own words
 
@@ -440,6 +445,22 @@ def _check_vector(name: str, vector: Tensor | None, classes: int, input: Tensor)
     _checks.same_device(name, vector, "input", input)
     check_no_gradient(name, vector)
     return vector
+
+
+def _fits(weight: object, input: Tensor, target: Tensor) -> bool:
+    """Whether the kernels can have the weight as it is, and target, class indices, with it."""
+    shape = input.shape
+    return (
+        type(weight) is Tensor
+        and weight.dtype is _FP32
+        and input.dtype is not _FP64
+        and weight.is_cpu
+        and not weight.requires_grad
+        and weight.shape == shape[1:]
+        and shape[1] > 0
+        and target.is_cpu
+        and target.shape == shape[:1]
+    )
 
 
 def check_no_gradient(name: str, vector: object) -> None:

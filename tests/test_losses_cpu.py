@@ -654,6 +654,8 @@ def test_small_batches_pass_opcheck():
 
 
 def options_of(name, classes):
+    if name == "weight":
+        return {"weight": torch.linspace(0.1, 1, classes)}
     if name == "weighted":
         return {"weight": torch.linspace(0.1, 1, classes), "label_smoothing": 0.1, "alpha": torch.rand(classes)}
     if name == "odd weights":
@@ -664,7 +666,7 @@ def options_of(name, classes):
 
 
 @pytest.mark.parametrize("kind", ["index", "pair", "probabilities"])
-@pytest.mark.parametrize("name", [*KINDS, "weighted", "odd weights", "z loss"])
+@pytest.mark.parametrize("name", [*KINDS, "weight", "weighted", "odd weights", "z loss"])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
 def test_small_batches_with_options(dtype, name, kind, monkeypatch):
     """Together with the loss the gradient is what it is apart, whatever comes in, a second time, and for a penalty."""
@@ -708,6 +710,24 @@ def test_small_batches_with_options_take_batches_of_gradients_and_infinite_ones(
     assert (infinite[2] == 0).all() and not infinite[[0, 1, 3, 4, 5]].isfinite().any()
     args = (x.detach(), y, torch.rand(7), *[None] * 5, -100, 1, 0.1, 2.0, 1.0, 1.0, 0.0, False, False)
     torch.library.opcheck(torch.ops.fastreg.cross_entropy_with_gradient.cpu, args)
+
+
+def test_small_batches_with_a_weight_that_fits_go_straight_to_the_kernel(monkeypatch):
+    class Checked(Exception):
+        pass
+
+    def check_shapes(*args):
+        raise Checked
+
+    monkeypatch.setattr(fastreg.losses, "check_shapes", check_shapes)
+    x, y, weight = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 2, -100, 1]), torch.rand(3)
+    torch.testing.assert_close(cross_entropy(x, y, weight), F.cross_entropy(x, y, weight))
+    for misfit in (torch.rand(4), torch.rand(1, 3), weight.double(), weight.clone().requires_grad_(), [1, 1, 1]):
+        with pytest.raises(Checked):
+            cross_entropy(x, y, misfit)
+    for target in (y[:3], y.clamp(min=3), y[:, None]):
+        with pytest.raises(Checked):
+            cross_entropy(x, target, weight)
 
 
 def test_small_batches_leave_fp16_to_its_scaler():
