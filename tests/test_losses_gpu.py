@@ -1054,8 +1054,10 @@ def test_cuda_has_no_spills_and_wide_accesses():
             assert facts.loads.get(128, 0) >= 4, facts
         if facts.kernel.startswith("backward_rows"):  # four under way, or two where every class has a share; and one
             assert facts.stores.get(128, 0) >= (3 if "(Mode)2" in facts.kernel else 5), facts
-        if "(Mode)0" in facts.kernel and not strided and facts.kernel.startswith(("forward_rows", "backward_rows")):
-            # of 99 and, with the store, 198 that an H200 has time for
+        plain = facts.kernel.startswith(("forward_rows", "backward_rows")) and "(Mode)0" in facts.kernel
+        if plain and not strided and facts.arch == 90:
+            # of 99 and, with the store, 198 that an H200 has time for; for others nvcc makes branches of the search for
+            # the target's place, which nearly no vector takes and which would be counted here
             assert facts.issued <= (64 if facts.kernel.startswith("forward") else 120), facts
 
 
