@@ -195,8 +195,10 @@ def oracle(input, target, weight=None, grad=None, **options):
             grads[r] *= o.scale
             if not probabilities:
                 denominator += 1 if weight is None else share[r] * w[a[r]] + (1 - share[r]) * w[b[r]]
-        if o.reduction != "mean" or (denominator == 0 and o.all_ignored == "zero"):
+        if o.reduction != "mean":
             denominator = LD(1)
+        elif denominator == 0:  # whatever is divided by it
+            denominator = LD(math.inf if o.all_ignored == "zero" else math.nan)
         loss = losses if o.reduction == "none" else losses.sum() / denominator
         g = np.ones_like(loss) if grad is None else longdouble(grad)
         grads = np.where(kept[:, None], grads * (g.reshape(-1, 1) if o.reduction == "none" else g / denominator), 0)
@@ -270,7 +272,8 @@ def stock(input, target, weight=None, **options):
     losses = torch.where(kept, losses, 0)
     if o.reduction == "none":
         return losses.to(dtype)
-    denominator = (torch.where(kept, normal, 0).sum() if o.reduction == "mean" else 1) or (o.all_ignored == "zero")
+    denominator = torch.where(kept, normal, 0).sum() if o.reduction == "mean" else 1
+    denominator = denominator or (math.inf if o.all_ignored == "zero" else math.nan)
     return (losses.sum() / denominator).to(dtype)
 
 
