@@ -238,8 +238,10 @@ class _Compiled(torch.autograd.Function):
         else:
             kept, _ = call.rows()
             whole = _unless_none_is_kept(grad_loss, kept)
-            to_input, to_weight, to_bias = ctx.saved_tensors[10:]
-            grads = _zero_where_ignored(to_input * grad_loss, kept), to_weight * whole, to_bias * whole
+            to_input, to_weight, to_bias = ctx.saved_tensors[10:]  # empty where nobody wants them
+            if needed[0]:
+                to_input = _zero_where_ignored(to_input * grad_loss, kept)
+            grads = to_input, to_weight * whole, to_bias * whole
         return *(grad if want else None for grad, want in zip(grads, needed)), *(None,) * 19
 
 
