@@ -987,9 +987,10 @@ def sigmoid_focal_loss(
 
     Args:
         inputs: logits of any shape, in fp16, bf16, fp32 or fp64. Permuted ones are read as they lie, and so are dense
-            targets permuted alike. A copy is made of what does not lie in one piece of memory, of permuted logits whose
-            classes, the last dimension, must be known, for weight or class indices, and do not lie next to each other,
-            and of bool targets on CUDA's own kernels.
+            targets permuted alike; and so are rows of classes, the last dimension, at equal distances, as of
+            logits[:, 1:] or logits[..., :80], and dense targets that lie so. A copy is made of other logits and targets
+            that do not lie in one piece of memory, and of permuted logits whose classes must be known, for weight or
+            class indices, and do not lie next to each other.
         targets: t, of inputs' shape and any floating dtype (which is not rounded to that of inputs) or bool; or class
             indices of inputs' shape without its last dimension, int64, int32 or uint8: 1 for that class and 0 for the
             others, which are never made. An index outside [0, C) is background: 0 for every class.
@@ -1015,7 +1016,7 @@ def sigmoid_focal_loss(
     compute = _ops.accumulator(inputs)
     dense = targets.shape == inputs.shape
     if targets.dtype == torch.bool:
-        targets = targets.to(inputs.dtype) if backend == "cuda" else targets.view(torch.uint8)
+        targets = targets.view(torch.uint8)
     elif dense and targets.dtype != inputs.dtype:
         targets = targets.to(compute)
     shape = inputs.shape

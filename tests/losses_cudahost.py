@@ -145,14 +145,11 @@ def _sigmoid_kernels():
 def _sigmoid_focal(grad_loss, input, target, weight, normalizer, out, alpha, gamma, reduce, scale):
     accumulate, size = _accumulate(input), np.zeros(1, np.int64)
     code, wide = _CODES[input.dtype], (out if grad_loss is None else grad_loss).dtype == accumulate
-    input, target = input.contiguous(), target.contiguous()
-    if target.dim() == 2 and target.dtype == torch.uint8:
-        target = target.to(accumulate)
+    input, target = (t if t.dim() == 2 and t.stride(1) == 1 else t.contiguous() for t in (input, target))
     _sigmoid_kernels().sigmoid_focal_workspace(code, input.numel(), MULTIPROCESSORS, size)
-    dense = target.dim() == 2
     _sigmoid_kernels().sigmoid_focal(
-        code, grad_loss is not None, grad_loss, input, target, 0 if dense else target.element_size(),
-        dense and target.dtype != input.dtype, *_vectors((weight, normalizer), accumulate), out, wide,
+        code, grad_loss is not None, grad_loss, input, input.stride(0), target, target.stride(0), target.dim() == 2,
+        target.element_size(), *_vectors((weight, normalizer), accumulate), out, wide,
         np.full(size[0], 0xFF, np.uint8), *input.shape, alpha, gamma, reduce, scale, MULTIPROCESSORS,
     )  # fmt: skip
     return out

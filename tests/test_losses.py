@@ -1296,8 +1296,12 @@ def operator_calls():
             for want, grad in ((False, torch.empty_like(x)), (True, None), (True, torch.empty_like(x))):
                 yield f"cross_entropy_forward_extra.{backend}", (*tensors, *options, False, False, want, want, grad)
         yield f"scale_gradient_.{backend}", (torch.randn(4, 5), torch.tensor(0.5))
-        for target, reduce in ((torch.rand(4, 5), True), (y, False)):
-            args = (x, target, w, torch.tensor(3.0) if reduce else None, 0.25, 2.0, reduce, 1.0)
+        for logits, target, reduce in (
+            (x, torch.rand(4, 5), True),
+            (x, y, False),
+            (torch.randn(4, 6)[:, 1:], torch.rand(4, 7)[:, :5], False),
+        ):
+            args = (logits, target, w, torch.tensor(3.0) if reduce else None, 0.25, 2.0, reduce, 1.0)
             yield f"sigmoid_focal_forward.{backend}", (*args, False)
             if backend == "cpu":
                 yield "sigmoid_focal_small.cpu", (*args, False)
@@ -1748,6 +1752,20 @@ def check_sigmoid(backend, inputs, targets, grad=None, **options):
     return loss, grad_x
 
 
+SLICES = ("classes from the second on", "every second row", "aligned rows")
+
+
+def sliced(tensor, layout):
+    """The same values as such a part of a larger tensor, or in one of LAYOUTS."""
+    if layout == "classes from the second on":
+        return torch.cat([tensor[..., :1], tensor], -1)[..., 1:]
+    if layout == "every second row":
+        return torch.stack([tensor, tensor], -2).flatten(0, -2)[::2].view(tensor.shape)
+    if layout == "aligned rows":
+        return F.pad(tensor.float(), (0, -tensor.shape[-1] % 16 + 16)).to(tensor.dtype)[..., : tensor.shape[-1]]
+    return with_layout(tensor, layout)
+
+
 @examples(200)
 @given(seed=st.integers(0, 2**32))
 def test_sigmoid_focal_random_combinations(sigmoid_backend, seed):
@@ -1758,7 +1776,8 @@ def test_sigmoid_focal_random_combinations(sigmoid_backend, seed):
     g = torch.Generator().manual_seed(seed)
     dtype, classes = pick(*DTYPES), pick(1, 2, 7, 33, 80)
     rows = pick((), (0,), (5,), (2, 3))
-    inputs = with_layout((pick(1.0, 5.0, 30.0) * torch.randn(*rows, classes, generator=g)).to(dtype), pick(*LAYOUTS))
+    inputs = (pick(1.0, 5.0, 30.0) * torch.randn(*rows, classes, generator=g)).to(dtype)
+    inputs = sliced(inputs, pick(*LAYOUTS, *SLICES))
     kind = pick("indices", "hard", "soft", "bool")
     if kind == "indices":
         targets = torch.randint(-2, classes + 2, rows, generator=g).to(pick(torch.int64, torch.int32))
@@ -1766,6 +1785,7 @@ def test_sigmoid_focal_random_combinations(sigmoid_backend, seed):
         targets = torch.rand(*rows, classes, generator=g)
         targets = targets if kind == "soft" else (targets > 0.5).to(torch.bool if kind == "bool" else dtype)
         targets = targets.to(pick(*DTYPES)) if kind == "soft" else targets
+        targets = sliced(targets, pick(*LAYOUTS, *SLICES))
     options = {
         "alpha": pick(0.25, -1, 0.0, 1.0),
         "gamma": pick(0.0, 0.5, 1, 2.0, 5.0),
@@ -1850,7 +1870,20 @@ def test_sigmoid_focal_of_permuted_logits(sigmoid_backend, order, kind):
             assert reduction == "sum" or loss.stride() == x.stride()
 
 
-def test_sigmoid_focal_copies_no_permuted_logits(sigmoid_backend, monkeypatch):
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (2, 3, 80), (0, 5)], ids=str)
+@pytest.mark.parametrize("layout", SLICES)
+def test_sigmoid_focal_of_slices(sigmoid_backend, layout, shape):
+    """The terms and the gradient are contiguous."""
+    x = sliced(torch.randn(shape), layout)
+    for t in (torch.rand(shape), sliced(torch.rand(shape), "classes from the second on"),
+              sliced(torch.rand(shape) > 0.5, layout), torch.randint(-1, shape[-1], shape[:-1])):  # fmt: skip
+        for reduction in ("none", "sum", "mean")[: 3 if x.numel() else 2]:
+            loss, grad = check_sigmoid(sigmoid_backend, x, t, reduction=reduction, weight=torch.rand(shape[-1]))
+            if sigmoid_backend != "reference":
+                assert grad.is_contiguous() and loss.is_contiguous()
+
+
+def test_sigmoid_focal_copies_no_permuted_or_sliced_logits(sigmoid_backend, monkeypatch):
     kernels = fastreg.losses._sigmoid_forward
     name = "cpu" if sigmoid_backend == ON_THE_HOST else sigmoid_backend
     if name not in kernels:
@@ -1858,15 +1891,16 @@ def test_sigmoid_focal_copies_no_permuted_logits(sigmoid_backend, monkeypatch):
     monkeypatch.setattr(fastreg.losses, "_SMALL", -1)
     seen, inner = [], kernels[name]
     monkeypatch.setitem(kernels, name, lambda *args: seen.append(args[:2]) or inner(*args))
-    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    t = torch.rand_like(x)
-    for targets in (t, t > 0.5):
-        with use(sigmoid_backend):
-            sigmoid_focal_loss(x, targets, reduction="sum")
-        logits, dense = seen.pop()
-        assert logits.data_ptr() == x.data_ptr() and logits.is_contiguous() and dense.is_contiguous()
-        if name != "cuda":
-            assert dense.data_ptr() == targets.data_ptr()
+    channels_last = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    wide = torch.randn(2, 4, 7)
+    for x in (channels_last, wide[..., 1:], wide[0, :, :-1], wide[:, 2]):
+        t = torch.rand_like(x)
+        for targets in (t, t > 0.5):
+            with use(sigmoid_backend):
+                sigmoid_focal_loss(x, targets, reduction="sum")
+            logits, dense = seen.pop()
+            assert logits.data_ptr() == x.data_ptr() and dense.data_ptr() == targets.data_ptr()
+            assert logits.dim() == 2 and logits.stride(1) == dense.stride(1) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -1932,7 +1966,8 @@ def test_sigmoid_focal_under_transforms_and_compile(dynamic):
     x.requires_grad_()
     permuted = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
     soft = torch.rand_like(permuted)
-    for logits, targets in ((x, t), (permuted, soft), (permuted, soft > 0.5)):
+    slice_ = torch.randn(3, 4, 6)[..., 1:].requires_grad_()
+    for logits, targets in ((x, t), (permuted, soft), (permuted, soft > 0.5), (slice_, t), (slice_, slice_ > 0)):
         a, b = compiled(logits, targets), call(logits, targets)
         torch.testing.assert_close(a, b)
         torch.testing.assert_close(torch.autograd.grad(a, logits)[0], torch.autograd.grad(b, logits)[0])

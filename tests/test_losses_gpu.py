@@ -659,24 +659,44 @@ def test_sigmoid_focal_of_nothing(backend):
     assert run_sigmoid(backend, x, target, False)[0].shape == (0, 5)
 
 
-@needs_interpreter
-@pytest.mark.parametrize("indices", [True, False], ids=["indices", "dense"])
-def test_sigmoid_focal_bytes(indices):
-    """The logits once each way, dense targets once, the gradient once; class indices stay indices."""
+def with_gaps(rows, classes, gap):
+    """Rows as of a slice of the classes: aligned to 16 bytes, if classes and gap are, or not."""
+    return torch.randn(rows, classes + gap)[:, :classes] if gap % 4 == 0 else torch.randn(rows, classes + gap)[:, gap:]
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("triton", marks=needs_interpreter), pytest.param("host", marks=needs_cudahost)]
+)
+@pytest.mark.parametrize("kind", ["indices", "dense", "dense with gaps", "bytes"])
+@pytest.mark.parametrize(("classes", "gap"), [(91, 0), (91, 1), (80, 16)], ids=["rows", "odd slice", "even slice"])
+def test_sigmoid_focal_bytes(backend, kind, classes, gap):
+    """The logits once each way, dense targets once, the gradient once; class indices stay indices. What lies between
+    the rows of a slice is not read."""
     from tests.proving.sanitizer import sanitize
     from tests.proving.traffic import traffic
 
-    x = torch.randn(33, 91)
-    target = torch.randint(0, 91, (33,)) if indices else torch.rand(33, 91)
+    x = with_gaps(33, classes, gap)
+    target = {
+        "indices": torch.randint(0, classes, (33,)),
+        "dense": torch.rand(33, classes),
+        "dense with gaps": with_gaps(33, classes, 8).abs().clamp(max=1),
+        "bytes": (with_gaps(33, classes, 3) > 0).view(torch.uint8),
+    }[kind]
     with traffic() as log:
-        run_sigmoid("triton", x, target, True)
-    forward, total, backward = log
-    assert (forward.reads(x) == 1).all() and (backward.reads(x) == 1).all() and total.loaded <= 64
-    if not indices:
+        run_sigmoid(backend, x, target, True)
+    forward, *total, backward = log
+    assert (forward.reads(x) == 1).all() and (backward.reads(x) == 1).all()
+    assert all(launch.loaded <= 64 for launch in total)
+    targets = target.nbytes
+    if kind == "indices":
+        targets = 8 * x.numel()  # that of the row, for each element
+    else:
         assert (forward.reads(target) == 1).all() and (backward.reads(target) == 1).all()
-    assert forward.stored <= 64 and backward.stored == x.nbytes
-    with sanitize():
-        run_sigmoid("triton", x, target, True)
+    assert forward.loaded <= x.numel() * 4 + targets + 64 and backward.loaded <= x.numel() * 4 + targets + 1024
+    assert forward.stored <= 64 and backward.stored == x.numel() * 4
+    if backend == "triton":
+        with sanitize():
+            run_sigmoid(backend, x, target, True)
 
 
 # ---- Triton: bytes, addresses, races, padding --------------------------------------------------------------
@@ -866,9 +886,9 @@ def compile_aligned():
     for dtype in (torch.bfloat16, torch.float32):
         for shape in ((4096, 1000), (4096, 32000), (8, 128256), (8, 24, 4096)):
             _compile_call(shape, dtype)
-        x = torch.empty(4096, 80, dtype=dtype)
-        for target in (torch.empty_like(x), torch.zeros(4096, dtype=torch.int64)):
-            run_sigmoid("triton", x, target, True)
+        for x in (torch.empty(4096, 80, dtype=dtype), torch.empty(4096, 96, dtype=dtype)[:, :80]):
+            for target in (torch.empty_like(x), x, torch.zeros(4096, dtype=torch.int64)):
+                run_sigmoid("triton", x, target, True)
 
 
 def compile_odd():
@@ -1049,7 +1069,7 @@ def test_cuda_has_no_spills_and_wide_accesses():
         assert facts.shared <= 8192, facts  # what `allow` in elements.h counts on
         if "<double" in facts.kernel:  # a vector is two elements, and may well be read one by one
             continue
-        strided = facts.kernel.startswith("forward_rows") and facts.kernel.split(", ")[2] == "true"
+        strided = facts.kernel.startswith(("forward_rows", "sigmoid_terms")) and facts.kernel.split(", ")[2] == "true"
         if facts.kernel.startswith(("forward_rows", "backward_rows", "sigmoid_terms")) and not strided:
             assert facts.loads.get(128, 0) >= 4, facts
         if facts.kernel.startswith("backward_rows"):  # four under way, or two where every class has a share; and one
@@ -1166,9 +1186,10 @@ def cuda_calls():
             options = DENSE[name](shape[1])
             run_extra("host", grad, target_for(name, x, target), grad, **options)
             run("host", x, target_for(name, x, target, torch.float32), **options)
-        x = torch.randn(37, 91)
-        for target_ in (torch.rand(37, 91), torch.randint(0, 91, (37,))):
-            run_sigmoid("host", x, target_, shape[1] % 2 == 0)
+        for classes, gap in ((91, 0), (91, 1), (80, 16)):
+            x = with_gaps(37, classes, gap)
+            for target_ in (torch.rand(37, classes), torch.randint(0, classes, (37,)), (x > 0).view(torch.uint8)):
+                run_sigmoid("host", x, target_, shape[1] % 2 == 0)
 
 
 @needs_cudahost

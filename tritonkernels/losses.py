@@ -49,7 +49,7 @@ RESIDENT = 16384  # elements of a row that is kept in registers to be used twice
 _kernel = triton.jit(
     debug=True,
     do_not_specialize=["n", "inner", "outer", "classes", "phase", "splits", "blocks_per_split", "ignore_index"]
-    + [f"{tensor}_{axis}" for tensor in "xgtosrl" for axis in ("outer", "inner", "class")],
+    + [f"{tensor}_{axis}" for tensor in "xgtosrl" for axis in ("outer", "inner", "class", "gap")],
 )
 
 
@@ -1012,8 +1012,9 @@ def _scale_gradient(grad, factor, n, BLOCK: tl.constexpr, VECTOR: tl.constexpr, 
 
 # ---- sigmoid focal loss --------------------------------------------------------------------------------------
 # Elementwise: one read of the logits (and of dense targets) forward, one more and one write backward. Class indices
-# are compared with each element's class: the one-hot target is never in memory. The mathematics is that of any t
-# between 0 and 1; with a t of 0 or 1 nothing in it cancels.
+# are compared with each element's class: the one-hot target is never in memory. The rows of the logits and of dense
+# targets may have gaps between them. The mathematics is that of any t between 0 and 1; with a t of 0 or 1 nothing in it
+# cancels.
 
 
 @triton.jit
@@ -1056,11 +1057,13 @@ def _weighed(factor, value):
 
 @_kernel
 def _sigmoid_focal(
-    x, target, weight, normalizer, grad_loss, out, n, gamma: tl.float64, alpha: tl.float64, factor: tl.float64,
-    CLASSES: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, TYPE: tl.constexpr, INDEX: tl.constexpr,
-    BACKWARD: tl.constexpr, REDUCE: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr, BALANCED: tl.constexpr,
+    x, target, weight, normalizer, grad_loss, out, n, x_gap, t_gap, gamma: tl.float64, alpha: tl.float64,
+    factor: tl.float64, CLASSES: tl.constexpr, GAPS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr, TYPE: tl.constexpr, INDEX: tl.constexpr, BACKWARD: tl.constexpr, REDUCE: tl.constexpr,
+    FOCAL: tl.constexpr, SQUARE: tl.constexpr, BALANCED: tl.constexpr,
 ):  # fmt: skip
-    """A block's terms: their sum (REDUCE), the terms themselves, or (BACKWARD) their gradient."""
+    """A block's terms: their sum (REDUCE), the terms themselves, or (BACKWARD) their gradient. GAPS: between rows of
+    x or of dense targets lie x_gap and t_gap units of other elements."""
     gamma, alpha, factor = tl.full([], gamma, TYPE), tl.full([], alpha, TYPE), tl.full([], factor, TYPE)
     if BACKWARD and REDUCE:
         factor = _divided(factor * tl.load(grad_loss).to(TYPE), normalizer, TYPE)
@@ -1073,12 +1076,16 @@ def _sigmoid_focal(
         else:
             i = tl.program_id(0).to(n.dtype) * BLOCK + tl.arange(0, BLOCK)
             mask = i < whole
+        from_x, from_t = i, i
+        if GAPS:
+            units = (i // CLASSES).to(tl.int64) * UNIT
+            from_x, from_t = i + units * x_gap, i + units * t_gap
         if INDEX:
             y = tl.load(target + i // CLASSES, mask=mask, other=0).to(tl.int64)
             t = tl.where(y == i % CLASSES, 1.0, 0.0).to(TYPE)
         else:
-            t = tl.load(target + i, mask=mask, other=0.0).to(TYPE)
-        z = tl.load(x + i, mask=mask, other=0.0).to(TYPE)
+            t = tl.load(target + from_t, mask=mask, other=0.0).to(TYPE)
+        z = tl.load(x + from_x, mask=mask, other=0.0).to(TYPE)
         value, slope = _sigmoid_focal_terms(z, t, gamma, alpha, FOCAL, SQUARE, BALANCED)
         result = slope if BACKWARD else value
         if weight is not None:
@@ -1508,15 +1515,25 @@ def scale_gradient_(grad, factor):
         )  # fmt: skip
 
 
+def _in_rows(tensor):
+    """Of two dimensions with contiguous rows, or contiguous."""
+    return tensor if tensor.dim() == 2 and tensor.stride(1) == 1 else tensor.contiguous()
+
+
 def _sigmoid_launch(x, target, weight, normalizer, grad_loss, out, alpha, gamma, reduce, factor):
-    """Launches over all elements of x, which is contiguous like everything else here."""
+    """Launches over all elements of x. Rows of x and of dense targets may have gaps between them; all else is
+    contiguous."""
+    rows, classes = x.shape
     vector = 16 // x.element_size()
     block = 512 * vector  # 64 bytes per thread of four warps
     index = target.dim() == 1
+    x_gap, t_gap = (0 if rows == 1 else t.stride(0) - classes for t in (x, x if index else target))
+    gaps = bool(x_gap or t_gap)
+    unit = math.gcd(vector, classes, x_gap, t_gap) if gaps else 1  # of which the compiler is told
     _sigmoid_focal[(-(-x.numel() // block),)](
-        x, target, weight, normalizer, grad_loss, out, x.numel(), gamma, alpha, factor,
-        CLASSES=x.shape[1] if index or weight is not None else 1, BLOCK=block, VECTOR=vector,
-        TYPE=_triton_type(_accumulate(x)), INDEX=index, BACKWARD=grad_loss is not None, REDUCE=reduce,
+        x, target, weight, normalizer, grad_loss, out, x.numel(), x_gap // unit, t_gap // unit, gamma, alpha, factor,
+        CLASSES=classes if index or weight is not None or gaps else 1, GAPS=gaps, UNIT=unit, BLOCK=block,
+        VECTOR=vector, TYPE=_triton_type(_accumulate(x)), INDEX=index, BACKWARD=grad_loss is not None, REDUCE=reduce,
         FOCAL=gamma != 0, SQUARE=gamma == 2, BALANCED=alpha >= 0, num_warps=4, sanitize_overflow=False,
     )  # fmt: skip
     return block
@@ -1525,7 +1542,7 @@ def _sigmoid_launch(x, target, weight, normalizer, grad_loss, out, alpha, gamma,
 def sigmoid_focal_forward(input, target, weight, normalizer, alpha, gamma, reduce, scale, fp32_loss):
     accumulate = _accumulate(input)
     loss_dtype = accumulate if fp32_loss else input.dtype
-    x, target = input.contiguous(), target.contiguous()
+    x, target = _in_rows(input), _in_rows(target)
     weight = None if weight is None else weight.contiguous()
     if not reduce:
         loss = input.new_empty(input.shape, dtype=loss_dtype)
@@ -1551,9 +1568,9 @@ def sigmoid_focal_forward(input, target, weight, normalizer, alpha, gamma, reduc
 def sigmoid_focal_backward(grad_loss, input, target, weight, normalizer, alpha, gamma, reduce, scale):
     grad = torch.empty_like(input)
     if input.numel():
-        x, target = input.contiguous(), target.contiguous()
+        x, target = _in_rows(input), _in_rows(target)
         weight = None if weight is None else weight.contiguous()
-        out = grad if grad.is_contiguous() else torch.empty_like(x)
+        out = grad if grad.is_contiguous() else grad.new_empty(grad.shape)
         grad_loss = grad_loss if reduce else grad_loss.contiguous()
         _sigmoid_launch(x, target, weight, normalizer, grad_loss, out, alpha, gamma, reduce, scale)
         if out is not grad:

@@ -48,15 +48,16 @@ cudaError_t cross_entropy_backward(const CrossEntropyCall* call, cudaStream_t st
 cudaError_t scale_gradient(int dtype, void* grad, const void* factor, int64_t n, int multiprocessors,
                            cudaStream_t stream);
 
-// Everything contiguous; weight and normalizer of the arithmetic's type, or null. index_bytes: 0 for a dense
-// target, of the input's type, or of the arithmetic's if wide_target. The result is scaled by `factor`, and a
-// reduced one divided by the normalizer.
+// Rows of the input and of a dense target are contiguous and have strides; all else is contiguous. weight and
+// normalizer are of the arithmetic's type, or null. target_bytes: of an index; or of a dense target's
+// element, which is of the input's type or the arithmetic's, or, of one byte, 0 or 1. The result is scaled by
+// `factor`, and a reduced one divided by the normalizer.
 cudaError_t sigmoid_focal_workspace(int dtype, int64_t n, int multiprocessors, int64_t* bytes);
 
-cudaError_t sigmoid_focal(int dtype, bool backward, const void* grad_loss, const void* input,
-                          const void* target, int index_bytes, bool wide_target, const void* weight,
-                          const void* normalizer, void* out, bool wide, void* workspace, int64_t rows,
-                          int64_t classes, double alpha, double gamma, bool reduce, double factor,
-                          int multiprocessors, cudaStream_t stream);
+cudaError_t sigmoid_focal(int dtype, bool backward, const void* grad_loss, const void* input, int64_t stride,
+                          const void* target, int64_t target_stride, bool dense, int target_bytes,
+                          const void* weight, const void* normalizer, void* out, bool wide, void* workspace,
+                          int64_t rows, int64_t classes, double alpha, double gamma, bool reduce,
+                          double factor, int multiprocessors, cudaStream_t stream);
 
 }  // namespace fastreg::cuda

@@ -209,6 +209,11 @@ void scale_gradient(Tensor grad, const Tensor& factor) {
   if (piece.const_data_ptr() != grad.const_data_ptr()) torch::stable::copy_(grad, piece);
 }
 
+// Contiguous rows, or what has one dimension.
+Tensor in_rows(const Tensor& tensor) {
+  return tensor.dim() == 2 && tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
 // Both ways of the sigmoid focal loss; `grad_loss` is null in the forward.
 void run_sigmoid_focal(const OnDevice& on, const Tensor* grad_loss, const Tensor& input, const Tensor& target,
                        const MaybeTensor& weight, const MaybeTensor& normalizer, Tensor& out, bool wide,
@@ -216,21 +221,20 @@ void run_sigmoid_focal(const OnDevice& on, const Tensor* grad_loss, const Tensor
   const int dtype = code_of(input);
   const ScalarType arithmetic = dtype == 3 ? ScalarType::Double : ScalarType::Float;
   const bool dense = target.dim() == input.dim();
-  const bool wide_target = dense && target.scalar_type() != input.scalar_type();
-  Tensor t =
-      wide_target && target.scalar_type() != arithmetic ? torch::stable::to(target, arithmetic) : target;
-  const Tensor x = torch::stable::contiguous(input);
-  t = torch::stable::contiguous(t);
+  const ScalarType given = target.scalar_type();
+  const bool known =
+      !dense || given == input.scalar_type() || given == arithmetic || given == ScalarType::Byte;
+  const Tensor x = in_rows(input), t = in_rows(known ? target : torch::stable::to(target, arithmetic));
   int64_t bytes = 0;
   check(cuda::sigmoid_focal_workspace(dtype, input.numel(), on.multiprocessors(), &bytes));
   Tensor workspace = on.empty({bytes}, ScalarType::Byte);
   Vectors vectors(arithmetic);
   const void *weight_data = vectors(weight), *normalizer_data = vectors(normalizer);
-  check(cuda::sigmoid_focal(
-      dtype, grad_loss != nullptr, grad_loss ? grad_loss->const_data_ptr() : nullptr, x.const_data_ptr(),
-      t.const_data_ptr(), dense ? 0 : static_cast<int>(t.element_size()), wide_target, weight_data,
-      normalizer_data, out.mutable_data_ptr(), wide, workspace.mutable_data_ptr(), input.size(0),
-      input.size(1), alpha, gamma, reduce, factor, on.multiprocessors(), on.stream));
+  check(cuda::sigmoid_focal(dtype, grad_loss != nullptr, grad_loss ? grad_loss->const_data_ptr() : nullptr,
+                            x.const_data_ptr(), x.stride(0), t.const_data_ptr(), t.stride(0), dense,
+                            static_cast<int>(t.element_size()), weight_data, normalizer_data,
+                            out.mutable_data_ptr(), wide, workspace.mutable_data_ptr(), input.size(0),
+                            input.size(1), alpha, gamma, reduce, factor, on.multiprocessors(), on.stream));
 }
 
 Tensor sigmoid_focal_forward(const Tensor& input, const Tensor& target, MaybeTensor weight,

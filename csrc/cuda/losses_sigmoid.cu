@@ -4,7 +4,9 @@
 // compared with each element's class: the one-hot target is never in memory. A reduced forward leaves one sum
 // per block and adds them in order in a second launch, unless there is one block.
 //
-// All tensors are contiguous. Accesses are of 128 bits where the tensors lie alike modulo 16 bytes.
+// Logits and dense targets have contiguous rows, which need not follow each other; all else is contiguous.
+// Accesses are of 128 bits where the tensors lie alike modulo 16 bytes. Of rows with gaps between them those
+// of the logits and the targets are, where every row begins and ends at a multiple of 16 bytes.
 #include <cstdint>
 
 #include "cuda/elements.h"
@@ -51,13 +53,19 @@ struct SigmoidCall {
   int64_t n, classes;
   A alpha, gamma, factor;
   bool reduce;
+  // Of kernels with ROWS.
+  int64_t stride, target_stride;
+  bool byte_target;  // of 0 and 1
+  bool whole;        // rows of the logits and of dense targets begin and end at multiples of 16 bytes
 
   __device__ A divided(A value) const {
     if (!normalizer) return value;
     return value / (*normalizer == 0 ? A(1) : *normalizer);
   }
 
+  template <bool ROWS>
   __device__ A dense_target(int64_t i) const {
+    if (ROWS && byte_target) return static_cast<const uint8_t*>(target)[i];
     return wide_target ? static_cast<const A*>(target)[i] : static_cast<A>(static_cast<const T*>(target)[i]);
   }
 
@@ -107,15 +115,18 @@ struct Position {
   __device__ void step(int64_t classes) {
     if (++c == classes) c = 0, ++row;
   }
+
+  __device__ int64_t in(int64_t stride) const { return row * stride + c; }
 };
 
-template <class T, bool BACKWARD, class A = Arithmetic<T>>
+// ROWS: of the logits or dense targets, with gaps between them, or targets of bytes.
+template <class T, bool BACKWARD, bool ROWS, class A = Arithmetic<T>>
 __global__ void __launch_bounds__(256, 1) sigmoid_terms(SigmoidCall<T> call, bool alike) {
   __shared__ A shared[32];
   constexpr int size = Vector<T>::size;
   const bool dense = call.index_bytes == 0;
   const bool each = BACKWARD && !call.reduce, place = BACKWARD || !call.reduce;
-  const bool by_class = call.index_bytes || call.weight;
+  const bool by_class = ROWS || call.index_bytes || call.weight;
   A total = 0, factor = call.factor;
   if (BACKWARD && call.reduce)
     factor = call.divided(factor * (call.wide ? *static_cast<const A*>(call.grad_loss)
@@ -129,7 +140,9 @@ __global__ void __launch_bounds__(256, 1) sigmoid_terms(SigmoidCall<T> call, boo
     return BACKWARD ? weight * focal.derivative : weighed(weight, focal.loss);
   };
   auto scalar = [&](int64_t i) {
-    A value = term(static_cast<A>(call.x[i]), dense ? call.dense_target(i) : A(0),
+    auto in = [&](int64_t stride) { return ROWS ? Position(i, call.classes).in(stride) : i; };
+    A value = term(static_cast<A>(call.x[in(call.stride)]),
+                   dense ? call.template dense_target<ROWS>(in(call.target_stride)) : A(0),
                    Position(by_class ? i : 0, call.classes));
     if (each)
       value *= call.wide ? static_cast<const A*>(call.grad_loss)[i]
@@ -142,8 +155,23 @@ __global__ void __launch_bounds__(256, 1) sigmoid_terms(SigmoidCall<T> call, boo
   auto some = [&]<int COUNT>(std::integral_constant<int, COUNT>, int64_t i, int64_t pitch) {
     alignas(16) T x[COUNT][size], grad[COUNT][size];
     A t[COUNT][size] = {};
-    load<COUNT>(x, call.x + i, pitch);
-    if (dense) call.dense_targets(t, i, pitch);
+    if constexpr (ROWS) {
+      Position at(i, call.classes);
+      if (call.whole) {
+        load<1>(x, call.x + at.in(call.stride), 0);
+        if (dense) call.dense_targets(t, at.in(call.target_stride), 0);
+      } else {
+#pragma unroll
+        for (int k = 0; k < size; ++k) {
+          x[0][k] = call.x[at.in(call.stride)];
+          if (dense) t[0][k] = call.template dense_target<true>(at.in(call.target_stride));
+          at.step(call.classes);
+        }
+      }
+    } else {
+      load<COUNT>(x, call.x + i, pitch);
+      if (dense) call.dense_targets(t, i, pitch);
+    }
     if (each) load<COUNT>(grad, static_cast<const T*>(call.grad_loss) + i, pitch);
 #pragma unroll
     for (int v = 0; v < COUNT; ++v) {
@@ -166,14 +194,19 @@ __global__ void __launch_bounds__(256, 1) sigmoid_terms(SigmoidCall<T> call, boo
   const int64_t chunk = int64_t(blockDim.x) * in_flight * size;
   for (int64_t begin = blockIdx.x * chunk; begin < call.n; begin += gridDim.x * chunk) {
     const int64_t end = begin + chunk < call.n ? begin + chunk : call.n;
-    if (!alike) {
+    if constexpr (ROWS) {
+      const int64_t tail = alike ? begin + (end - begin) / size * size : begin;
+      for (int64_t i = begin + threadIdx.x * size; i < tail; i += blockDim.x * size)
+        some(std::integral_constant<int, 1>(), i, 0);
+      for (int64_t i = tail + threadIdx.x; i < end; i += blockDim.x) scalar(i);
+    } else if (!alike) {
       for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) scalar(i);
-      continue;
+    } else {
+      deal(
+          call.x, begin, end, threadIdx.x, blockDim.x, scalar,
+          [&](int64_t i, int64_t pitch) { some(std::integral_constant<int, in_flight>(), i, pitch); },
+          [&](int64_t i) { some(std::integral_constant<int, 1>(), i, 0); });
     }
-    deal(
-        call.x, begin, end, threadIdx.x, blockDim.x, scalar,
-        [&](int64_t i, int64_t pitch) { some(std::integral_constant<int, in_flight>(), i, pitch); },
-        [&](int64_t i) { some(std::integral_constant<int, 1>(), i, 0); });
   }
   if (place) return;
   total = sum_block(total, shared);
@@ -205,17 +238,18 @@ cudaError_t sigmoid_focal_workspace(int dtype, int64_t n, int multiprocessors, i
   return cudaSuccess;
 }
 
-cudaError_t sigmoid_focal(int dtype, bool backward, const void* grad_loss, const void* input,
-                          const void* target, int index_bytes, bool wide_target, const void* weight,
-                          const void* normalizer, void* out, bool wide, void* workspace, int64_t rows,
-                          int64_t classes, double alpha, double gamma, bool reduce, double factor,
-                          int multiprocessors, cudaStream_t stream) {
+cudaError_t sigmoid_focal(int dtype, bool backward, const void* grad_loss, const void* input, int64_t stride,
+                          const void* target, int64_t target_stride, bool dense, int target_bytes,
+                          const void* weight, const void* normalizer, void* out, bool wide, void* workspace,
+                          int64_t rows, int64_t classes, double alpha, double gamma, bool reduce,
+                          double factor, int multiprocessors, cudaStream_t stream) {
   return with_type(dtype, [&]<class T>() {
     using A = Arithmetic<T>;
+    constexpr int size = Vector<T>::size;
     SigmoidCall<T> call = {static_cast<const T*>(input),
                            target,
-                           index_bytes,
-                           wide_target,
+                           dense ? 0 : target_bytes,
+                           dense && target_bytes == sizeof(A) && sizeof(T) != sizeof(A),
                            static_cast<const A*>(weight),
                            static_cast<const A*>(normalizer),
                            grad_loss,
@@ -227,18 +261,29 @@ cudaError_t sigmoid_focal(int dtype, bool backward, const void* grad_loss, const
                            A(alpha),
                            A(gamma),
                            A(factor),
-                           reduce};
+                           reduce,
+                           rows > 1 ? stride : classes,
+                           rows > 1 && dense ? target_stride : classes,
+                           dense && target_bytes == 1};
     if (call.n == 0 && (backward || !reduce)) return cudaSuccess;
-    // The tensors whose vectors are taken together must be aligned together, and, but for targets, of one
-    // type.
     const auto phase = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16; };
-    const uintptr_t width = wide_target ? sizeof(A) / sizeof(T) : 1;
-    bool alike = index_bytes || phase(target) == phase(input) * width % 16;
-    if (backward || !reduce) alike = alike && phase(out) == phase(input);
-    if (backward && !reduce) alike = alike && phase(grad_loss) == phase(input);
+    const auto whole = [&](const void* p, int64_t stride) {
+      return phase(p) == 0 && (stride == classes || (stride % size == 0 && classes % size == 0));
+    };
+    call.whole =
+        whole(input, call.stride) && !call.byte_target && (!dense || whole(target, call.target_stride));
+    const bool in_rows = call.stride != classes || call.target_stride != classes || call.byte_target;
+    // The tensors whose vectors are taken together must be aligned together, and, but for targets, of one
+    // type. Where there are rows they are the result and its gradient, which begin as the first row does.
+    const uintptr_t width = call.wide_target ? sizeof(A) / sizeof(T) : 1, first = in_rows ? 0 : phase(input);
+    bool alike = in_rows || !dense || phase(target) == first * width % 16;
+    if (backward || !reduce || in_rows) alike = alike && phase(out) == first;
+    if (backward && !reduce) alike = alike && phase(grad_loss) == first;
     if (!reduce && wide && sizeof(T) != sizeof(A)) alike = false;
     const int blocks = sigmoid_blocks(call.n, sizeof(T), multiprocessors);
-    auto* terms = backward ? sigmoid_terms<T, true> : sigmoid_terms<T, false>;
+    auto* terms = backward  ? in_rows ? sigmoid_terms<T, true, true> : sigmoid_terms<T, true, false>
+                  : in_rows ? sigmoid_terms<T, false, true>
+                            : sigmoid_terms<T, false, false>;
     LAUNCH(terms, dim3(unsigned(blocks)), dim3(256), 0, stream, call, alike);
     if (!backward && reduce && blocks > 1)
       LAUNCH(sigmoid_sum<T>, dim3(1), dim3(1024), 0, stream, call, blocks);
