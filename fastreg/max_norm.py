@@ -17,10 +17,11 @@ last resort, which cannot fail. (In C++ a long row of fp32 aims lower by the 2^-
 
 The kernels: csrc/max_norm.h for what is decided per row, csrc/cpu/max_norm.cpp, csrc/cuda/max_norm.cu,
 tritonkernels/max_norm.py. One launch serves all rows of all tensors, reads each element once and writes rows over the
-cap alone. What is written is read twice where a GPU's program cannot hold a row: in Triton one of more than 4,096
-elements, in CUDA of more than 64 KiB, or 112 where the GPU has the shared memory (sm_90, sm_100). For rows of more than
-32,768 elements two or three launches more share each among many programs. `max_norm` and `row_norms` are differentiable
-and out of place: their kernels take a matrix of rows.
+cap alone. What is written is read twice where a GPU's program cannot hold a row: in Triton one of more than 16,384
+elements (8,192 of fp64, or of rows that do not begin at multiples of 16 bytes; 4,096 for other p than 1, 2 and inf, and
+for the l1 ball), in CUDA of more than 64 KiB, or 112 where the GPU has the shared memory (sm_90, sm_100). For rows of
+more than 32,768 elements two or three launches more share each among many programs. `max_norm` and `row_norms` are
+differentiable and out of place: their kernels take a matrix of rows.
 """
 
 import functools
@@ -542,7 +543,7 @@ def _as_shares(total: Tensor, count: Tensor) -> Tensor:
 
 _BALLS = {1: "l1_ball", 2: "cap", math.inf: "linf_ball"}
 _INNER = 4  # dimensions of a row's box of elements that the kernels know
-_WIDTHS = (128, 512, 2048, 4096)  # elements of the rows that Triton's kernels hold in registers
+_WIDTHS = (128, 512, 2048, 4096, 8192, 16384)  # elements of the rows that Triton's kernels hold in registers
 _LAP = 2048  # bytes of one vector for each thread of a CUDA block
 _CHUNK = 8192  # elements of the rows that a chunk holds, if it holds more than one
 _SPLIT = 32768  # elements of a row, from which on it is cut into pieces, on a GPU
@@ -806,9 +807,9 @@ def _traits(table: np.ndarray, longest: int) -> int:
     are not cut. For the CUDA kernels bits 12 to 19 hold how many vectors of such a row a thread has; the bits above,
     for both, the number of chunks that are pieces of rows.
 
-    One tensor whose rows are no multiples of 16 bytes (a first convolution, a bias) makes Triton access all of the plan
-    element by element, which coalesces but takes more instructions: a launch for those that are would be a second one
-    of what is promised to be one. The CUDA kernels decide row by row."""
+    One tensor whose rows are no multiples of 16 bytes (a first convolution, a bias) makes Triton access all rows of the
+    plan of up to 4,096 elements one by one, which coalesces but takes more instructions: a launch for those that are
+    would be a second one of what is promised to be one. Of longer rows, and in CUDA, the kernels decide row by row."""
     if not len(table):
         return 0
     address, code, stride, length, inner = (table[:, i] for i in (0, 1, 3, 4, 5))

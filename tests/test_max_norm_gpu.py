@@ -1,5 +1,6 @@
 """The max-norm kernels for the GPU, without one: bytes, launches, races, stray accesses, spills, widths."""
 
+import math
 from importlib import import_module
 
 import pytest
@@ -88,14 +89,15 @@ ours = gpu_kernels(put_on_host)
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_rows_are_read_once_and_those_over_the_cap_written(ours, dtype, p):
-    """Rows that do not fit on chip are read once more to be written."""
+    """Rows that do not fit on chip are read once more to be written. One plan, aligned rows beside others."""
     from tests.proving.traffic import traffic
 
-    if ours == "triton":
-        longest = 4096
-    else:
-        longest = (64 << 10) // dtype.itemsize
-    shapes = [*SHAPES, (2, 4000), (2, 512, 3, 3), (2, 5000), (2, 8192), (2, 16_384), (2, 20_000)]
+    def held(length):
+        if ours != "triton":
+            return length * dtype.itemsize <= 64 << 10
+        return length <= (4096 if p == 3.0 else 8192 if length % 8 or dtype == torch.float64 else 16_384)
+
+    shapes = [*SHAPES, (2, 4000), (2, 512, 3, 3), (2, 4_609), (2, 5000), (2, 8192), (2, 16_384), (2, 20_000)]
     tensors = [torch.randn(shape).to(dtype) for shape in shapes]
     rows = [w.flatten(1) if w.dim() > 1 else w[:, None] for w in tensors]
     norms = [w.double().norm(p, dim=1) for w in rows]
@@ -107,10 +109,12 @@ def test_rows_are_read_once_and_those_over_the_cap_written(ours, dtype, p):
     assert count.item() == sum(int((n > cap).sum()) for n, cap in zip(norms, caps))
     for old, new, cap, n in zip(before, tensors, caps, norms):
         over = (n > cap).reshape(-1, *[1] * (old.dim() - 1)).expand_as(old)
-        held = new[0].numel() <= longest
         assert over.any() and torch.equal(new[~over], old[~over])
         assert torch.equal(log.writes(new), over.long())
-        assert torch.equal(log.reads(new), 1 + over.long() * (not held))
+        assert torch.equal(log.reads(new), 1 + over.long() * (not held(new[0].numel())))
+    with fastreg.use_backend("reference"):
+        fastreg.max_norm_(before, caps, p=p)
+    torch.testing.assert_close(tensors, before, rtol=4 * torch.finfo(dtype).eps + 2.0**-38, atol=0)
 
 
 @needs_cudahost
@@ -139,7 +143,7 @@ def test_decay_writes_every_row_once_whatever_the_dtypes(ours, mixed):
         else:
             project(tensors, 60.0, decay=0.125)
     for w in tensors:
-        assert log.writes(w).eq(1).all() and log.reads(w).eq(2 if ours == "triton" else 1).all()
+        assert log.writes(w).eq(1).all() and log.reads(w).eq(1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -226,7 +230,7 @@ def test_a_row_has_at_most_1024_pieces():
 
 def test_rows_in_pieces_widen_no_tile():
     tensors = [torch.randn(64, 100), torch.randn(2, 40_000)]
-    assert [max_norm._build(tensors, 0, ((0, 0),) * 2, split).chunk >> 8 & 15 for split in (True, False)] == [1, 5]
+    assert [max_norm._build(tensors, 0, ((0, 0),) * 2, split).chunk >> 8 & 15 for split in (True, False)] == [1, 7]
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
@@ -248,6 +252,20 @@ def test_out_of_place_reads_and_writes_once_each_way(ours, shape, p):
     assert len(log) == 1
     assert torch.equal(log.reads(w), over.long()[:, None].expand(shape))  # a row that stayed passes its gradient on
     assert log.reads(grad).eq(1).all() and log.writes(w.grad).eq(1).all()
+
+
+@pytest.mark.parametrize("length", [4609, 16_384])
+@pytest.mark.parametrize("p", [2.0, float("inf")])
+def test_out_of_place_reads_long_rows_once(ours, length, p):
+    from tests.proving.traffic import traffic
+
+    w = torch.randn(3, length)
+    norms = torch.linalg.vector_norm(w.double(), p, dim=1)
+    with traffic() as log:
+        out = fastreg.max_norm(w, norms.median().item(), p=p)
+    assert len(log) == 1 and log.reads(w).eq(1).all() and log.writes(out).eq(1).all()
+    assert torch.equal((out != w).any(1), norms > norms.median())
+    torch.testing.assert_close(fastreg.row_norms(w, p=p).double(), norms, rtol=2**-23, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(33, 50), (5, 300), (3, 2049), (2, 9001)], ids=str)
@@ -346,15 +364,30 @@ def compile_all():
     triton_kernels.max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, 1.0, 1.0, 0.0, None, 2)  # the l1 ball
 
 
+def compile_held():
+    from tritonkernels import max_norm as triton_kernels
+
+    caps = torch.ones(1, dtype=torch.float64)
+    triton_kernels.max_norm_forward(torch.empty(64, 16_384), caps, 2.0, 1.0)
+    tensors = [torch.empty(64, 3, 7, 7), torch.empty(512, 512, 3, 3), torch.empty(64, 16_384)]
+    plan = max_norm._build(tensors, 0, ((0, 0),) * 3)  # of which the first is not aligned
+    for p, kind in ((2.0, "cap"), (math.inf, "linf_ball")):
+        kind = _ops.ROW_KINDS.index(kind)
+        triton_kernels.max_norm_rows(plan.table, plan.chunks, plan.chunk, caps, p, 1.0, 0.1, None, kind)
+
+
 @needs_ptxas
 @pytest.mark.slow
 def test_triton_kernels_do_not_spill():
-    (launches,) = cubin.launch_facts("tests.test_max_norm_gpu:compile_all").values()
-    for facts in launches:
+    names = ("compile_all", "compile_held")
+    launches, held = cubin.launch_facts(*(f"tests.test_max_norm_gpu:{name}" for name in names)).values()
+    for facts in launches + held:
         assert facts.spills == 0, facts
         assert facts.loads.get(128) or facts.kernel in ("_max_norm_rows", "_pieces"), facts
         if facts.kernel == "_matrix_gradients" and facts.stores != {64: 2}:  # the sums of a piece are two numbers
             assert facts.stores.get(128), facts
+    for facts in held:  # each of 16,384 elements once; in the plan those of 8,192 as well
+        assert facts.loads[128] == (16 if facts.kernel == "_matrix_rows" else 24), facts
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 """Max-norm and its kin in Triton. The formulas stand in fastreg/max_norm.py, the decisions in csrc/max_norm.h.
 
-Bytes     each element is read once; if its row has more than 4,096 elements and is over the cap, once more to be
-          written, a moment later, when a cache has it. Rows under the cap are not written, but for the form out of
-          place, which writes each row once. Backward: x and the gradient are read once, or twice if long.
+Bytes     each element is read once. Rows of more than 16,384 elements that are over the cap, 8,192 of fp64 or where
+          rows do not begin at multiples of 16 bytes, and 4,096 for other p, for the l1 ball, or where elements lie
+          apart, are read once more to be written, a moment later, when a cache has them. Rows under the cap are not
+          written, but for the form out of place, which writes each row once. Backward: x and the gradient are read
+          once, or twice if the row has more than 4,096 elements.
 Launches  1 for all tensors of the plan, whatever their sizes and dtypes; 1 each way out of place. Rows of more than
           SPLIT elements are cut into pieces, a program each, of which a few rows too fill the GPU: 2 launches for
           them (1 more in the backward), norms of pieces and then what becomes of them, and for p = 1 and 2, in
           dtypes narrower than fp64, a third, which mends rows that rounding has brought above their caps. (The l1
           ball cuts none.)
-Tiles     [rows, elements] in registers, of four widths; a program takes the width that its tensor's rows need. One
-          of 8,192 elements spills, with 8 warps and with 16.
+Tiles     [rows, elements] in registers, of four widths; a program takes the width that its tensor's rows need. What a
+          tile of 8,192 elements goes through in fp64 spills, with 8 warps and with 16. Longer rows are held in their
+          dtype, as up to 8 tiles of 2,048, of which one at a time is in fp64.
 Numerics  norms in fp64. Values are scaled by a power of two (by the largest one for other p) where sums of fp64
           or high powers could overflow. Cap after rounding as in the reference; but rows that are capped by a norm of
           powers, and long ones by their largest element, are rounded towards zero, and long ones that rounding to the
@@ -17,7 +20,8 @@ Numerics  norms in fp64. Values are scaled by a power of two (by the largest one
 """
 
 # Conditions known when a kernel is compiled stand apart from those known when it runs.
-# ruff: noqa: SIM102, SIM109, SIM300
+# Triton has no tuples with a star.
+# ruff: noqa: SIM102, SIM109, SIM300, RUF005
 
 import math
 import struct
@@ -34,11 +38,21 @@ WHOLE, SUMS, GRADIENTS = (tl.constexpr(i) for i in range(3))  # what a launch of
 ULP = tl.constexpr(2.0**-53)
 INF = tl.constexpr(math.inf)
 TYPES = tl.constexpr((tl.float32, tl.float16, tl.bfloat16, tl.float64))  # by their codes
-# Elements of the tiles' rows, and how many rows a tile has. No row of more than the last is held in registers.
-WIDTHS, HEIGHTS = tl.constexpr((0, 128, 512, 2048, 4096)), tl.constexpr((0, 16, 4, 1, 1))
-LOOP = tl.constexpr(2048)
+# Elements of the tiles' rows, and how many rows a tile has; rows of more than TILED elements, long ones, have none.
+WIDTHS, HEIGHTS = tl.constexpr((0, 128, 512, 2048, 4096, 8192, 16384)), tl.constexpr((0, 16, 4, 1, 1))
+TILED = tl.constexpr(4096)
+LOOP = tl.constexpr(2048)  # elements of a long row that a pass over it treats at a time
 SPLIT = 32768  # elements of the rows that one program treats, at most
 PIECE, PIECES = 8192, tl.constexpr(1024)  # elements of a piece, at least; pieces of a row, at most
+
+
+@triton.constexpr_function
+def _longest_held(KIND, ORDER, BOXED, ALIGN, TYPE):
+    """Elements of the longest row that registers hold. What powers and the l1 ball take besides, or where elements
+    that lie apart are, leaves no room for a long one."""
+    if KIND == L1_BALL or ORDER == ANY or BOXED:
+        return TILED.value
+    return 8192 if TYPE == tl.float64 or ALIGN == 1 else 16384
 
 
 @triton.jit
@@ -311,69 +325,112 @@ def _tile(
 
 
 @triton.jit
-def _long_load(
-    base, row, start, end, box, keep,
-    DECAY: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
-    """Elements [start, start + LOOP) of a long row below `end`, the mask of those there are, and their places."""
-    j = start + tl.arange(0, LOOP).to(tl.int64)
-    mask = (j < end)[None, :]
-    places = row + _offsets(j, box, BOXED)[None, :]
-    x = tl.load(base + places, mask=mask, other=0.0)
+def _long_places(start, end, box, BOXED: tl.constexpr):
+    """Of elements [start, start + LOOP) of a long row: the mask of those below `end`, and where they lie."""
+    j = start + tl.arange(0, LOOP)
+    return j < end, _offsets(j, box, BOXED)
+
+
+@triton.jit
+def _long_load(row, mask, places, keep, DECAY: tl.constexpr, TYPE: tl.constexpr):
+    x = tl.load(row + places, mask=mask, other=0.0)
     if DECAY:
         x = _decayed(x, keep, TYPE)
-    return x, mask, places
+    return x
+
+
+@triton.jit
+def _hold(
+    row, end, box, keep,
+    DECAY: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """A long row in registers: TILES tiles of LOOP elements, none if every pass is to read it anew."""
+    held = ()
+    for i in tl.static_range(TILES):
+        mask, places = _long_places(i * LOOP, end, box, BOXED)
+        held = held + (_long_load(row, mask, places, keep, DECAY, TYPE),)
+    return held
+
+
+@triton.jit
+def _again(held, known, TYPE: tl.constexpr):
+    """The row held, for one more pass. The compiler must take it for another: it would keep, for all of the row, what
+    it has made of it in fp64. `known` comes out of the pass before, and is not negative."""
+    BITS: tl.constexpr = tl.int64 if TYPE == tl.float64 else tl.int32 if TYPE == tl.float32 else tl.int16
+    zero = (known < 0).to(BITS)
+    out = ()
+    for i in tl.static_range(len(held)):
+        out = out + ((held[i].to(BITS, bitcast=True) ^ zero).to(TYPE, bitcast=True),)
+    return out
+
+
+@triton.jit
+def _long_step(
+    total, x, to, mask, places, p, a, b, inverse,
+    ORDER: tl.constexpr, SOFT: tl.constexpr, TYPE: tl.constexpr, WHAT: tl.constexpr,
+):  # fmt: skip
+    """What `_long_sum` does with the tile x, and `total` with what the tile adds to it."""
+    wide = x.to(tl.float64)
+    if WHAT == "write x":
+        tl.store(to + places, x, mask=mask)
+    elif WHAT == "norm":
+        wide = wide * a
+    elif WHAT == "clamp":
+        limit = _toward_zero(b, TYPE)
+        tl.store(to + places, tl.where(tl.abs(x) > limit, tl.where(x < 0, -limit, limit), x), mask=mask)
+    elif WHAT != "largest":
+        if SOFT:
+            left = tl.maximum((tl.abs(wide) - a) - b, 0.0)
+            exact = tl.where(mask, tl.where(wide < 0, -left, left), 0.0)
+        else:
+            exact = wide * a * b
+        if (WHAT == "nearest") or (WHAT == "write nearest"):
+            new = _rounded(exact, TYPE)
+        elif WHAT == "mend":
+            new = _toward_zero(_rounded(exact, TYPE).to(tl.float64) * inverse, TYPE)
+        else:
+            new = _toward_zero(exact, TYPE)
+        if WHAT != "nearest":
+            tl.store(to + places, new, mask=mask)
+        wide = new.to(tl.float64) * inverse
+    size = tl.abs(wide)
+    if (WHAT == "largest") or (ORDER == LARGEST):
+        return tl.maximum(total, tl.where(size < INF, size, INF))
+    else:
+        if ORDER == ANY:  # whose powers know no NaN
+            total += tl.where(size < INF, 0.0, size)
+        return total + _power(size, p, ORDER)
 
 
 @triton.jit
 def _long_sum(
-    base, to, row, begin, end, box, p, keep, a, b, inverse,
+    row, held, to, begin, end, box, p, keep, a, b, inverse,
     ORDER: tl.constexpr, SOFT: tl.constexpr, DECAY: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr,
     WHAT: tl.constexpr,
 ):  # fmt: skip
-    """One pass over elements [begin, end) of a long row. WHAT: "largest" |x|, "norm" of x · a, or, times `inverse`, of
-    what "nearest" or "zero" rounding makes of x · a · b (SOFT: of sign(x) · max(|x| - a - b, 0)); "write nearest" and
-    "write zero" store that, "clamp" x clamped to b, "write x" itself. A norm is the sum of powers, or the largest."""
-    total = tl.zeros([1, LOOP], tl.float64)
-    for start in range(begin, end, LOOP):
-        x, mask, places = _long_load(base, row, start, end, box, keep, DECAY, BOXED, TYPE)
-        wide = x.to(tl.float64)
-        if WHAT == "write x":
-            tl.store(to + places, x, mask=mask)
-        elif WHAT == "norm":
-            wide = wide * a
-        elif WHAT == "clamp":
-            limit = tl.minimum(tl.abs(wide), b)
-            tl.store(to + places, _toward_zero(tl.where(wide < 0, -limit, limit), TYPE), mask=mask)
-        elif WHAT != "largest":
-            if SOFT:
-                left = tl.maximum((tl.abs(wide) - a) - b, 0.0)
-                exact = tl.where(mask, tl.where(wide < 0, -left, left), 0.0)
-            else:
-                exact = wide * a * b
-            if (WHAT == "nearest") or (WHAT == "write nearest"):
-                new = _rounded(exact, TYPE)
-            else:
-                new = _toward_zero(exact, TYPE)
-            if (WHAT == "write nearest") or (WHAT == "write zero"):
-                tl.store(to + places, new, mask=mask)
-            wide = new.to(tl.float64) * inverse
-        size = tl.abs(wide)
-        if (WHAT == "largest") or (ORDER == LARGEST):
-            total = tl.maximum(total, tl.where(size < INF, size, INF))
-        else:
-            if ORDER == ANY:  # whose powers know no NaN
-                total += tl.where(size < INF, 0.0, size)
-            total += _power(size, p, ORDER)
-    if (WHAT == "largest") or (ORDER == LARGEST):
-        return tl.max(tl.max(total, 1), 0)
+    """One pass over elements [begin, end) of a long row, or all those held. WHAT: "largest" |x|, "norm" of x · a, or,
+    times `inverse`, of what "nearest" or "zero" rounding makes of x · a · b (SOFT: of sign(x) · max(|x| - a - b, 0));
+    "write nearest" and "write zero" store that, "mend" the nearest times `inverse`, rounded towards zero, "clamp" x
+    clamped to b, "write x" itself. A norm is the sum of powers, or the largest."""
+    total = tl.zeros([LOOP], tl.float64)
+    if len(held) > 0:
+        for i in tl.static_range(len(held)):
+            mask, places = _long_places(i * LOOP, end, box, BOXED)
+            total = _long_step(total, held[i], to, mask, places, p, a, b, inverse, ORDER, SOFT, TYPE, WHAT)
     else:
-        return tl.sum(tl.sum(total, 1), 0)
+        for start in range(begin, end, LOOP):
+            mask, places = _long_places(start, end, box, BOXED)
+            x = _long_load(row, mask, places, keep, DECAY, TYPE)
+            total = _long_step(total, x, to, mask, places, p, a, b, inverse, ORDER, SOFT, TYPE, WHAT)
+    if (WHAT == "largest") or (ORDER == LARGEST):
+        return tl.max(total, 0)
+    else:
+        return tl.sum(total, 0)
 
 
 @triton.jit
 def _long_theta(
-    base, row, length, box, keep, top, radius,
+    row, length, box, keep, top, radius,
     DECAY: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """`_theta` of a long row, which is read once per iteration."""
@@ -381,16 +438,17 @@ def _long_theta(
     kept = theta * 0 - 1
     moving = 1
     while moving > 0:
-        count = tl.zeros([1, LOOP], tl.float64)
-        total = tl.zeros([1, LOOP], tl.float64)
+        count = tl.zeros([LOOP], tl.float64)
+        total = tl.zeros([LOOP], tl.float64)
         for start in range(0, length, LOOP):
-            x, mask, _places = _long_load(base, row, start, length, box, keep, DECAY, BOXED, TYPE)
+            mask, places = _long_places(start, length, box, BOXED)
+            x = _long_load(row, mask, places, keep, DECAY, TYPE)
             gap = tl.where(mask, tl.abs(x.to(tl.float64)) - top, -INF)
             inside = gap > theta
             count += inside.to(tl.float64)
             total += tl.where(inside, gap, 0.0)
-        inner = tl.sum(tl.sum(count, 1), 0)
-        sum_inside = tl.sum(tl.sum(total, 1), 0)
+        inner = tl.sum(count, 0)
+        sum_inside = tl.sum(total, 0)
         change = (inner != kept) & (inner > 0)
         theta = tl.where(change, (sum_inside - radius) / tl.where(inner > 0, inner, 1.0), theta)
         kept = inner
@@ -400,27 +458,27 @@ def _long_theta(
 
 @triton.jit
 def _long_norm(
-    base, row, begin, end, box, p, keep,
+    row, held, begin, end, box, p, keep,
     FORM: tl.constexpr, ORDER: tl.constexpr, DECAY: tl.constexpr, BOXED: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """(scale, total) of elements [begin, end) of a long row: the sum of |x / scale|^p, or the largest |x|. Where there
     is NaN or inf the total is one of them, and for FORM == NORMS the right one. Scaled only where need be."""
     scale = keep * 0 + 1
-    total = _long_sum(base, base, row, begin, end, box, p, keep, scale, scale, scale,
+    total = _long_sum(row, held, row, begin, end, box, p, keep, scale, scale, scale,
                       ORDER, False, DECAY, BOXED, TYPE, "norm")  # fmt: skip
     if ORDER == LARGEST:
         if FORM == NORMS:
             if total == INF:
-                total = _long_sum(base, base, row, begin, end, box, p, keep, scale, scale, scale,
+                total = _long_sum(row, held, row, begin, end, box, p, keep, scale, scale, scale,
                                   ONE, False, DECAY, BOXED, TYPE, "norm")  # fmt: skip
     elif (ORDER == ANY) or (TYPE == tl.float64):
         safe = (total > 2.0**-900) & (total < 2.0**900)
         if not safe:
-            largest = _long_sum(base, base, row, begin, end, box, p, keep, scale, scale, scale,
+            largest = _long_sum(row, held, row, begin, end, box, p, keep, scale, scale, scale,
                                 ORDER, False, DECAY, BOXED, TYPE, "largest")  # fmt: skip
             if (largest > 0) & (largest < INF):
                 scale = _scale_of(largest, ORDER)
-                total = _long_sum(base, base, row, begin, end, box, p, keep, 1 / scale, scale, scale,
+                total = _long_sum(row, held, row, begin, end, box, p, keep, 1 / scale, scale, scale,
                                   ORDER, False, DECAY, BOXED, TYPE, "norm")  # fmt: skip
     return scale, total
 
@@ -453,13 +511,16 @@ def _verdict(
 def _long(
     base, to, norms, r, length, stride, box, caps, cap_step, p, tau, keep,
     FORM: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
-    BOXED: tl.constexpr, TYPE: tl.constexpr,
+    BOXED: tl.constexpr, TYPE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One row too long for registers. Returns 1 if it changed."""
+    """One long row, of at most LOOP · TILES elements if it is to be held. Returns 1 if it changed."""
     SOFT: tl.constexpr = KIND == L1_BALL
-    row = r * stride
+    row, to = base + r * stride, to + r * stride
+    if TILES:
+        length = length.to(tl.int32)
+    held = _hold(row, length, box, keep, DECAY, BOXED, TYPE, TILES)
     one = keep * 0 + 1
-    scale, total = _long_norm(base, row, 0, length, box, p, keep, FORM, ORDER, DECAY, BOXED, TYPE)
+    scale, total = _long_norm(row, held, 0, length, box, p, keep, FORM, ORDER, DECAY, BOXED, TYPE)
     if FORM == NORMS:
         tl.store(norms + r, tl.where(total < INF, scale * _root(total, p, ORDER), total))
         return (r * 0).to(tl.int64)
@@ -468,54 +529,60 @@ def _long(
     over, a, b, bound = _verdict(scale, total, length, cap, p, tau, KIND, ORDER, TAU, TYPE)
     if FORM == AWAY:
         tl.store(norms + r, tl.where(over, scale * _root(total, p, ORDER), -1.0))
+    held = _again(held, total, TYPE)
     if over:
         target = b
         if SOFT:
-            a = _long_sum(base, to, row, 0, length, box, p, keep, one, one, one,
+            a = _long_sum(row, held, to, 0, length, box, p, keep, one, one, one,
                           ORDER, False, DECAY, BOXED, TYPE, "largest")  # fmt: skip
-            b = _long_theta(base, row, length, box, keep, a, target, DECAY, BOXED, TYPE)
+            b = _long_theta(row, length, box, keep, a, target, DECAY, BOXED, TYPE)
         if KIND == LINF_BALL:
-            _long_sum(base, to, row, 0, length, box, p, keep, one, bound, one,
+            _long_sum(row, held, to, 0, length, box, p, keep, one, bound, one,
                       ORDER, SOFT, DECAY, BOXED, TYPE, "clamp")  # fmt: skip
         elif (TYPE == tl.float64) or (KIND == NORMALIZE) or TAU:
-            _long_sum(base, to, row, 0, length, box, p, keep, a, b, one,
+            _long_sum(row, held, to, 0, length, box, p, keep, a, b, one,
                       ORDER, SOFT, DECAY, BOXED, TYPE, "write nearest")  # fmt: skip
         elif (ORDER == LARGEST) or (ORDER == ANY):
             # Powers cost more than what rounding to the nearest gains, and the largest is often rounded up.
-            _long_sum(base, to, row, 0, length, box, p, keep, a, b, one,
+            _long_sum(row, held, to, 0, length, box, p, keep, a, b, one,
                       ORDER, SOFT, DECAY, BOXED, TYPE, "write zero")  # fmt: skip
         elif KIND == CAP:
             if 1 - a * b < _unit(TYPE):  # nearer still: too few elements would move
-                _long_sum(base, to, row, 0, length, box, p, keep, a, b, one,
+                _long_sum(row, held, to, 0, length, box, p, keep, a, b, one,
                           ORDER, SOFT, DECAY, BOXED, TYPE, "write zero")  # fmt: skip
             else:
                 inverse = 1 / tl.where(bound > 0, bound, INF)
-                ratio = _root(_long_sum(base, to, row, 0, length, box, p, keep, a, b, inverse,
+                ratio = _root(_long_sum(row, held, to, 0, length, box, p, keep, a, b, inverse,
                                         ORDER, SOFT, DECAY, BOXED, TYPE, "write nearest"), p, ORDER)  # fmt: skip
                 if ratio > 1:  # what is there now is scaled once more, towards zero
-                    tl.debug_barrier()
-                    _long_sum(to, to, row, 0, length, box, p, keep, one, (1 - 8 * ULP) / ratio, one,
-                              ORDER, SOFT, False, BOXED, TYPE, "write zero")  # fmt: skip
+                    lower = (1 - 8 * ULP) / ratio
+                    if TILES:
+                        _long_sum(row, _again(held, ratio, TYPE), to, 0, length, box, p, keep, a, b, lower,
+                                  ORDER, SOFT, DECAY, BOXED, TYPE, "mend")  # fmt: skip
+                    else:
+                        tl.debug_barrier()
+                        _long_sum(to, held, to, 0, length, box, p, keep, one, lower, one,
+                                  ORDER, SOFT, False, BOXED, TYPE, "write zero")  # fmt: skip
         else:
             inverse = 1 / tl.where(bound > 0, bound, INF)
-            tried = _long_sum(base, to, row, 0, length, box, p, keep, a, b, inverse,
+            tried = _long_sum(row, held, to, 0, length, box, p, keep, a, b, inverse,
                               ORDER, SOFT, DECAY, BOXED, TYPE, "nearest")  # fmt: skip
             ratio = _root(tried, p, ORDER)
             fails = ratio > 1
             lower = b
             if fails:
-                lower = _long_theta(base, row, length, box, keep, a, target / (2 * ratio - 1), DECAY, BOXED, TYPE)
-                tried = _long_sum(base, to, row, 0, length, box, p, keep, a, lower, inverse,
+                lower = _long_theta(row, length, box, keep, a, target / (2 * ratio - 1), DECAY, BOXED, TYPE)
+                tried = _long_sum(row, held, to, 0, length, box, p, keep, a, lower, inverse,
                                   ORDER, SOFT, DECAY, BOXED, TYPE, "nearest")  # fmt: skip
                 fails = _root(tried, p, ORDER) > 1
             if fails:
-                _long_sum(base, to, row, 0, length, box, p, keep, a, b, one,
+                _long_sum(row, held, to, 0, length, box, p, keep, a, b, one,
                           ORDER, SOFT, DECAY, BOXED, TYPE, "write zero")  # fmt: skip
             else:
-                _long_sum(base, to, row, 0, length, box, p, keep, a, lower, one,
+                _long_sum(row, held, to, 0, length, box, p, keep, a, lower, one,
                           ORDER, SOFT, DECAY, BOXED, TYPE, "write nearest")  # fmt: skip
     elif DECAY or (FORM == AWAY):
-        _long_sum(base, to, row, 0, length, box, p, keep, one, one, one,
+        _long_sum(row, held, to, 0, length, box, p, keep, one, one, one,
                   ORDER, False, DECAY, BOXED, TYPE, "write x")  # fmt: skip
     return over.to(tl.int64)
 
@@ -559,7 +626,7 @@ def _piece_norm(
     BOXED: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     r, _which, _count, begin, end = _piece_of(number, length, piece, ALIGN)
-    scale, total = _long_norm(base, r * stride, begin, end, box, p, keep, FORM, ORDER, DECAY, BOXED, TYPE)
+    scale, total = _long_norm(base + r * stride, (), begin, end, box, p, keep, FORM, ORDER, DECAY, BOXED, TYPE)
     tl.store(parts + 2 * i, scale)
     tl.store(parts + 2 * i + 1, total)
 
@@ -572,6 +639,7 @@ def _piece_change(
 ):  # fmt: skip
     """What becomes of a piece, from the norms of its row's. `again` gets what rounding has made of its norm."""
     r, which, pieces, begin, end = _piece_of(number, length, piece, ALIGN)
+    base, to = base + r * stride, to + r * stride
     scale, total = _merged(parts, i - which, pieces, p, ORDER)
     norm = scale * _root(total, p, ORDER)
     if FORM == NORMS:
@@ -590,17 +658,17 @@ def _piece_change(
         rounded = keep * 0
         if over:
             if KIND == LINF_BALL:
-                _long_sum(base, to, r * stride, begin, end, box, p, keep, one, bound, one,
+                _long_sum(base, (), to, begin, end, box, p, keep, one, bound, one,
                           ORDER, False, DECAY, BOXED, TYPE, "clamp")  # fmt: skip
             elif (KIND == CAP) and (not TAU) and ((ORDER == LARGEST) or (ORDER == ANY)):  # as in `_long`
-                _long_sum(base, to, r * stride, begin, end, box, p, keep, a, b, one,
+                _long_sum(base, (), to, begin, end, box, p, keep, a, b, one,
                           ORDER, False, DECAY, BOXED, TYPE, "write zero")  # fmt: skip
             else:
-                rounded = _long_sum(base, to, r * stride, begin, end, box, p, keep, a, b,
+                rounded = _long_sum(base, (), to, begin, end, box, p, keep, a, b,
                                     1 / tl.where(bound > 0, bound, INF),
                                     ORDER, False, DECAY, BOXED, TYPE, "write nearest")  # fmt: skip
         elif DECAY or (FORM == AWAY):
-            _long_sum(base, to, r * stride, begin, end, box, p, keep, one, one, one,
+            _long_sum(base, (), to, begin, end, box, p, keep, one, one, one,
                       ORDER, False, DECAY, BOXED, TYPE, "write x")  # fmt: skip
         tl.store(again + 2 * i, one)
         tl.store(again + 2 * i + 1, rounded)
@@ -614,10 +682,11 @@ def _piece_mend(
 ):  # fmt: skip
     """Where a row has been rounded above its bound, what is there is scaled once more, towards zero."""
     r, which, pieces, begin, end = _piece_of(number, length, piece, ALIGN)
+    to += r * stride
     scale, total = _merged(again, i - which, pieces, p, ORDER)
     ratio = _root(total, p, ORDER)
     if ratio > 1:
-        _long_sum(to, to, r * stride, begin, end, box, p, keep, scale, (1 - 8 * ULP) / ratio, scale,
+        _long_sum(to, (), to, begin, end, box, p, keep, scale, (1 - 8 * ULP) / ratio, scale,
                   ORDER, False, False, BOXED, TYPE, "write zero")  # fmt: skip
 
 
@@ -670,6 +739,29 @@ def _tiles_of_chunk(
 
 
 @triton.jit
+def _long_row(
+    tensor, r, caps, cap_step, p, tau, keep,
+    KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
+    WIDEST: tl.constexpr, BOXED: tl.constexpr, ALIGN: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    base, stride, length = tl.load(tensor).to(tl.pointer_type(TYPE)), tl.load(tensor + 3), tl.load(tensor + 4)
+    if ALIGN > 1:
+        base, stride, length = tl.multiple_of(base, 16), tl.multiple_of(stride, ALIGN), tl.multiple_of(length, ALIGN)
+    HELD: tl.constexpr = _longest_held(KIND, ORDER, BOXED, ALIGN, TYPE)
+    changed = r * 0
+    for w in tl.static_range(5, 7):
+        if (WIDEST >= w) and (WIDTHS[w] <= HELD):
+            if (length > WIDTHS[w - 1]) & (length <= WIDTHS[w]):
+                changed = _long(base, base, base, r, length, stride, tensor + 5, caps, cap_step, p, tau, keep,
+                                IN_PLACE, KIND, ORDER, TAU, DECAY, BOXED, TYPE, WIDTHS[w] // LOOP)  # fmt: skip
+    if (WIDEST == 7) or (WIDTHS[WIDEST] > HELD):
+        if length > HELD:
+            changed = _long(base, base, base, r, length, stride, tensor + 5, caps, cap_step, p, tau, keep,
+                            IN_PLACE, KIND, ORDER, TAU, DECAY, BOXED, TYPE, 0)  # fmt: skip
+    return changed
+
+
+@triton.jit
 def _chunk(
     tensor, first, caps, p, tau, keep,
     KIND: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, DECAY: tl.constexpr,
@@ -690,11 +782,17 @@ def _chunk(
             if (length > WIDTHS[w - 1]) & (length <= WIDTHS[w]):
                 changed = _tiles_of_chunk(base, first, last, length, stride, box, caps, cap_step, p, tau, keep,
                                           KIND, ORDER, TAU, DECAY, BOXED, TYPE, HEIGHTS[w], WIDTHS[w])  # fmt: skip
-    if WIDEST == 5:
-        if length > WIDTHS[4]:
-            for r in range(first, last):
-                changed += _long(base, base, base, r, length, stride, box, caps, cap_step, p, tau, keep,
-                                 IN_PLACE, KIND, ORDER, TAU, DECAY, BOXED, TYPE)  # fmt: skip
+    if WIDEST >= 5:
+        if length > TILED:  # the one row of the chunk
+            if ALIGN > 1:
+                changed = _long_row(tensor, first, caps, cap_step, p, tau, keep,
+                                    KIND, ORDER, TAU, DECAY, WIDEST, BOXED, ALIGN, TYPE)  # fmt: skip
+            elif (tl.load(tensor) % 16 == 0) & (stride % 8 == 0) & (length % 8 == 0):  # another tensor is not
+                changed = _long_row(tensor, first, caps, cap_step, p, tau, keep,
+                                    KIND, ORDER, TAU, DECAY, WIDEST, BOXED, 8, TYPE)  # fmt: skip
+            else:
+                changed = _long_row(tensor, first, caps, cap_step, p, tau, keep,
+                                    KIND, ORDER, TAU, DECAY, WIDEST, BOXED, 1, TYPE)  # fmt: skip
     return changed
 
 
@@ -727,19 +825,22 @@ def _matrix_rows(
     FORM: tl.constexpr, CAP_STEP: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, ALIGN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of a matrix (one, of any length, if BLOCK is 0): capped, to `out`, or only their norms."""
+    """ROWS rows of a matrix, BLOCK being the power of two that their length reaches: capped, to `out`, or only their
+    norms."""
     TYPE: tl.constexpr = x.dtype.element_ty
     SCALED: tl.constexpr = (TYPE == tl.float64 and ORDER != LARGEST) or ORDER == ANY
     p, tau = _float64(p_bits), _float64(tau_bits)
-    keep = p * 0 + 1
-    rows, length = rows.to(tl.int64), tl.multiple_of(length.to(tl.int64), ALIGN)
+    keep = tl.zeros([], tl.float64) + 1
+    # The product tells the compiler, in whatever integers, what it is a multiple of.
+    rows, length = rows.to(tl.int64), (length // ALIGN * ALIGN).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * ROWS
-    if BLOCK:
+    if BLOCK <= TILED:
         _tile(x, out, norms, first, rows, length, length, caps, caps, CAP_STEP, p, tau, keep,
               FORM, CAP, ORDER, TAU, False, SCALED, False, TYPE, ROWS, BLOCK)  # fmt: skip
     else:
+        TILES: tl.constexpr = BLOCK // LOOP if BLOCK <= _longest_held(CAP, ORDER, False, ALIGN, TYPE) else 0
         _long(x, out, norms, first, length, length, caps, caps, CAP_STEP, p, tau, keep,
-              FORM, CAP, ORDER, TAU, False, False, TYPE)  # fmt: skip
+              FORM, CAP, ORDER, TAU, False, False, TYPE, TILES)  # fmt: skip
 
 
 @triton.jit
@@ -934,11 +1035,10 @@ def _capped(x, out, norms, caps, p, tau, form):
         _treat_pieces(None, None, 0, x, out, norms, caps, programs, piece, form, CAP, p, tau, mends,
                       CAP_STEP=cap_step, ALIGN=align, **plain)  # fmt: skip
         return
-    long = block > WIDTHS.value[-1]
     _matrix_rows[(triton.cdiv(x.shape[0], rows),)](
         x, out, norms, caps, x.shape[0], x.shape[1], _bits(p), _bits(tau),
         FORM=form, CAP_STEP=cap_step, ORDER=_order(p), TAU=tau != 1.0, ALIGN=align, ROWS=rows,
-        BLOCK=0 if long else block, num_warps=4 if block <= 512 else 8,
+        BLOCK=block, num_warps=4 if block <= 512 else 8,
     )  # fmt: skip
 
 
@@ -957,7 +1057,7 @@ def row_norms(input, p):
 def _gradients(x, g, out, caps, norms, grads, slopes, p, tau):
     align, rows, block = _tiles(x)
     length = x.shape[1]
-    looped = block > WIDTHS.value[-1]
+    looped = block > TILED.value
     stages, programs, piece, parts = (WHOLE,), triton.cdiv(x.shape[0], rows), 0, None
     if length > SPLIT:
         stages, piece = (GRADIENTS,), _piece(length)
