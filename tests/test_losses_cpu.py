@@ -468,6 +468,25 @@ def test_sigmoid_focal_layouts_are_accurate(dtype, layout, loss_and_gradient):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sigmoid_focal_rows_of_few_classes_together_or_alone(dtype, layout, loss_and_gradient):
+    """The same bits, of more rows than are taken at a time."""
+    x, dense = with_layout(torch.randn(170, 29).to(dtype), layout), with_layout(torch.rand(170, 29), layout)
+    weight = with_layout(torch.rand(29), layout)
+
+    def both(x, target):
+        leaf = x.detach().requires_grad_()
+        loss = sigmoid_focal_loss(leaf, target, weight=weight)
+        return loss.detach(), *torch.autograd.grad(loss, leaf, torch.full_like(loss, 3))
+
+    for target in (dense.to(dtype), dense > 0.5, torch.arange(170, dtype=torch.int32)):
+        together = both(x, target)
+        for row in (0, 1, 69, 70, 71, 139, 140, 169):
+            alone = both(x[row : row + 1], target[row : row + 1])
+            assert all(torch.equal(a[row], b[0]) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_sigmoid_focal_is_finite_for_every_logit(dtype, loss_and_gradient):
     x = torch.tensor([-6e4, -1e3, -104.0, -88.5, -17.0, 0.0, 17.0, 88.5, 104.0, 1e3, 6e4], dtype=dtype)
     x = x[None].expand(3, -1).contiguous()

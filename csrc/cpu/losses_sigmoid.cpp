@@ -152,48 +152,80 @@ STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
 namespace fastreg::FASTREG_ISA {
 #include "losses_terms.h"
 
-// n elements from (row, column) on as A: in place where they lie so, else in the buffer.
+// A part of the terms: n classes of each row from (row, column) on, all of them if there are several rows.
+struct Part {
+  int64_t row, rows, column, n;
+
+  // Whether it is one run of elements of this tensor, but for `inner`.
+  bool is_row(const Elements& tensor) const { return rows == 1 || (tensor.inner == 1 && tensor.outer == n); }
+};
+
+// The elements as A: in place where they lie so, else in the buffer, of which a vector more may be written.
 template <class T, class A>
-const A* gathered(const Elements& from, int64_t row, int64_t column, int64_t n, A* buffer) {
-  const int64_t at = from.at(row, column);
-  if (from.inner == 1 && from.dtype == torch::headeronly::CppTypeToScalarType<A>::value)
-    return reinterpret_cast<const A*>(from.data) + at;
-  if (from.inner == 1 && from.dtype == torch::headeronly::CppTypeToScalarType<T>::value) {
-    const T* x = reinterpret_cast<const T*>(from.data) + at;
-    int64_t j = 0;
-    for (; j + lanes<A> <= n; j += lanes<A>) store(buffer + j, load(x + j));
-    for (; j < n; ++j) buffer[j] = static_cast<A>(x[j]);
+const A* gathered(const Elements& from, const Part& part, A* buffer) {
+  const bool is_row = part.is_row(from);
+  const int64_t row = part.row, column = part.column;
+  const int64_t rows = is_row ? 1 : part.rows, n = is_row ? part.rows * part.n : part.n;
+  const auto dtype = from.inner == 1 ? from.dtype : ScalarType::Undefined;
+  auto of_type = [&]<class U>(U) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const U* x = reinterpret_cast<const U*>(from.data) + from.at(row + r, column);
+      A* out = buffer + r * n;
+      int64_t j = 0;
+      for (; j + lanes<A> <= n; j += lanes<A>) store(out + j, load(x + j));
+      if (j < n) store(out + j, load_first(x + j, n - j, A(0)));
+    }
     return buffer;
+  };
+  if (dtype == torch::headeronly::CppTypeToScalarType<A>::value)
+    return rows == 1 ? reinterpret_cast<const A*>(from.data) + from.at(row, column) : of_type(A());
+  if (dtype == torch::headeronly::CppTypeToScalarType<T>::value) return of_type(T());
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = from.at(row + r, column);
+    if (dtype == ScalarType::Byte) {
+      const uint8_t* x = reinterpret_cast<const uint8_t*>(from.data) + at;
+      for (int64_t j = 0; j < n; ++j) buffer[r * n + j] = static_cast<A>(x[j]);
+    } else {
+      for (int64_t j = 0; j < n; ++j) buffer[r * n + j] = from.get<A>(at + j * from.inner);
+    }
   }
-  if (from.inner == 1 && from.dtype == ScalarType::Byte) {
-    const uint8_t* x = reinterpret_cast<const uint8_t*>(from.data) + at;
-    for (int64_t j = 0; j < n; ++j) buffer[j] = static_cast<A>(x[j]);
-    return buffer;
-  }
-  for (int64_t j = 0; j < n; ++j) buffer[j] = from.get<A>(at + j * from.inner);
   return buffer;
 }
 
-// Where results of a row go from `column` on: to their place where they lie so there, else to the buffer,
-// which `put_back` takes there.
+// Targets of several rows that have a class each.
+template <class A>
+const A* one_hot(const Elements& classes, const Part& part, A* buffer) {
+  std::fill_n(buffer, part.rows * part.n, A(0));
+  for (int64_t r = 0; r < part.rows; ++r) {
+    const int64_t y = classes.get<int64_t>(classes.at(part.row + r, 0));
+    if (y >= 0 && y < part.n) buffer[r * part.n + y] = 1;
+  }
+  return buffer;
+}
+
+// Where results go: to their place where they lie so there, else to the buffer, which `put_back` takes there.
 template <class T, class A>
-A* room_for(const Elements& to, int64_t row, int64_t column, A* buffer) {
-  const bool there =
-      std::is_same_v<T, A> && to.inner == 1 && to.dtype == torch::headeronly::CppTypeToScalarType<A>::value;
-  return there ? reinterpret_cast<A*>(to.data) + to.at(row, column) : buffer;
+A* room_for(const Elements& to, const Part& part, A* buffer) {
+  const bool there = std::is_same_v<T, A> && part.is_row(to) && to.inner == 1 &&
+                     to.dtype == torch::headeronly::CppTypeToScalarType<A>::value;
+  return there ? reinterpret_cast<A*>(to.data) + to.at(part.row, part.column) : buffer;
 }
 
 template <class T, class A>
-void put_back(const Elements& to, int64_t row, int64_t column, int64_t n, const A* from) {
-  const int64_t at = to.at(row, column);
-  if (to.inner == 1 && to.dtype == torch::headeronly::CppTypeToScalarType<T>::value) {
-    T* out = reinterpret_cast<T*>(to.data) + at;
-    if (reinterpret_cast<const char*>(out) == reinterpret_cast<const char*>(from)) return;
-    int64_t j = 0;
-    for (; j + lanes<A> <= n; j += lanes<A>) store(out + j, load(from + j));
-    if (j < n) store_first(out + j, load(from + j), n - j);
-  } else {
-    for (int64_t j = 0; j < n; ++j) to.put(at + j * to.inner, from[j]);
+void put_back(const Elements& to, const Part& part, const A* from) {
+  const bool is_row = part.is_row(to);
+  const int64_t rows = is_row ? 1 : part.rows, n = is_row ? part.rows * part.n : part.n;
+  for (int64_t r = 0; r < rows; ++r, from += n) {
+    const int64_t at = to.at(part.row + r, part.column);
+    if (to.inner == 1 && to.dtype == torch::headeronly::CppTypeToScalarType<T>::value) {
+      T* out = reinterpret_cast<T*>(to.data) + at;
+      if (reinterpret_cast<const char*>(out) == reinterpret_cast<const char*>(from)) return;
+      int64_t j = 0;
+      for (; j + lanes<A> <= n; j += lanes<A>) store(out + j, load(from + j));
+      if (j < n) store_first(out + j, load(from + j), n - j);
+    } else {
+      for (int64_t j = 0; j < n; ++j) to.put(at + j * to.inner, from[j]);
+    }
   }
 }
 
@@ -207,33 +239,42 @@ bool lies_as(const SigmoidFocalCall& call) {
          does(call.grad);
 }
 
-// The terms of the classes [begin, begin + n) of a row, n <= kSigmoidBlock, and their sum. X is T where
-// all lies_as<T>; else A, as which a block is gathered.
-template <class T, class A, class X, bool forward, bool differentiate>
-double sigmoid_block(const SigmoidFocalCall& call, int64_t row, int64_t begin, int64_t n) {
-  constexpr bool there = !std::is_same_v<X, A>;
-  constexpr int64_t room = there ? 1 : kSigmoidBlock;
-  alignas(64) A x_buffer[room], t_buffer[room], g_buffer[room], w_buffer[kSigmoidBlock], loss_buffer[room],
-      grad_buffer[room];
+// Rows of so few classes that each would end in a vector which is mostly empty are taken together.
+template <class A>
+int64_t rows_together(const SigmoidFocalCall& call) {
+  return call.rows > 1 && call.classes < 4 * lanes<A> ? kSigmoidBlock / call.classes : 1;
+}
+
+// The terms of a part of up to kSigmoidBlock, and their sum. `there`: the part is of one row, and all
+// lies_as<T> and is taken so; else as A, as which it is gathered.
+template <class T, class A, bool there, bool forward, bool differentiate>
+double sigmoid_block(const SigmoidFocalCall& call, const Part& part) {
+  using X = std::conditional_t<there, T, A>;
+  constexpr int64_t room = there ? 1 : kSigmoidBlock + lanes<A>;
+  const int64_t n = there ? part.n : part.rows * part.n;
+  alignas(64) A x_buffer[room], t_buffer[room], g_buffer[room], w_buffer[kSigmoidBlock + lanes<A>],
+      loss_buffer[room], grad_buffer[room];
   auto read = [&](const Elements& from, A* buffer) {
     if constexpr (there)
-      return reinterpret_cast<const X*>(from.data) + from.at(row, begin);
+      return reinterpret_cast<const X*>(from.data) + from.at(part.row, part.column);
     else
-      return gathered<T, A>(from, row, begin, n, buffer);
+      return gathered<T, A>(from, part, buffer);
   };
   auto written = [&](const Elements& to, A* buffer) {
     if constexpr (there)
-      return reinterpret_cast<X*>(to.data) + to.at(row, begin);
+      return reinterpret_cast<X*>(to.data) + to.at(part.row, part.column);
     else
-      return room_for<T, A>(to, row, begin, buffer);
+      return room_for<T, A>(to, part, buffer);
   };
   const X* x = read(call.input, x_buffer);
   const X* t = call.dense ? read(call.target, t_buffer) : nullptr;
-  const A* w = call.weight.data ? gathered<A, A>(call.weight, 0, begin, n, w_buffer) : nullptr;
+  if constexpr (!there)
+    if (!call.dense && part.rows > 1) t = one_hot(call.target, part, t_buffer);
+  const A* w = call.weight.data ? gathered<A, A>(call.weight, part, w_buffer) : nullptr;
   const X* g = differentiate && call.grad_loss.data ? read(call.grad_loss, g_buffer) : nullptr;
   X* losses = forward && call.loss.data ? written(call.loss, loss_buffer) : nullptr;
   X* grads = differentiate ? written(call.grad, grad_buffer) : nullptr;
-  const int64_t y = call.dense ? -1 : call.target.get<int64_t>(call.target.at(row, 0)) - begin;
+  const int64_t y = t ? -1 : call.target.get<int64_t>(call.target.at(part.row, 0)) - part.column;
   const A alpha = static_cast<A>(call.alpha), gamma = static_cast<A>(call.gamma);
   const Vec<A> zero{}, one = splat(A(1)), scale = splat(static_cast<A>(call.grad_scale));
   const Vec<A> of_one = splat(alpha < 0 ? A(1) : alpha), of_zero = splat(alpha < 0 ? A(1) : A(1) - alpha);
@@ -277,42 +318,45 @@ double sigmoid_block(const SigmoidFocalCall& call, int64_t row, int64_t begin, i
     }
   }
   if constexpr (!there) {
-    if (losses != nullptr) put_back<T>(call.loss, row, begin, n, losses);
-    if (grads != nullptr) put_back<T>(call.grad, row, begin, n, grads);
+    if (losses != nullptr) put_back<T>(call.loss, part, losses);
+    if (grads != nullptr) put_back<T>(call.grad, part, grads);
   }
   return total + static_cast<double>(horizontal_sum(sum));
 }
 
-template <class T, class A, class X, bool forward, bool differentiate>
+template <class T, class A, bool there, bool forward, bool differentiate>
 void sigmoid_tasks(SigmoidFocalCall& call, int64_t task_begin, int64_t task_end) {
+  const int64_t rows = there ? 1 : rows_together<A>(call);
   for (int64_t task = task_begin; task < task_end; ++task) {
     const int64_t first = task / call.parts * call.rows_per_task;
     const int64_t last = std::min(first + call.rows_per_task, call.rows);
     const int64_t begin = task % call.parts * call.part_size();
     const int64_t end = std::min(begin + call.part_size(), call.classes);
     double sum = 0;
-    for (int64_t r = first; r < last; ++r)
+    for (int64_t r = first; r < last; r += rows)
       for (int64_t c = begin; c < end; c += kSigmoidBlock)
-        sum += sigmoid_block<T, A, X, forward, differentiate>(call, r, c, std::min(kSigmoidBlock, end - c));
+        sum += sigmoid_block<T, A, there, forward, differentiate>(
+            call, {r, std::min(rows, last - r), c, std::min(kSigmoidBlock, end - c)});
     if (forward) call.sums[task] = sum;
   }
 }
 
 template <bool forward, bool differentiate>
 void sigmoid_by_dtype(SigmoidFocalCall& call, int64_t begin, int64_t end) {
-  auto as_half = [&]<class T>(T) {
-    lies_as<T>(call) ? sigmoid_tasks<T, float, T, forward, differentiate>(call, begin, end)
-                     : sigmoid_tasks<T, float, float, forward, differentiate>(call, begin, end);
+  auto as = [&]<class T, class A>(T, A) {
+    lies_as<T>(call) && rows_together<A>(call) == 1
+        ? sigmoid_tasks<T, A, true, forward, differentiate>(call, begin, end)
+        : sigmoid_tasks<T, A, false, forward, differentiate>(call, begin, end);
   };
   switch (call.input.dtype) {
     case ScalarType::Double:
-      return sigmoid_tasks<double, double, double, forward, differentiate>(call, begin, end);
+      return as(double(), double());
     case ScalarType::Float:
-      return sigmoid_tasks<float, float, float, forward, differentiate>(call, begin, end);
+      return as(float(), float());
     case ScalarType::BFloat16:
-      return as_half(BFloat16());
+      return as(BFloat16(), float());
     default:
-      return as_half(Half());
+      return as(Half(), float());
   }
 }
 
