@@ -87,13 +87,11 @@ def _focal(log_p, gamma):
 
 
 @triton.jit
-def _class_factor(weight, alpha, alpha_scale, index, mask, TYPE: tl.constexpr):
-    """v_c = w_c·α_c of the classes in `index`."""
+def _class_factor(factor, alpha_scale, index, mask, TYPE: tl.constexpr):
+    """v_c = w_c·α_c of the classes in `index`; `factor` holds what of it is per class."""
     v = tl.zeros_like(index).to(TYPE) + alpha_scale
-    if weight is not None:
-        v *= tl.load(weight + index, mask=mask, other=0.0).to(TYPE)
-    if alpha is not None:
-        v *= tl.load(alpha + index, mask=mask, other=0.0).to(TYPE)
+    if factor is not None:
+        v *= tl.load(factor + index, mask=mask, other=0.0).to(TYPE)
     return v
 
 
@@ -251,11 +249,11 @@ def _pick(z, mask, c, y):
 
 
 @triton.jit
-def _deviation(z, pivot, mask, c, weight, alpha, TYPE: tl.constexpr):
+def _deviation(z, pivot, mask, c, factor, TYPE: tl.constexpr):
     """v_c·(z_c − pivot), 0 where the mask is off. Taken from a pivot, so that large logits keep their digits."""
     d = tl.where(mask, z - pivot, 0.0)
-    if weight is not None or alpha is not None:
-        v = _class_factor(weight, alpha, 1.0, c, mask, TYPE)
+    if factor is not None:
+        v = _class_factor(factor, 1.0, c, mask, TYPE)
         d = tl.where(v == 0.0, 0.0, d * v)  # a class of factor 0 has no share, were its z −inf
     return d
 
@@ -288,7 +286,7 @@ def _larger(x, c, x2, c2):
 
 
 @triton.jit
-def _shares(q, c, mask, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE: tl.constexpr,
+def _shares(q, c, mask, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE: tl.constexpr,
             SMOOTH: tl.constexpr, PROBS: tl.constexpr):  # fmt: skip
     """q_c·v_c of a tile, 0 where the mask is off."""
     if not PROBS:
@@ -299,7 +297,7 @@ def _shares(q, c, mask, y, y2, s, weight, alpha, alpha_scale, smoothing, classes
             q = tl.where(c == y2[:, None], q + (1.0 - s)[:, None], q)
     if SMOOTH:
         q = q * (1.0 - smoothing) + smoothing / classes
-    v = _class_factor(weight, alpha, alpha_scale, c, mask, TYPE)
+    v = _class_factor(factor, alpha_scale, c, mask, TYPE)
     return tl.where(mask & (q != 0.0) & (v != 0.0), q * v, 0.0)
 
 
@@ -335,15 +333,15 @@ def _dense_slope(z, qv, high, log_sum, g, slopes, gamma, z_loss, FOCAL: tl.const
 
 @triton.jit
 def _row_value(
-    m, log_s, deviation, zy, zy2, pivot, y, y2, s, inside, weight, alpha, v_sum,
+    m, log_s, deviation, zy, zy2, pivot, y, y2, s, inside, factor, v_sum,
     classes, smoothing, gamma, alpha_scale,
     SMOOTH: tl.constexpr, FOCAL: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """The loss of each row, from what is known of it, without z_loss."""
-    value = _target_term(m, log_s, zy, y, inside, s, weight, alpha, alpha_scale, smoothing, gamma,
+    value = _target_term(m, log_s, zy, y, inside, s, factor, alpha_scale, smoothing, gamma,
                          SMOOTH, FOCAL, TYPE)  # fmt: skip
     if y2 is not None:
-        value += _target_term(m, log_s, zy2, y2, inside, 1.0 - s, weight, alpha, alpha_scale, smoothing, gamma,
+        value += _target_term(m, log_s, zy2, y2, inside, 1.0 - s, factor, alpha_scale, smoothing, gamma,
                               SMOOTH, FOCAL, TYPE)  # fmt: skip
     if SMOOTH:
         total = tl.full([], 1.0, TYPE) * classes
@@ -354,13 +352,13 @@ def _row_value(
 
 
 @triton.jit
-def _target_term(m, log_s, zy, y, inside, s, weight, alpha, alpha_scale, smoothing, gamma,
+def _target_term(m, log_s, zy, y, inside, s, factor, alpha_scale, smoothing, gamma,
                  SMOOTH: tl.constexpr, FOCAL: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
     term = (m - zy) + log_s
     if FOCAL:
         power, _ = _focal(-term, gamma)
         term = power * term
-    factor = _class_factor(weight, alpha, alpha_scale, y, inside, TYPE)
+    factor = _class_factor(factor, alpha_scale, y, inside, TYPE)
     if s is not None:
         factor = tl.where(s == 0.0, 0.0, factor * s)
     if SMOOTH:
@@ -418,7 +416,7 @@ def _store_row(to, value, kept, r):
 
 @_kernel
 def _forward(
-    x, target, other, share, weight, alpha, adjustment, margin, v_sum, counted,
+    x, target, other, share, weight, factor, adjustment, margin, v_sum, counted,
     loss, lse, denominator, losses, argmax, grad, partial,
     inner, outer, classes, phase,
     x_outer, x_inner, x_class, t_outer, t_inner, t_class, o_outer, o_inner, s_outer, s_inner,
@@ -466,7 +464,7 @@ def _forward(
             best, best_c = _largest(raw, c, NOWHERE)
         z = _adjust(raw, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
         if DENSE:  # now, while its loads and those of x are under way together, and nothing else stands in registers
-            qv = _shares(q, c, mask, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
+            qv = _shares(q, c, mask, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
         m = tl.maximum(tl.max(z, 1), lowest)
         total = tl.sum(_flushed_exp(z - m[:, None]), 1)
         if not DENSE:
@@ -504,7 +502,7 @@ def _forward(
 
     if WHOLE:
         if LINEAR:
-            deviation = tl.sum(_deviation(z, pivot[:, None], mask, c, weight, alpha, TYPE), 1)
+            deviation = tl.sum(_deviation(z, pivot[:, None], mask, c, factor, TYPE), 1)
     else:
         ms = tl.full([ROWS, BLOCK // FOLD], lowest, TYPE)
         ss = tl.zeros([ROWS, BLOCK // FOLD], TYPE)
@@ -530,7 +528,7 @@ def _forward(
             ss = ss * _flushed_exp(ms - top) + tl.sum(_flushed_exp(zf - top[:, None, :]), 1)
             ms = top
             if LINEAR:
-                d = _deviation(z, pivot[:, None], mask, c, weight, alpha, TYPE)
+                d = _deviation(z, pivot[:, None], mask, c, factor, TYPE)
                 ds += tl.sum(tl.reshape(d, (ROWS, FOLD, BLOCK // FOLD)), 1)
             if argmax is not None:
                 bare = tl.reshape(_without_nan(raw), (ROWS, FOLD, BLOCK // FOLD))
@@ -549,7 +547,7 @@ def _forward(
         if LINEAR:
             deviation = tl.sum(ds, 1)
     if LINEAR and PEEL:
-        deviation += tl.sum(_deviation(ze, pivot[:, None], mask_e, ce, weight, alpha, TYPE), 1)
+        deviation += tl.sum(_deviation(ze, pivot[:, None], mask_e, ce, factor, TYPE), 1)
     if not LINEAR:
         deviation = m
 
@@ -572,11 +570,11 @@ def _forward(
         if argmax is not None:
             _store_row(argmax, tl.minimum(best_c, classes - 1).to(tl.int64), kept, r)
         if not DENSE:
-            value = _row_value(m, log_s, deviation, zy, zy2, pivot, y, y2, s, inside, weight, alpha, v_sum, classes,
+            value = _row_value(m, log_s, deviation, zy, zy2, pivot, y, y2, s, inside, factor, v_sum, classes,
                                smoothing, gamma, alpha_scale, SMOOTH, FOCAL, TYPE)  # fmt: skip
         elif WHOLE:
             if PEEL:  # first, so that they are done with when the others want the registers
-                qve = _shares(qe, ce, mask_e, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH,
+                qve = _shares(qe, ce, mask_e, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH,
                               PROBS)  # fmt: skip
                 value_e, slopes_e = _dense_sums(ze, qve, m, log_s, gamma, FOCAL)
             value, slopes = _dense_sums(z, qv, m, log_s, gamma, FOCAL)
@@ -598,13 +596,13 @@ def _forward(
             out_step = lane if FAST == "class" else lane.to(tl.int64) * g_class
             if not DENSE:
                 steep, even, at_y, at_y2 = _row_gradient(
-                    g, m, log_s, zy, zy2, y, y2, s, inside, weight, alpha, v_sum, classes, smoothing, gamma,
+                    g, m, log_s, zy, zy2, y, y2, s, inside, factor, v_sum, classes, smoothing, gamma,
                     alpha_scale, z_loss, TYPE, SMOOTH, FOCAL, Z_LOSS)  # fmt: skip
             if WHOLE:
                 if DENSE:
                     dx = _dense_slope(z, qv, m, log_s, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
                 else:
-                    dx = _slope(z, c, mask, m, log_s, y, y2, at_y, at_y2, steep, even, weight, alpha, TYPE, SMOOTH)
+                    dx = _slope(z, c, mask, m, log_s, y, y2, at_y, at_y2, steep, even, factor, TYPE, SMOOTH)
                 dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
                 tl.store(out[:, None] + out_step[None, :], dx, mask=live[:, None] & (lane[None, :] < count))
             else:  # the row once more, soon enough to find it in L2
@@ -615,7 +613,7 @@ def _forward(
                     at = b if FAST == "class" else b * x_class.to(tl.int64)
                     z = _load((start + at)[:, None] + step[None, :], mask, TYPE)
                     z = _adjust(z, mask, c, y, y2, None, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
-                    dx = _slope(z, c, mask, m, log_s, y, y2, at_y, at_y2, steep, even, weight, alpha, TYPE, SMOOTH)
+                    dx = _slope(z, c, mask, m, log_s, y, y2, at_y, at_y2, steep, even, factor, TYPE, SMOOTH)
                     dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
                     out_at = b if FAST == "class" else b * g_class.to(tl.int64)
                     tl.store((out + out_at)[:, None] + out_step[None, :], dx, mask=live[:, None] & in_row)
@@ -624,14 +622,14 @@ def _forward(
                 if DENSE:
                     dx = _dense_slope(ze, qve, m, log_s, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
                 else:
-                    dx = _slope(ze, ce, mask_e, m, log_s, y, y2, at_y, at_y2, steep, even, weight, alpha, TYPE, SMOOTH)
+                    dx = _slope(ze, ce, mask_e, m, log_s, y, y2, at_y, at_y2, steep, even, factor, TYPE, SMOOTH)
                 dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
                 tl.store((grad + to)[:, None] + ce, dx, mask=live[:, None] & edge)
 
 
 @_kernel
 def _merge_splits(
-    x, target, other, share, weight, alpha, adjustment, margin, v_sum,
+    x, target, other, share, weight, factor, adjustment, margin, v_sum,
     loss, lse, denominator, losses, argmax, target_logits, partial, splits_partial, splits_argmax,
     inner, outer, classes, splits,
     x_outer, x_inner, x_class, t_outer, t_inner, o_outer, o_inner, s_outer, s_inner, r_outer, r_inner,
@@ -680,7 +678,7 @@ def _merge_splits(
         if SMOOTH:
             deviation = tl.sum(tl.load(at + 2 * splits * rows, mask=mask, other=0.0), 1)
         pivot = tl.where(tl.abs(zy) <= -lowest, zy, 0.0)
-        value = _row_value(m, log_s, deviation, zy, zy2, pivot, y, y2, s, inside, weight, alpha, v_sum, classes,
+        value = _row_value(m, log_s, deviation, zy, zy2, pivot, y, y2, s, inside, factor, v_sum, classes,
                            smoothing, gamma, alpha_scale, SMOOTH, FOCAL, TYPE)  # fmt: skip
         counts = _count(kept, inside, y, y2, s, weight, TYPE, PROBS)
         _deliver(value, counts, m, log_s, kept, r, rows, loss, losses, denominator, partial, z_loss,
@@ -689,7 +687,7 @@ def _merge_splits(
 
 @_kernel
 def _dense(
-    x, target, other, share, weight, alpha, adjustment, margin, lse, sums,
+    x, target, other, share, factor, adjustment, margin, lse, sums,
     inner, outer, classes, phase,
     x_outer, x_inner, x_class, t_outer, t_inner, t_class, o_outer, o_inner, s_outer, s_inner, r_outer, r_inner,
     ignore_index, smoothing: tl.float64, gamma: tl.float64, alpha_scale: tl.float64, scale: tl.float64,
@@ -730,7 +728,7 @@ def _dense(
         z = _load((start + at)[:, None] + step[None, :], mask, TYPE)
         q = _probabilities(target, t_at, phase, classes, b + lane, t_class, mask, FAST, PEEL, TYPE, PROBS)
         z = _adjust(z, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
-        qv = _shares(q, c, mask, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
+        qv = _shares(q, c, mask, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
         more, more_slopes = _dense_sums(z, qv, high, log_sum, gamma, FOCAL)
         value += more
         slopes += more_slopes
@@ -740,7 +738,7 @@ def _dense(
         z = _load((x + offset)[:, None] + ce, mask_e, TYPE)
         q_e = _probability_edges(target, t_at, ce, mask_e, TYPE, PROBS)
         z = _adjust(z, mask_e, ce, y, y2, q_e, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
-        qv = _shares(q_e, ce, mask_e, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
+        qv = _shares(q_e, ce, mask_e, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
         more, more_slopes = _dense_sums(z, qv, high, log_sum, gamma, FOCAL)
         value += more
         slopes += more_slopes
@@ -821,7 +819,7 @@ def _sum_partials(
 
 @triton.jit
 def _row_gradient(
-    g, high, log_sum, zy, zy2, y, y2, s, inside, weight, alpha, v_sum, classes, smoothing, gamma, alpha_scale, z_loss,
+    g, high, log_sum, zy, zy2, y, y2, s, inside, factor, v_sum, classes, smoothing, gamma, alpha_scale, z_loss,
     TYPE: tl.constexpr, SMOOTH: tl.constexpr, FOCAL: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
     """The numbers of _slope: A, B, and the gradient at the targets, with the digits that p_y − 1 would lose."""
@@ -835,27 +833,27 @@ def _row_gradient(
         rest += b * total
     if Z_LOSS:
         rest += g * 2.0 * z_loss * (high + log_sum)
-    d, log_p = _target_slope(g, high, log_sum, zy, y, inside, s, weight, alpha, alpha_scale, smoothing, gamma,
+    d, log_p = _target_slope(g, high, log_sum, zy, y, inside, s, factor, alpha_scale, smoothing, gamma,
                              SMOOTH, FOCAL, TYPE)  # fmt: skip
     if y2 is None:
-        at_y = _at_target(rest, d, log_p, b, y, inside, weight, alpha, SMOOTH, TYPE)
+        at_y = _at_target(rest, d, log_p, b, y, inside, factor, SMOOTH, TYPE)
         return d + rest, b, at_y, at_y
     else:
-        d2, log_p2 = _target_slope(g, high, log_sum, zy2, y2, inside, 1.0 - s, weight, alpha, alpha_scale, smoothing,
+        d2, log_p2 = _target_slope(g, high, log_sum, zy2, y2, inside, 1.0 - s, factor, alpha_scale, smoothing,
                                    gamma, SMOOTH, FOCAL, TYPE)  # fmt: skip
         both = d + d2
         same = y == y2
         d, d2 = tl.where(same, both, d), tl.where(same, 0.0, d2)
-        at_y = _at_target(rest + d2, d, log_p, b, y, inside, weight, alpha, SMOOTH, TYPE)
-        at_y2 = _at_target(rest + d, d2, log_p2, b, y2, inside, weight, alpha, SMOOTH, TYPE)
+        at_y = _at_target(rest + d2, d, log_p, b, y, inside, factor, SMOOTH, TYPE)
+        at_y2 = _at_target(rest + d, d2, log_p2, b, y2, inside, factor, SMOOTH, TYPE)
         return both + rest, b, at_y, at_y2
 
 
 @triton.jit
-def _target_slope(g, high, log_sum, zy, y, inside, s, weight, alpha, alpha_scale, smoothing, gamma,
+def _target_slope(g, high, log_sum, zy, y, inside, s, factor, alpha_scale, smoothing, gamma,
                   SMOOTH: tl.constexpr, FOCAL: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
     log_p = (zy - high) - log_sum
-    d = g * _class_factor(weight, alpha, alpha_scale, y, inside, TYPE)
+    d = g * _class_factor(factor, alpha_scale, y, inside, TYPE)
     if s is not None:
         d = tl.where(s == 0.0, 0.0, d * s)
     if FOCAL:
@@ -867,23 +865,23 @@ def _target_slope(g, high, log_sum, zy, y, inside, s, weight, alpha, alpha_scale
 
 
 @triton.jit
-def _at_target(rest, d, log_p, b, y, inside, weight, alpha, SMOOTH: tl.constexpr, TYPE: tl.constexpr):
+def _at_target(rest, d, log_p, b, y, inside, factor, SMOOTH: tl.constexpr, TYPE: tl.constexpr):
     at = rest * tl.exp(log_p) - d * _one_minus_exp(log_p)
     if SMOOTH:
-        at -= b * _class_factor(weight, alpha, 1.0, y, inside, TYPE)
+        at -= b * _class_factor(factor, 1.0, y, inside, TYPE)
     return at
 
 
 @triton.jit
-def _slope(z, c, mask, high, log_sum, y, y2, at_y, at_y2, a, b, weight, alpha,
+def _slope(z, c, mask, high, log_sum, y, y2, at_y, at_y2, a, b, factor,
            TYPE: tl.constexpr, SMOOTH: tl.constexpr):  # fmt: skip
     """The gradient of a tile from its rows' numbers."""
     g = a[:, None] * tl.exp((z - high[:, None]) - log_sum[:, None])
     if SMOOTH:
-        if weight is None and alpha is None:
+        if factor is None:
             g -= b[:, None]
         else:
-            g -= b[:, None] * _class_factor(weight, alpha, 1.0, c, mask, TYPE)
+            g -= b[:, None] * _class_factor(factor, 1.0, c, mask, TYPE)
     if y2 is not None:
         g = tl.where(c == y2[:, None], at_y2[:, None], g)
     return tl.where(c == y[:, None], at_y[:, None], g)
@@ -891,7 +889,7 @@ def _slope(z, c, mask, high, log_sum, y, y2, at_y, at_y2, a, b, weight, alpha,
 
 @_kernel
 def _backward(
-    grad_loss, x, target, other, share, weight, alpha, adjustment, margin, v_sum, lse, denominator, target_logits,
+    grad_loss, x, target, other, share, factor, adjustment, margin, v_sum, lse, denominator, target_logits,
     grad,
     inner, outer, classes, phase,
     x_outer, x_inner, x_class, g_outer, g_inner, g_class, t_outer, t_inner, t_class, o_outer, o_inner, s_outer, s_inner,
@@ -954,9 +952,9 @@ def _backward(
         g *= tl.load(grad_loss + o * l_outer + i * l_inner, mask=live, other=0.0).to(TYPE)
     g = g / tl.load(denominator)
     if DENSE:
-        qv = _shares(q, c, mask, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
+        qv = _shares(q, c, mask, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
         if PEEL:
-            qve = _shares(qe, ce, mask_e, y, y2, s, weight, alpha, alpha_scale, smoothing, classes, TYPE, SMOOTH,
+            qve = _shares(qe, ce, mask_e, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH,
                           PROBS)  # fmt: skip
         slopes = tl.load(lse + 2 * rows + r, mask=live, other=0.0)
         dx = _dense_slope(z, qv, high, log_sum, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
@@ -980,16 +978,16 @@ def _backward(
             if y2 is not None:
                 zy2 = _target_logit(x + offset, inside, y2, x_class, adjustment, m_y2, scale, TYPE, SCALED)
         a, b, at_y, at_y2 = _row_gradient(
-            g, high, log_sum, zy, zy2, y, y2, s, inside, weight, alpha, v_sum, classes, smoothing, gamma, alpha_scale,
+            g, high, log_sum, zy, zy2, y, y2, s, inside, factor, v_sum, classes, smoothing, gamma, alpha_scale,
             z_loss, TYPE, SMOOTH, FOCAL, Z_LOSS)  # fmt: skip
-        dx = _slope(z, c, mask, high, log_sum, y, y2, at_y, at_y2, a, b, weight, alpha, TYPE, SMOOTH)
+        dx = _slope(z, c, mask, high, log_sum, y, y2, at_y, at_y2, a, b, factor, TYPE, SMOOTH)
     dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
     tl.store(out[:, None] + out_step[None, :], dx, mask=live[:, None] & inside_row)
     if PEEL:
         if DENSE:
             dx = _dense_slope(ze, qve, high, log_sum, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
         else:
-            dx = _slope(ze, ce, mask_e, high, log_sum, y, y2, at_y, at_y2, a, b, weight, alpha, TYPE, SMOOTH)
+            dx = _slope(ze, ce, mask_e, high, log_sum, y, y2, at_y, at_y2, a, b, factor, TYPE, SMOOTH)
         dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
         tl.store((grad + to)[:, None] + ce, dx, mask=live[:, None] & edge)
 
@@ -1239,12 +1237,11 @@ def _multiprocessors() -> int:
 
 
 def _vectors(weight, alpha, logit_adjustment, margin, linear, accumulate):
-    """The per-class vectors, contiguous, and the sum of v_c (without alpha's scalar) if a closed form asks for it."""
-    vectors = [v if v is None else v.contiguous() for v in (weight, alpha, logit_adjustment, margin)]
-    factors = [v.to(accumulate) for v in vectors[:2] if v is not None]
-    if not (linear and factors):
-        return *vectors, None
-    return *vectors, math.prod(factors).sum()
+    """The per-class vectors, contiguous: v_c without alpha's scalar, one factor of a class to load where there are two,
+    adjustment and margin; and the sum of v_c if a closed form asks for it."""
+    factor = weight if alpha is None else alpha if weight is None else weight.to(accumulate) * alpha
+    vectors = [v if v is None else v.contiguous() for v in (factor, logit_adjustment, margin)]
+    return *vectors, factor.sum(dtype=accumulate) if linear and factor is not None else None
 
 
 def _strides(tensor, inner_dim):
@@ -1295,6 +1292,7 @@ class _Call:
         self.layout = layout = _layout([t for t in tiles if t is not None])
         inner_dim = layout.inner_dim
         self.classes, self.inner, self.outer = (self.x.shape[dim] for dim in (1, inner_dim, 2 - inner_dim))
+        self.weight = vectors[0] if vectors[0] is None else vectors[0].contiguous()
         self.vectors = _vectors(*vectors, label_smoothing and not self.dense, lse.dtype)
         self.targets = (self.target, other, share)
         sizes = (self.inner, self.outer, self.classes)
@@ -1347,7 +1345,7 @@ class _Call:
         tile = self.tile(8192)
         sums = self.empty(2, tile.splits, self.outer * self.inner)
         _dense[(self.blocks(tile.rows), tile.splits)](
-            self.x, *self.targets, *self.vectors[:4], lse, sums,
+            self.x, *self.targets, *self.vectors[:3], lse, sums,
             *self.sizes, self.layout.phase, *self.x_units, *self.target_units, *self.pair_strides, *self.row_strides,
             *self.options, -(-self.classes // tile.block // tile.splits),
             ROWS=tile.rows, BLOCK=tile.block, EDGE=self.edge(tile), **self.layout_flags, **self.flags,
@@ -1360,7 +1358,7 @@ class _Call:
         rows = SUM_BLOCK
         partial, out = self.empty(self.blocks(rows)), self.empty()
         _count_rows[(partial.shape[0],)](
-            *self.targets, self.vectors[0], partial, *self.plain_sizes, *self.target_strides, *self.pair_strides,
+            *self.targets, self.weight, partial, *self.plain_sizes, *self.target_strides, *self.pair_strides,
             self.ignore_index, ROWS=rows, TYPE=self.flags["TYPE"], num_warps=4, sanitize_overflow=False,
         )  # fmt: skip
         if partial.shape[0] == 1:
@@ -1435,7 +1433,7 @@ def cross_entropy_forward_extra(
         # Rows of probabilities all count 1, so that no device has to add them up.
         counted = call.empty().fill_(math.prod(rows)) if call.probabilities else call.counted()
     _forward[(call.blocks(tile.rows), tile.splits)](
-        call.x, *call.targets, *call.vectors, counted,
+        call.x, *call.targets, call.weight, *call.vectors, counted,
         loss, lse, denominator, losses, parts_argmax if split else argmax,
         call.grad if in_forward else None, parts if split else partial,
         *call.sizes, call.layout.phase, *call.x_units, *call.target_units, *call.pair_strides, *call.grad_units,
@@ -1446,8 +1444,8 @@ def cross_entropy_forward_extra(
     )  # fmt: skip
     if split:
         _merge_splits[(programs,)](
-            call.x, *call.targets, *call.vectors, loss, lse, denominator, losses, argmax, target_logits, partial,
-            parts, parts_argmax, *call.plain_sizes, tile.splits, *call.x_strides, *call.target_strides,
+            call.x, *call.targets, call.weight, *call.vectors, loss, lse, denominator, losses, argmax, target_logits,
+            partial, parts, parts_argmax, *call.plain_sizes, tile.splits, *call.x_strides, *call.target_strides,
             *call.pair_strides, *call.row_strides, *call.options, z_loss,
             ROWS=merge_rows, SPLITS=_power_of_2(tile.splits), **flags, LOWEST=lowest,
             num_warps=4, sanitize_overflow=False,
@@ -1455,7 +1453,7 @@ def cross_entropy_forward_extra(
     if later:
         sums = call.dense_sums(lse)
         _finish_dense[(programs,)](
-            *call.targets, call.vectors[0], sums, loss, lse, denominator, losses, partial,
+            *call.targets, call.weight, sums, loss, lse, denominator, losses, partial,
             *call.plain_sizes, sums.shape[1], *call.target_strides, *call.pair_strides, *call.row_strides,
             ignore_index, z_loss, ROWS=merge_rows, SPLITS=_power_of_2(sums.shape[1]),
             **{name: flags[name] for name in _FINISH}, num_warps=4, sanitize_overflow=False,
