@@ -4,6 +4,7 @@ FASTREG_TEST_PTX=90, as what Triton compiles them to for sm_90 (tests/proving/pt
 import os
 import random
 from importlib.util import find_spec
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ elif find_spec("triton") is not None and not torch.cuda.is_available():
 
 def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "sampled(n): of its cases, about one in n is not slow")
     config.addinivalue_line("markers", "xdist_group: with --dist loadgroup, the tests of a group go to one worker")
 
 
@@ -38,13 +40,21 @@ def pytest_runtest_teardown(item):
     return result
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items) -> None:
     """Tests whose `device` is "cuda", or whose `backend` runs on one here, get the marker gpu; without a CUDA device,
-    tests with that marker skip."""
+    tests with that marker skip. Of a sampled test the first case of each backend and about one in n of the others are
+    left, whichever the names choose: every n-th might always have the same value of a parameter. The rest are slow."""
     from tests.machine import device_of
 
+    sampled = set()
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if (mark := item.get_closest_marker("sampled")) is not None:
+            case = item.nodeid.partition("[")[0], str(parameters.get("backend"))
+            if case in sampled and crc32(item.nodeid.encode()) % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            sampled.add(case)
         device = parameters.get("device")  # or, where a test takes both from one fixture, (backend, device)
         if "cuda" in (device, *(device if isinstance(device, tuple) else ())) or (
             device_of(str(parameters.get("backend"))) == "cuda"

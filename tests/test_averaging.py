@@ -107,6 +107,7 @@ def test_weight_of_each_rule(name):
         assert weight == pytest.approx(1 - decay(n), rel=1e-9, abs=4e-16 * 10)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", RULES)
 @CONV_DTYPES
 def test_a_thousand_updates_equal_fp64(name, dtype, device):
@@ -801,6 +802,7 @@ def test_a_model_whose_own_names_look_like_a_wrapper():
     assert_same(dict(average.state_dict()), dict(state))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_fp32_average_of_a_low_precision_model_does_not_stall(dtype, device):
     net = nn.Linear(4, 4, bias=False).to(dtype)
@@ -810,10 +812,11 @@ def test_fp32_average_of_a_low_precision_model_does_not_stall(dtype, device):
     averaged.update_parameters(net)
     with torch.no_grad():
         net.weight.fill_(1.0)
-    for _ in range(2000):
+    updates = 400 if _backends.forced() == "triton" and _backends.interpreting() else 2000
+    for _ in range(updates):
         averaged.update_parameters(net)
     assert averaged.module.weight.dtype == torch.float32
-    torch.testing.assert_close(averaged.module.weight, torch.full((4, 4), 1 - 0.999**2000), rtol=1e-4, atol=0)
+    torch.testing.assert_close(averaged.module.weight, torch.full((4, 4), 1 - 0.999**updates), rtol=1e-4, atol=0)
 
 
 def test_another_thread_may_drop_a_plan_that_is_being_checked(monkeypatch):
@@ -1238,6 +1241,7 @@ def test_many_averages_equal_one_each():
             assert_same(tensors(target), tensors(averaged.module))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("average_dtype", [None, torch.float32, torch.bfloat16], ids=str)
 @CONV_DTYPES
 def test_swapped_restores_every_bit(dtype, average_dtype, device):
@@ -1555,7 +1559,7 @@ def test_more_than_two_to_the_31_elements():
     assert average[[0, -3, -2, -1]].tolist() == [2.0] * 4 and average.count_nonzero() == 4
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_stochastic_rounding_follows_where_nearest_stalls(dtype, device):
     """From 0 to 1 with decay 0.999: rounding to nearest stops far short; the mean of many elements does not."""
     if _backends.forced() == "triton" and _backends.interpreting():

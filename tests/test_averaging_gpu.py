@@ -61,8 +61,9 @@ MODELS = {
 }
 
 
+THOUSAND = pytest.param("1000 tensors", 4, marks=pytest.mark.slow)
 CALLS_OF_MODELS = pytest.mark.parametrize(
-    ("name", "k"), [("odd fp32", 1), ("odd fp32", 4), ("odd bf16 to fp32", 2), ("resnet50", 4), ("1000 tensors", 4)]
+    ("name", "k"), [("odd fp32", 1), ("odd fp32", 4), ("odd bf16 to fp32", 2), ("resnet50", 4), THOUSAND]
 )
 
 

@@ -155,6 +155,7 @@ def affine(channels, dtype=torch.float32):
 # ---- values and gradients ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,6 +168,7 @@ def test_activation_gradients_with_random_affine(dtype, activation, layout):
     check(x, 4, *affine(12, dtype), activation=activation, residual=residual)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_activations_far_from_zero(activation, dtype):
@@ -176,6 +178,7 @@ def test_activations_far_from_zero(activation, dtype):
         check(x, 2, weight * size, bias * size, activation=activation)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("per_group", [1, 2, 3, 5, 10, 12, 40])
 def test_channels_per_group(per_group, layout):
@@ -194,6 +197,7 @@ def test_positions(positions, groups):
     check(x.to(memory_format=torch.channels_last), groups, *affine(6), activation="gelu")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(35, 16, 8, 8), (34, 12, 7, 7), (33, 8, 17, 1), (70, 96), (3, 2048), (33, 24, 3, 1)])
@@ -206,6 +210,7 @@ def test_small_groups_of_many_samples(shape, dtype, activation, backend):
         check(x, groups, *affine(shape[1], dtype), activation=activation)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize("channels", [32, 48, 40])  # of two groups: one vector, whole vectors and others
 def test_small_groups_with_channels_last(channels, activation):
@@ -227,6 +232,7 @@ def test_small_groups_give_each_gradient_alone():
             torch.testing.assert_close(alone, every[i], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("positions", [65_537, 2**18 + 1])
 def test_many_positions(positions, backend):
     if backend == "triton":
@@ -235,6 +241,7 @@ def test_many_positions(positions, backend):
     check(tensor(1, 4, 1, positions).to(memory_format=torch.channels_last), 2, *affine(4), activation="silu")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_results_too_large_for_the_caches(layout, activation, backend):
@@ -264,6 +271,7 @@ def test_gradients_kept_until_the_sums_are_known(shape, groups, layout, backend)
     check(x, groups, *affine(shape[1]), activation="silu")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize(("shape", "groups"), [((2, 512, 56, 57), 32), ((1, 66, 220, 220), 3)])
 def test_gradients_before_the_activation_made_twice(shape, groups, activation, backend):
@@ -283,6 +291,7 @@ def test_gradients_before_the_activation_made_twice(shape, groups, activation, b
     check(x, groups, *affine(shape[1]), activation=activation)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("shape", [(22, 256, 196), (44, 512, 49), (6, 64, 3249), (1, 64, 17689)])
 def test_vectors_that_belong_to_two_channels(shape, activation, backend):
@@ -352,7 +361,7 @@ def test_group_of_more_than_two_to_the_31_elements(last, backend):
 
 
 def test_many_samples(backend):
-    samples = 65_536 if backend != "triton" else 300  # in the interpreter a program takes milliseconds
+    samples = 65_536 if backend != "triton" else 100  # in the interpreter a program takes milliseconds
     check(tensor(samples, 4, 2), 2, *affine(4), activation="silu")
     check(tensor(samples, 4, 2, 1).to(memory_format=torch.channels_last), 2, *affine(4), activation="silu")
 
@@ -563,7 +572,8 @@ def test_gradcheck_and_gradgradcheck(backend):
             return group_norm(x, 2, w, b, activation=activation, residual=r)
 
         assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
+        if backend != "triton":  # the second derivative is the reference's
+            assert torch.autograd.gradgradcheck(function, inputs)
 
 
 def test_gradient_only_where_asked():
@@ -685,7 +695,8 @@ def test_every_instruction_set(level, backend):
     if backend != "cpu" or "FASTREG_CPU_CAPABILITY" in os.environ:
         pytest.skip("about the CPU kernels, once")
     chosen = (
-        "cpu and (activation or per_group or positions or mean or overflows or nan or slices or two_channels or small)"
+        "cpu and not twice and (activation or per_group or positions or mean or overflows or nan or slices"
+        " or two_channels or small)"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
     done = subprocess.run(
@@ -922,6 +933,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_replace_modules_keeps_outputs_gradients_and_state(name, channels_last):

@@ -489,6 +489,7 @@ ALL_OPTIONS = pytest.mark.parametrize("name", [*OPTION_SETS, "family"])
 CLASSES = (1, 2, 3, 7, 8, 9, 31, 33, 1000, 1023, 1024, 1025, 32769)
 
 
+@pytest.mark.sampled(3)
 @ALL_OPTIONS
 @pytest.mark.parametrize(
     ("backend", "classes"),
@@ -592,6 +593,7 @@ def test_offsets_past_2_to_32(backend, tmp_path):
         check(backend, x, torch.rand(x.shape), gamma=2.0)
 
 
+@pytest.mark.sampled(3)
 @ALL_OPTIONS
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_logits_targets_and_gradients(backend, layout, name):
@@ -614,6 +616,7 @@ def test_transposed_tokens(backend):
     check(backend, logits.transpose(1, 2), torch.randint(11, (2, 7)), reduction="none", grad=torch.randn(2, 7))
 
 
+@pytest.mark.sampled(3)
 @ALL_OPTIONS
 @pytest.mark.parametrize(
     ("backend", "ignore_index"),
@@ -634,6 +637,7 @@ def test_ignored_rows(backend, ignore_index, name):
             check(backend, 3 * torch.randn(6, 7), target, w, torch.ones(6) if reduction == "none" else None, **options)
 
 
+@pytest.mark.sampled(3)
 @ALL_OPTIONS
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 def test_ignored_rows_hold_anything(backend, poison, name):
@@ -735,6 +739,7 @@ def test_means_divide_by_weights_for_indices_and_by_rows_for_probabilities(backe
     torch.testing.assert_close(dense, terms.sum() / 5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("smoothing", [0.0, 1e-8, 0.1, 1.0])
 def test_label_smoothing(backend, smoothing):
     for shape in ((5, 7), (2, 7, 3)):
@@ -751,6 +756,7 @@ def test_label_smoothing(backend, smoothing):
     torch.testing.assert_close(ours, -(q * (1 - p) ** 2 * p.log()).sum(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.sampled(3)
 @ALL_OPTIONS
 @pytest.mark.parametrize("where", ["one", "first block", "all but the target", "target"])
 def test_logits_of_minus_infinity(backend, where, name):
@@ -821,6 +827,7 @@ def test_rows_without_a_softmax_are_nan_even_where_no_class_has_a_share(backend,
             assert grad.isnan().any(1).sum() == 1, options
 
 
+@pytest.mark.sampled(2)
 @ALL_OPTIONS
 @pytest.mark.parametrize("logit", [1e4, 1e8, -200.0, 65504.0])
 def test_large_and_equal_logits(backend, logit, name):
@@ -866,6 +873,7 @@ def test_focal_is_finite_everywhere(backend, gamma):
         assert second.isfinite().all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gamma", [1.0, 2.0, 3.5])
 def test_smoothed_focal_terms_of_likely_classes(backend, gamma, dtype):
@@ -890,6 +898,7 @@ def test_focal_with_gamma_0_is_cross_entropy(backend):
         assert torch.equal(whole, plain) == (gammas[0] == 0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.25, 1, torch.tensor(0.5), torch.linspace(0, 1, 9)])
 def test_alpha_scales_terms_and_weight_does_not_enter_p(backend, alpha):
     x, y, weight = torch.randn(6, 9), torch.randint(9, (6,)), torch.rand(9)
@@ -1138,6 +1147,7 @@ def test_incoming_gradients(backend, grad_dtype):
 DIFFERENTIABLE = [*OPTION_SETS, "family"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("kind", ["index", "pair", "probabilities"])
 def test_gradcheck_and_gradgradcheck(backend, name, kind):
@@ -1331,6 +1341,7 @@ def rubbish_in_fresh_memory():
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.sampled(2)
 @ALL_OPTIONS
 def test_every_output_is_written(backend, name):
     for shape, extra in itertools.product(((5, 7), (3, 7, 4)), (False, True)):
@@ -1488,6 +1499,7 @@ def test_class_statistics_have_the_same_bits_every_time(backend):
     assert torch.equal(sums[0], sums[2])
 
 
+@pytest.mark.sampled(3)
 @ALL_OPTIONS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_made_in_the_forward(backend, dtype, name):
@@ -1849,6 +1861,7 @@ def test_sigmoid_focal_terms_without_a_share_may_be_infinite(sigmoid_backend, ga
             assert torch.equal(loss.isinf(), wrong)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (0, 2, 1), (2, 1, 0)], ids=str)
 @pytest.mark.parametrize("kind", ["dense", "other layout", "bool", "indices", "weight"])
 def test_sigmoid_focal_of_permuted_logits(sigmoid_backend, order, kind):
@@ -1941,6 +1954,7 @@ def test_sigmoid_focal_of_no_classes(sigmoid_backend, targets):
     assert total == 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_sigmoid_focal_gradcheck(sigmoid_backend, gamma):
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)

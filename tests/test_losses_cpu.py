@@ -50,6 +50,7 @@ def check(x, target, weight=None, **options):
     return ours
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_classes", [1, 2, 7, 16, 33, 1000, 4097, 9001])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -63,6 +64,7 @@ def test_rows_are_accurate(dtype, num_classes, label_smoothing):
         check(x, target, reduction=reduction, label_smoothing=label_smoothing, ignore_index=int(target[0]))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 37), (300, 5), (2, 19, 5), (2, 37, 300), (3, 1, 7)])
@@ -77,6 +79,7 @@ def test_layouts_are_accurate(dtype, layout, shape):
         check(x.permute(0, 2, 1).contiguous().permute(0, 2, 1), target)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_classes", [255, 256, 271, 1000, 4096, 9001])
 def test_focal_terms_of_many_classes_are_accurate(dtype, num_classes):
@@ -436,6 +439,7 @@ def check_sigmoid(x, target, **options):
         assert_accurate(ours[1], stock[1], oracle[1], "gradient")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
 @pytest.mark.parametrize("kind", ["hard", "soft", "index"])
@@ -446,7 +450,7 @@ def test_sigmoid_focal_is_accurate(dtype, gamma, kind):
         target = torch.rand(rows, classes).to(dtype)
         target = target.round() if kind == "hard" else target
         target = torch.randint(-1, classes + 1, (rows,)) if kind == "index" else target
-        for reduction in ("none", "sum", "mean"):
+        for reduction in ("none", "sum", "mean") if rows > 3 else ("none",):
             check_sigmoid(x, target, gamma=gamma, reduction=reduction)
         check_sigmoid(x, target, gamma=gamma, alpha=-1, weight=torch.rand(classes), reduction="sum", normalizer=3.0)
 
@@ -583,6 +587,7 @@ def test_small_batches_under_any_incoming_gradient(dtype, reduction, factor):
     assert (x.grad[2] == 0).all()  # the ignored row
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
 @pytest.mark.parametrize("classes", (1, 2, 15, 16, 17, 32, 33, 100, 1000, 4096, 5000))
 def test_small_batches_are_accurate(dtype, classes):
@@ -684,6 +689,7 @@ def options_of(name, classes):
     return {k: v[:classes] if isinstance(v, torch.Tensor) else v for k, v in KINDS[name].items()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["index", "pair", "probabilities"])
 @pytest.mark.parametrize("name", [*KINDS, "weight", "weighted", "odd weights", "z loss"])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))

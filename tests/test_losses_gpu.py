@@ -173,6 +173,7 @@ SHAPES = [(3, 1), (32, 10), (5, 7), (70, 33), (300, 4), (9, 1000), (3, 1025), (2
 SHAPES_3D = [(4, 19, 5), (2, 100, 33), (1, 3, 300), (3, 300, 2), (2, 5000, 8)]
 
 
+@pytest.mark.sampled(3)
 @ours
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES + SHAPES_3D, ids=str)
@@ -181,6 +182,7 @@ def test_every_size(backend, shape, dtype):
     check(backend, x, target)
 
 
+@pytest.mark.sampled(3)
 @ours
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "offset", "expanded"])
 @pytest.mark.parametrize("shape", [(6, 40), (3, 1001), (5, 33, 6), (2, 600, 8)], ids=str)
@@ -219,6 +221,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sampled(3)
 @ours
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", OPTIONS)
@@ -252,6 +255,7 @@ def target_for(name, x, target, dtype=None):
     return probabilities(x, dtype) if name.startswith("probabilities") else target
 
 
+@pytest.mark.sampled(3)
 @ours
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", DENSE)
@@ -267,9 +271,10 @@ def test_every_kind_of_target(backend, name, reduction):
 
 @ours
 def test_layouts_of_probabilities_and_pairs(backend):
+    dtypes = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
     for shape in ((6, 40), (3, 1001), (5, 33, 6)):
         for layout, other in (("transposed", "contiguous"), ("strided", "sliced"), ("offset", "offset")):
-            for dtype, kept in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+            for dtype, kept in dtypes if backend != "triton" else dtypes[:1]:
                 x, target = inputs(shape, dtype, layout)
                 check(backend, x, with_layout(probabilities(x, kept), other), gamma=1.0)
                 a, b, share = pair(target, shape[1])
@@ -277,6 +282,7 @@ def test_layouts_of_probabilities_and_pairs(backend):
                 check(backend, x, twice, label_smoothing=0.1)
 
 
+@pytest.mark.sampled(2)
 @ours
 @pytest.mark.parametrize("name", ["probabilities", "pair", "smooth-focal"])
 def test_a_class_without_a_share_may_be_impossible(backend, name):
@@ -319,6 +325,7 @@ def test_probabilities_that_are_certain_keep_their_digits(backend):
 EXTRA_SHAPES = [(3, 1), (40, 12), (9, 1000), (5, 1025), (2, 8142), (1, 17001), (3, 9, 20), (1, 2500, 8)]
 
 
+@pytest.mark.sampled(5)
 @ours
 @pytest.mark.parametrize("shape", EXTRA_SHAPES, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -353,6 +360,7 @@ def test_the_forward_tells_losses_argmax_and_gradient(backend, shape, reduction)
         assert torch.equal(got.argmax[kept], x.argmax(1)[kept])
 
 
+@pytest.mark.sampled(2)
 @ours
 @pytest.mark.parametrize("name", ["all", "smooth-focal", "probabilities"])
 def test_the_gradient_in_the_forward_may_lie_otherwise_than_the_logits(backend, name):
@@ -397,7 +405,8 @@ def test_the_gradient_of_ignored_rows_is_zero_in_place(backend, shape):
     x, target = inputs(shape)
     target[1] = -100
     x[1] = torch.nan
-    for options in ({}, dict(gamma=2.0, label_smoothing=0.1)):
+    every_option = ({}, dict(gamma=2.0, label_smoothing=0.1))
+    for options in every_option if backend != "triton" else every_option[shape[1] > 10000 :]:
         y = x.clone()
         got = run_extra(backend, y, target, y, **options)
         assert got.loss.isfinite() and (y[1] == 0).all() and y.isfinite().all() and (got.losses[1] == 0).all()
@@ -496,6 +505,7 @@ def test_no_rows(backend):
     assert run(backend, x, target, reduction="none").loss.shape == (0,)
 
 
+@pytest.mark.sampled(2)
 @ours
 @pytest.mark.parametrize("shape", [(4, 10), (2, 9001), (2, 600, 5)], ids=str)
 def test_minus_infinity(backend, shape):
@@ -709,6 +719,7 @@ LONG = ("probabilities", (2, 2200, 40))  # which no block holds: read a second t
 BUDGET_OPTIONS = {"plain": lambda c: {}, **OPTIONS, **DENSE}
 
 
+@pytest.mark.sampled(4)
 @needs_interpreter
 @pytest.mark.parametrize(
     ("name", "shape"),
@@ -766,7 +777,7 @@ def test_bytes_of_the_gradient_in_the_forward(name):
     from tests.proving.traffic import traffic
 
     cases = [((16, 1000), torch.float32, 1), ((2, 8001), torch.bfloat16, 1), ((2, 17, 64), torch.float32, 1)]
-    for shape, dtype, times in (*cases, ((100, 40), torch.float32, 1), ((1, 90000), torch.bfloat16, 2)):
+    for shape, dtype, times in (*cases, ((40, 40), torch.float32, 1), ((1, 20000), torch.bfloat16, 2)):
         x, target = inputs(shape, dtype)
         target, options = target_for(name, x, target), BUDGET_OPTIONS[name](shape[1])
         options.pop("ignore_index", None)
@@ -820,7 +831,11 @@ def test_ignored_rows_are_not_read():
 
 
 @needs_interpreter
-@pytest.mark.parametrize("shape", [(5, 10), (3, 1001), (1, 8400), (1, 17000), (2, 30, 70), (2, 5, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 10), (3, 1001), (1, 8400), pytest.param((1, 17000), marks=pytest.mark.slow), (2, 30, 70), (2, 5, 3)],
+    ids=str,
+)
 def test_addresses_races_and_padding(shape):
     from tests.proving.sanitizer import POISONS, sanitize
 
@@ -987,12 +1002,10 @@ def test_all_options_keep_to_registers_and_wide_accesses(calls):
 @pytest.mark.slow
 def test_the_widest_odd_rows_that_wait_for_their_terms_do_not_spill():
     """The forward of 4,097 to 8,192 classes that all have a share: 32 warps, which have 64 registers each and no more.
-    To read such rows twice would cost a third of the traffic. Two of the 40, of two targets with every option on
-    sm_100, have two registers too few."""
+    To read such rows twice would cost a third of the traffic."""
     (launches,) = cubin.launch_facts("tests.test_losses_gpu:compile_dense_odd:4097").values()
     assert {facts.warps for facts in launches if facts.kernel == "_forward"} == {32}
-    spilling = [facts for facts in launches if facts.spills]
-    assert len(spilling) <= 2 and all(facts.spills <= 4 and facts.arch == 100 for facts in spilling), spilling
+    assert all(facts.spills == 0 for facts in launches), [facts for facts in launches if facts.spills]
 
 
 @needs_ptxas
@@ -1038,7 +1051,7 @@ def compile_rows_of(classes_option_and_dtype):
     ("even", "name", "dtype"),
     [
         (1000, "plain", torch.bfloat16),
-        (1000, "plain", torch.float32),
+        pytest.param(1000, "plain", torch.float32, marks=pytest.mark.slow),
         pytest.param(32000, "plain", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param(1000, "all", torch.bfloat16, marks=pytest.mark.slow),
     ],
@@ -1195,6 +1208,7 @@ def cuda_calls():
 @needs_cudahost
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", ["plain", "all", "pair", "smooth-focal", "probabilities"])
+@pytest.mark.sampled(4)
 def test_cuda_bytes(name, capability, monkeypatch):
     """Rows for which the shared memory of a block, or of a cluster, has room are read once, with the gradient in the
     forward or every class's share in the loss; of longer ones what has no room is read a second time, or a third. Each

@@ -128,6 +128,7 @@ def test_guarantees_hold_for_any_rows(seed, rows, length, dtype, p, spread, kind
     assert_projected(w, after, cap, p, count=count)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", ODD_SIZES)
@@ -160,6 +161,7 @@ LONG = [(torch.float32, p) for p in (1.0, 2.0, 3.0, math.inf)]
 LONG += [(torch.bfloat16, 1.0), (torch.bfloat16, 2.0), (torch.float16, 2.0), (torch.float64, 2.0), (torch.float64, 3.0)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype, p", LONG)
 def test_long_rows(dtype, p):
     w = torch.randn(6, 40_001, dtype=torch.float64).to(dtype)
@@ -410,6 +412,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dim", [0, 1, 2, 3, -1])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -648,6 +651,7 @@ def test_tensors_without_values(mode, cap, backend):
         assert fastreg.MaxNorm([w], cap).project().dtype == torch.int64
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 0.7, math.inf])
 @pytest.mark.parametrize("tau", [1.0, 1.7])
 def test_functional_gradient(p, tau):
@@ -668,6 +672,7 @@ def test_functional_gradient_where_elements_share_the_largest_size():
     assert norms_grad.tolist() == [[0.5, -0.5, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype, p", LONG)
 def test_functional_form_of_long_rows(dtype, p):
     w = torch.randn(5, 40_001, dtype=torch.float64).to(dtype)

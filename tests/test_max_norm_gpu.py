@@ -86,6 +86,7 @@ SHAPES = [(33, 50), (5, 300), (7, 3, 3, 3), (3, 2049), (9,), (2, 9001)]
 ours = gpu_kernels(put_on_host)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_rows_are_read_once_and_those_over_the_cap_written(ours, dtype, p):
@@ -146,6 +147,7 @@ def test_decay_writes_every_row_once_whatever_the_dtypes(ours, mixed):
         assert log.writes(w).eq(1).all() and log.reads(w).eq(1).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("length", [4608, 8200])
 def test_every_rule_for_long_rows_on_chip(ours, dtype, length):
@@ -192,6 +194,7 @@ def test_cuda_accesses_are_wide_whatever_the_offset():
         assert wide == 0 and log[0].moved < 2.2 * w.nbytes
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_long_rows_are_shared_among_programs_and_read_once_to_measure_and_once_to_write(ours, dtype):
     from tests.proving.traffic import traffic
@@ -285,6 +288,7 @@ def test_norms_take_one_read(ours, shape):
 MATRICES = [(300, 1), (200, 3), (100, 9), (70, 27), (40, 64), (9, 300), (5, 1025), (3, 2049), (3, 4100), (2, 20001)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_values_and_gradients_of_matrices(ours, shape, dtype):

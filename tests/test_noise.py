@@ -42,6 +42,7 @@ def stochastic_depth(x, p, mode):
 # ---- drop path -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["row", "batch"])
 @pytest.mark.parametrize("shape", [(64,), (64, 7), (64, 3, 5, 5)])
@@ -212,6 +213,7 @@ def test_soft_threshold_special_values():
     assert zero.grad.item() == 1.0
 
 
+@pytest.mark.sampled(2)
 def test_soft_threshold_derivatives():
     x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     tau = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)

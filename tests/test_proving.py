@@ -458,11 +458,12 @@ def test_thread_sanitizer_finds_missing_barriers():
 # ---- compiled Triton kernels -----------------------------------------------------------------------------
 
 PTX = "tests.proving.planted.ptx_cases"
+RARER = [pytest.param(case, marks=pytest.mark.slow) for case in ("approximations", "assertion:0")]
 
 
 @needs_ptxas
 @needs_cudahost
-@pytest.mark.parametrize("case", ["values", "approximations", "misaligned", "assertion:0", "assertion:1"])
+@pytest.mark.parametrize("case", ["values", "misaligned", "assertion:1", *RARER])
 def test_compiled_kernels_run(case):
     assert cudahost.run_sanitized("", f"{PTX}:{case}") == ""
 
