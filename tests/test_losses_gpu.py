@@ -126,10 +126,11 @@ def check(backend, x, target, grad_loss=None, **options):
             )
         else:
             # against one number stock PyTorch may have luck: a row's loss is the sum of up to eight terms, each rounded
-            # and a gradient of probabilities has their sum as a factor, which is rounded in every piece of the row
+            # and a gradient of probabilities has their sum as a factor, which is rounded in every piece of the row, and
+            # in each of a few rows one large element
             few = name == "loss" and oracle.loss.numel() == 1
             if isinstance(target, torch.Tensor) and target.is_floating_point():
-                few |= x.shape[1] > 8192
+                few |= x.shape[1] > 8192 or x.numel() <= 8 * x.shape[1]
             largest = getattr(oracle, name).abs().nan_to_num(0, 0, 0).amax().item() if few else 0.0
             noise = 8 * 2.0**-24 * largest
             assert_accurate(getattr(got, name), getattr(stock, name), getattr(oracle, name), name, noise)
@@ -777,7 +778,7 @@ def test_bytes_of_the_gradient_in_the_forward(name):
     from tests.proving.traffic import traffic
 
     cases = [((16, 1000), torch.float32, 1), ((2, 8001), torch.bfloat16, 1), ((2, 17, 64), torch.float32, 1)]
-    for shape, dtype, times in (*cases, ((40, 40), torch.float32, 1), ((1, 20000), torch.bfloat16, 2)):
+    for shape, dtype, times in (*cases, ((40, 40), torch.float32, 1), ((1, 60000), torch.bfloat16, 2)):
         x, target = inputs(shape, dtype)
         target, options = target_for(name, x, target), BUDGET_OPTIONS[name](shape[1])
         options.pop("ignore_index", None)
