@@ -1195,15 +1195,16 @@ def _tile(
     Where a row is needed twice, tiles of up to `whole` elements hold whole rows, in up to 16 warps; rows side by side
     then give up some of their lines, down to a sector of 32 bytes. `half` halves what a thread holds in every tile.
 
-    Whole rows whose pitch is not a multiple of 16 bytes get a limit of registers, that of so many warps or less: many
-    rows' addresses, or a row's two ends, stand in registers too, and without a limit ptxas spills one value of them
-    where that fits another block. The limit is 128; 255 where `dense`, every class having logarithms of its own and
-    mostly a probability beside its logit, which do not fit in 128 beside the two ends. The widest of those tiles would
-    have 128 for 16 elements: they get 64 for 8, in 32 warps.
+    Tiles that have more in registers than logits get a limit of them, that of so many warps or less, for without one
+    ptxas spills a value or two where that fits another block: `thin` ones; whole rows whose pitch is not a multiple of
+    16 bytes, for many rows' addresses, or a row's two ends; `dense` ones, in which every class has logarithms of its
+    own and mostly a probability beside its logit. The limit is 128; 255 for the last, which do not fit in 128 beside
+    the two ends. The widest of those tiles would have 128 for 16 elements: they get 64 for 8, in 32 warps.
     """
     width = _power_of_2(classes)
     lanes = 1 if layout.fast != "row" else min(_power_of_2(inner), 128 // itemsize)
     wanted = 2 * _multiprocessors()
+    registers = lambda warps: min(255 if dense else 128, 2048 // warps)  # noqa: E731
     whole = min(whole * itemsize, 65536)
     fewest = min(lanes, 32 // itemsize)
     if fewest * width * itemsize <= whole:
@@ -1216,7 +1217,8 @@ def _tile(
         block = max(1, limit // (lanes * itemsize * 2 ** (thin + half)))
         blocks = -(-classes // block)
         splits = min(blocks, max(1, wanted // max(1, programs)), 1024)
-        return _Tile(lanes, block, False, max(1, limit // 2048), splits, min(4 // 2 ** (thin + half), block))
+        warps, fold = max(1, limit // 2048), min(4 // 2 ** (thin + half), block)
+        return _Tile(lanes, block, False, warps, splits, fold, registers(warps) if thin or dense else None)
     rows = lanes
     total = inner * outer
     while rows < inner and 2 * rows * width * itemsize <= limit // 2 and total > 2 * rows * wanted:
@@ -1228,7 +1230,7 @@ def _tile(
     odd = layout.unit * itemsize < 16
     if odd and dense and rows * width > 4096:
         warps = 32
-    return _Tile(rows, width, True, warps, 1, registers=min(255 if dense else 128, 2048 // warps) if odd else None)
+    return _Tile(rows, width, True, warps, 1, registers=registers(warps) if odd or thin or dense else None)
 
 
 @functools.cache
