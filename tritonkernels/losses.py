@@ -1196,10 +1196,11 @@ def _tile(
     then give up some of their lines, down to a sector of 32 bytes. `half` halves what a thread holds in every tile.
 
     Tiles that have more in registers than logits get a limit of them, that of so many warps or less, for without one
-    ptxas spills a value or two where that fits another block: `thin` ones; whole rows whose pitch is not a multiple of
-    16 bytes, for many rows' addresses, or a row's two ends; `dense` ones, in which every class has logarithms of its
-    own and mostly a probability beside its logit. The limit is 128; 255 for the last, which do not fit in 128 beside
-    the two ends. The widest of those tiles would have 128 for 16 elements: they get 64 for 8, in 32 warps.
+    ptxas spills a value or two where that fits another block: `thin` ones of few warps; whole rows whose pitch is not a
+    multiple of 16 bytes, for many rows' addresses, or a row's two ends; `dense` ones, in which every class has
+    logarithms of its own and mostly a probability beside its logit; and those of 16 warps. The limit is 128; 255 for
+    dense ones, which do not fit in 128 beside the two ends. The widest of those tiles would have 128 for 16 elements:
+    they get 64 for 8, in 32 warps.
     """
     width = _power_of_2(classes)
     lanes = 1 if layout.fast != "row" else min(_power_of_2(inner), 128 // itemsize)
@@ -1218,7 +1219,8 @@ def _tile(
         blocks = -(-classes // block)
         splits = min(blocks, max(1, wanted // max(1, programs)), 1024)
         warps, fold = max(1, limit // 2048), min(4 // 2 ** (thin + half), block)
-        return _Tile(lanes, block, False, warps, splits, fold, registers(warps) if thin or dense else None)
+        limited = dense or (thin and warps <= 2)
+        return _Tile(lanes, block, False, warps, splits, fold, registers(warps) if limited else None)
     rows = lanes
     total = inner * outer
     while rows < inner and 2 * rows * width * itemsize <= limit // 2 and total > 2 * rows * wanted:
@@ -1230,7 +1232,8 @@ def _tile(
     odd = layout.unit * itemsize < 16
     if odd and dense and rows * width > 4096:
         warps = 32
-    return _Tile(rows, width, True, warps, 1, registers=registers(warps) if odd or thin or dense else None)
+    limited = odd or dense or warps == 16
+    return _Tile(rows, width, True, warps, 1, registers=registers(warps) if limited else None)
 
 
 @functools.cache
