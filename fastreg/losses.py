@@ -15,6 +15,7 @@ Where a row is needed a second time, for a term of every class (probabilities, s
 forward, it waits on the chip; what of a very long row finds no room there comes from the cache again.
 """
 
+import itertools
 import math
 from numbers import Real
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
@@ -127,7 +128,8 @@ def cross_entropy(
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, …), in fp16, bf16, fp32 or fp64, with any strides. Never modified.
-            Of several dimensions d1, … that no single stride spans, as in a spatially cropped view, a copy is made.
+            Of several dimensions d1, … that no single stride spans in whatever order, as in a spatially cropped view, a
+            copy is made.
         target: one of
             class indices of input's shape without the class dimension, int64, int32 or uint8;
             probabilities of input's shape, in any floating dtype (a gradient to them, or to the share below, comes from
@@ -198,7 +200,6 @@ def cross_entropy(
             and not (grad_in_forward or outputs)
             and (reduction == "mean" or reduction == "sum")
             and all_ignored == "nan"
-            and type(ignore_index) is int
             and type(input) is type(target) is Tensor
             and input.requires_grad
             and input.is_cpu
@@ -243,6 +244,9 @@ def cross_entropy(
         return with_extra(*found, targets, ignore_index, outputs, statistics)
 
     shape = input.shape
+    if len(shape) > 3 and (order := _spatial_order(input)):
+        options |= {"grad_in_forward": grad_in_forward, "outputs": outputs, "statistics": statistics}
+        return _in_that_order(order, input, target, weight, **options)
     args = (*kernel_arguments(input, target, weight, **options), backend)
     input, target = args[:2]
     if not extra:
@@ -573,6 +577,34 @@ def _share_per_row(share: float | Tensor, target: Tensor, dtype: torch.dtype) ->
     elif share.dim() == 1:
         share = share.reshape([-1, *([1] * (target.dim() - 1))])
     return share.to(dtype).expand(target.shape)
+
+
+def _spatial_order(input: Tensor) -> list[int] | None:
+    """Which of the dimensions d1, … comes first in memory, which next; None if one stride spans them as they are."""
+    sizes, strides = input.shape[2:], input.stride()[2:]
+    long = [k for k in range(len(sizes)) if sizes[k] > 1]
+    if all(strides[k] == sizes[next] * strides[next] for k, next in itertools.pairwise(long)):
+        return None
+    order = sorted(range(len(sizes)), key=lambda k: -strides[k])
+    return None if order == sorted(order) else order
+
+
+def _in_that_order(order: list[int], input: Tensor, target: Target, weight: Tensor | None, **options):
+    """The rows are independent: their dimensions, which flatten would copy, are put as they lie, and their results
+    back."""
+    there = [0, *(k + 1 for k in order)]
+    back = [there.index(k) for k in range(len(there))]
+    classes_too = [0, 1, *(k + 2 for k in order)]
+
+    def moved(t):
+        dims = t.dim() if isinstance(t, Tensor) else 0  # a share of all, or of each sample, stays
+        return t.permute(classes_too) if dims == len(classes_too) else t.permute(there) if dims == len(there) else t
+
+    target = tuple(map(moved, target)) if isinstance(target, tuple) else moved(target)
+    found = cross_entropy(input.permute(classes_too), target, weight, **options)
+    if not options["outputs"]:
+        return found if found.dim() == 0 else found.permute(back)
+    return LossOutputs(*(t if t is None or t.dim() == 0 else t.permute(back) for t in found))
 
 
 def _as_kernels_know(input: Tensor, target: Tensor, *per_row: Tensor | None) -> tuple[Tensor | None, ...]:

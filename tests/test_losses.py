@@ -616,6 +616,25 @@ def test_transposed_tokens(backend):
     check(backend, logits.transpose(1, 2), torch.randint(11, (2, 7)), reduction="none", grad=torch.randn(2, 7))
 
 
+@pytest.mark.parametrize("order", [(0, 3, 2, 1), (0, 2, 4, 1, 3), (3, 1, 2, 0), (1, 4, 3, 2, 0)])
+def test_positions_in_any_order_of_memory(backend, order):
+    """(batch, width, height, classes) in memory, for one, handed over as (batch, classes, height, width)."""
+    x = torch.randn([3, 4, 2, 5, 3][: len(order)]).permute(order)
+    classes, rows = x.shape[1], x.shape[:1] + x.shape[2:]
+    y, other = torch.randint(classes, (2, *rows))
+    grad = torch.randn(rows)
+    check(backend, x, y, reduction="none", label_smoothing=0.1, grad=grad)
+    check(backend, x, torch.rand(x.shape), reduction="none", gamma=1.0, grad=grad)
+    for share in (0.3, torch.rand(rows[:1]), torch.rand(rows)):
+        check(backend, x, (y, other, share), weight=torch.rand(classes), reduction="none", grad=grad)
+    found, plain = (
+        serve(backend, lambda: cross_entropy(z, y, reduction="none", outputs=True))  # noqa: B023
+        for z in (x, x.contiguous())
+    )
+    for ours, theirs in zip(found, plain):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.sampled(3)
 @ALL_OPTIONS
 @pytest.mark.parametrize(

@@ -351,6 +351,15 @@ def test_whatever_is_wanted_takes_one_operator():
     assert not any(name.startswith("cross_entropy") for name in calls.names)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2), (0, 3, 2, 1), (2, 3, 1, 0)])
+def test_no_order_of_the_dimensions_is_copied(order):
+    x = torch.randn(4, 5, 6, 7).permute(order)
+    y = torch.randint(x.shape[1], x.shape[:1] + x.shape[2:])
+    with Calls(x.numel()) as calls:
+        cross_entropy(x, y, gamma=1.0)
+    assert set(calls.names) <= {"cross_entropy_forward", "permute", "view"}
+
+
 def targets_of(kind, rows, classes):
     y, other = torch.randint(classes, (2, *rows))
     y.view(-1)[0] = -100
