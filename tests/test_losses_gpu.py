@@ -763,7 +763,7 @@ def test_bytes(name, shape):
     for launches, times, written in ((log[:backward], 1 + twice, 0), (log[backward:], 1, x.nbytes)):
         reads, writes = (sum(getattr(launch, kind)(x) for launch in launches) for kind in ("reads", "writes"))
         assert (reads >= 1).all() and (writes == 0).all()
-        assert reads.sum() <= (1.02 * times if shape[1] > 1024 else times) * x.numel() + looked_up
+        assert reads.sum() <= (1.02 * times if shape[1] > 128 else times) * x.numel() + looked_up
         if probabilities:
             assert sum(launch.reads(target) for launch in launches).sum() <= times * x.numel() * 1.02
         budget = times * (1 + probabilities) * x.nbytes + written
@@ -913,6 +913,14 @@ def compile_odd():
             _compile_call(shape, dtype)
 
 
+def compile_odd_options():
+    """Whose rows' two ends stand in registers beside what the options take; as it is at most, and with two targets."""
+    for classes in (101, 201, 1001, 3001):
+        x, target = torch.empty(4096, classes, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.int64)
+        for name in ("margin", "all-smooth", "pair-all", "pair-smooth"):
+            run("triton", x, target_for(name, x, target), **BUDGET_OPTIONS[name](classes))
+
+
 def compile_options():
     for name in OPTIONS:
         for shape in ((4096, 1000), (4096, 32000)):
@@ -985,7 +993,9 @@ def compile_extra():
 
 
 @needs_ptxas
-@pytest.mark.parametrize("calls", ["compile_dense", "compile_dense_odd", "compile_pairs", "compile_extra"])
+@pytest.mark.parametrize(
+    "calls", ["compile_dense", "compile_dense_odd", "compile_odd_options", "compile_pairs", "compile_extra"]
+)
 @pytest.mark.slow
 def test_all_options_keep_to_registers_and_wide_accesses(calls):
     (launches,) = cubin.launch_facts(f"tests.test_losses_gpu:{calls}").values()
@@ -1023,9 +1033,7 @@ def test_the_widest_odd_rows_that_wait_for_their_terms_do_not_spill():
 def test_no_spills_and_wide_accesses(calls, architectures):
     (launches,) = cubin.launch_facts(f"tests.test_losses_gpu:{calls}", architectures=architectures).values()
     for facts in launches:
-        # One backward of odd rows has two registers too few on sm_120; with a higher limit it has fewer blocks on all.
-        allowed = 2 if (facts.arch, facts.warps, calls) == (120, 2, "compile_odd") else 0
-        assert facts.spills <= allowed, facts
+        assert facts.spills == 0, facts
         if facts.kernel in ("_forward", "_backward", "_sigmoid_focal"):  # 64 bytes per thread in accesses of 16
             assert facts.loads.get(128, 0) >= 4, facts
             narrow = 0 if calls == "compile_aligned" else 2

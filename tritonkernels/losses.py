@@ -43,6 +43,7 @@ import triton.language as tl
 SUM_BLOCK = 1024  # sums of programs that a program of the second stage adds
 NONE, MEAN = tl.constexpr(0), tl.constexpr(1)  # reductions; the third is the sum
 NOWHERE = tl.constexpr(2**31 - 1)  # a class above all others
+SHORT = tl.constexpr(128)  # classes among which the target's logit is picked; of more, its load costs less than looking
 RESIDENT = 16384  # elements of a row that is kept in registers to be used twice
 # The assertion on targets stays on, without one per integer addition. Sizes are plain values, so that the last,
 # smaller batch of an epoch compiles nothing: what the compiler must know comes through UNIT.
@@ -169,13 +170,14 @@ def _count(kept, inside, y, y2, s, weight, TYPE: tl.constexpr, PROBS: tl.constex
 @triton.jit
 def _span(base, offset, phase, classes, PEEL: tl.constexpr):
     """Where the aligned part of each row starts, at which class, and how many classes it has. The class comes in 64
-    bits, so that what is loaded of each class from there on has one address, and not one per element."""
+    bits, so that what is loaded of each class from there on has one address, and not one per element; what is compared
+    with a target is counted from there, in 32 bits."""
     if PEEL:
         head = (PEEL - (phase + offset) % PEEL) % PEEL
         count = tl.multiple_of((classes - head) // PEEL * PEEL, PEEL)
-        return tl.multiple_of(base + offset + head, 16), head[:, None], count.to(tl.int32)[:, None]
+        return tl.multiple_of(base + offset + head, 16), head, count.to(tl.int32)[:, None]
     else:
-        return base + offset, tl.zeros_like(offset).to(tl.int32)[:, None], classes
+        return base + offset, tl.zeros_like(offset).to(tl.int32), classes
 
 
 @triton.jit
@@ -183,7 +185,7 @@ def _edges(first, count, classes, PEEL: tl.constexpr, EDGE: tl.constexpr):
     """The classes before and after the aligned part, and which of these EDGE lanes are in use."""
     lane = tl.arange(0, EDGE)[None, :]
     c = tl.where(lane < PEEL, lane, classes - 2 * PEEL + lane)
-    return c, tl.where(lane < PEEL, lane < first, (c >= first + count) & (c < classes))
+    return c, tl.where(lane < PEEL, lane < first[:, None], (c >= first[:, None] + count) & (c < classes))
 
 
 @triton.jit
@@ -212,9 +214,10 @@ def _probability_edges(target, offset, c, mask, TYPE: tl.constexpr, WANTED: tl.c
 
 
 @triton.jit
-def _adjust(z, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE: tl.constexpr, SCALED: tl.constexpr,
+def _adjust(z, mask, c, k, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE: tl.constexpr, SCALED: tl.constexpr,
             PROBS: tl.constexpr):  # fmt: skip
-    """From a tile of x to z; −inf where the mask is off, after every transformation."""
+    """From a tile of x to z; −inf where the mask is off, after every transformation. `c` are the tile's classes, `k`
+    the same as `y` counts them."""
     if adjustment is not None:
         z += tl.load(adjustment + c, mask=mask, other=0.0).to(TYPE)
     if margin is not None:
@@ -222,13 +225,18 @@ def _adjust(z, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE: tl
             z -= q * tl.load(margin + c, mask=mask, other=0.0).to(TYPE)
         else:
             if y2 is not None:
-                z -= tl.where((c == y2[:, None]) & (c != y[:, None]), m_y2[:, None], 0.0)
-            z -= tl.where(c == y[:, None], m_y[:, None], 0.0)
+                z -= tl.where((k == y2[:, None]) & (k != y[:, None]), m_y2[:, None], 0.0)
+            z -= tl.where(k == y[:, None], m_y[:, None], 0.0)
     if SCALED:
         z *= scale
     if SCALED or adjustment is not None or (PROBS and margin is not None):
         z = tl.where(mask, z, float("-inf"))
     return z
+
+
+@triton.jit
+def _pick(z, mask, k, y):
+    return tl.sum(tl.where(mask & (k == y[:, None]), z, 0.0), 1)
 
 
 @triton.jit
@@ -241,11 +249,6 @@ def _target_logit(pointer, inside, y, step, adjustment, m_y, scale, TYPE: tl.con
     if SCALED:
         z *= scale
     return z
-
-
-@triton.jit
-def _pick(z, mask, c, y):
-    return tl.sum(tl.where(mask & (c == y[:, None]), z, 0.0), 1)
 
 
 @triton.jit
@@ -286,15 +289,15 @@ def _larger(x, c, x2, c2):
 
 
 @triton.jit
-def _shares(q, c, mask, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE: tl.constexpr,
+def _shares(q, c, k, mask, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE: tl.constexpr,
             SMOOTH: tl.constexpr, PROBS: tl.constexpr):  # fmt: skip
     """q_c·v_c of a tile, 0 where the mask is off."""
     if not PROBS:
         if y2 is None:
-            q = tl.where(c == y[:, None], 1.0, 0.0).to(TYPE)
+            q = tl.where(k == y[:, None], 1.0, 0.0).to(TYPE)
         else:
-            q = tl.where(c == y[:, None], s[:, None], 0.0)
-            q = tl.where(c == y2[:, None], q + (1.0 - s)[:, None], q)
+            q = tl.where(k == y[:, None], s[:, None], 0.0)
+            q = tl.where(k == y2[:, None], q + (1.0 - s)[:, None], q)
     if SMOOTH:
         q = q * (1.0 - smoothing) + smoothing / classes
     v = _class_factor(factor, alpha_scale, c, mask, TYPE)
@@ -451,26 +454,31 @@ def _forward(
     offset = o * x_outer + (i if FAST == "row" else i * x_inner)
     read = live if FAST == "row" else kept  # a mask from memory, along the fast axis, would break the vectors
     start, first, count = _span(x, offset, phase, classes, PEEL)
+    y_k, y2_k = y - first.to(tl.int32), None  # as `k` counts
+    if y2 is not None:
+        y2_k = y2 - first.to(tl.int32)
     lane = tl.arange(0, BLOCK)
     step = lane if FAST == "class" else lane.to(tl.int64) * x_class
+    PICK: tl.constexpr = WHOLE and BLOCK <= SHORT and not DENSE
     zy2 = None
 
     if WHOLE:
-        c = first + lane[None, :]
-        mask = read[:, None] & (lane[None, :] < count)
+        k = lane[None, :]
+        c = first[:, None] + k
+        mask = read[:, None] & (k < count)
         raw = _load(start[:, None] + step[None, :], mask, TYPE)
         q = _probabilities(target, t_at, phase, classes, lane, t_class, mask, FAST, PEEL, TYPE, PROBS)
         if argmax is not None:
             best, best_c = _largest(raw, c, NOWHERE)
-        z = _adjust(raw, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
+        z = _adjust(raw, mask, c, k, y_k, y2_k, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
         if DENSE:  # now, while its loads and those of x are under way together, and nothing else stands in registers
-            qv = _shares(q, c, mask, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
+            qv = _shares(q, c, k, mask, y_k, y2_k, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
         m = tl.maximum(tl.max(z, 1), lowest)
         total = tl.sum(_flushed_exp(z - m[:, None]), 1)
-        if not DENSE:
-            zy = _pick(z, mask, c, y)
-            if y2 is not None:
-                zy2 = _pick(z, mask, c, y2)
+    if PICK:
+        zy = _pick(z, mask, k, y_k)
+        if y2 is not None:
+            zy2 = _pick(z, mask, k, y2_k)
     elif not DENSE and (SMOOTH or not SPLIT):
         zy = _target_logit(x + offset, inside, y, x_class, adjustment, m_y, scale, TYPE, SCALED)
         if y2 is not None:
@@ -482,7 +490,7 @@ def _forward(
             mask_e = mask_e & (tl.program_id(1) == 0)
         raw_e = _load((x + offset)[:, None] + ce, mask_e, TYPE)
         qe = _probability_edges(target, t_at, ce, mask_e, TYPE, PROBS)
-        ze = _adjust(raw_e, mask_e, ce, y, y2, qe, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
+        ze = _adjust(raw_e, mask_e, ce, ce, y, y2, qe, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
         m_e = tl.maximum(tl.max(ze, 1), lowest)
         s_e = tl.sum(_flushed_exp(ze - m_e[:, None]), 1)
         if argmax is not None:
@@ -491,11 +499,11 @@ def _forward(
             m, total = _merge(m, total, m_e, s_e)
             if argmax is not None:
                 best, best_c = _larger(best, best_c, best_e, best_ce)
-            if not DENSE:
-                zy += _pick(ze, mask_e, ce, y)
-                if y2 is not None:
-                    zy2 += _pick(ze, mask_e, ce, y2)
-    if WHOLE and not DENSE:
+        if PICK:
+            zy += _pick(ze, mask_e, ce, y)
+            if y2 is not None:
+                zy2 += _pick(ze, mask_e, ce, y2)
+    if PICK:
         zy = tl.where(inside, zy, float("nan"))
     if not DENSE and (SMOOTH or not SPLIT):
         pivot = tl.where(tl.abs(zy) <= -lowest, zy, 0.0)
@@ -512,16 +520,17 @@ def _forward(
         end = tl.minimum(begin + blocks_per_split * BLOCK, classes)
         if argmax is not None:
             bests = tl.full([ROWS, BLOCK // FOLD], float("-inf"), TYPE)
-            first_c = first.to(tl.int32)
+            first_c = first.to(tl.int32)[:, None]
             best_cs = first_c + begin + tl.zeros([ROWS, 1], tl.int32) + tl.arange(0, BLOCK // FOLD)[None, :]
         for b in range(begin, end, BLOCK):
-            c = first + (b + lane)[None, :]
-            mask = read[:, None] & ((b + lane)[None, :] < count)
+            k = (b + lane)[None, :]
+            c = first[:, None] + k
+            mask = read[:, None] & (k < count)
             at = b if FAST == "class" else b * x_class.to(tl.int64)
             raw = _load((start + at)[:, None] + step[None, :], mask, TYPE)
             q_b = _probabilities(target, t_at, phase, classes, b + lane, t_class, mask, FAST, PEEL, TYPE,
                                  PROBS and margin is not None)  # fmt: skip
-            z = _adjust(raw, mask, c, y, y2, q_b, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
+            z = _adjust(raw, mask, c, k, y_k, y2_k, q_b, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
             # FOLD elements that one thread holds share a maximum: 1 + 1/FOLD exponentials each, no exchange.
             zf = tl.reshape(z, (ROWS, FOLD, BLOCK // FOLD))
             top = tl.maximum(ms, tl.max(zf, 1))
@@ -574,7 +583,7 @@ def _forward(
                                smoothing, gamma, alpha_scale, SMOOTH, FOCAL, TYPE)  # fmt: skip
         elif WHOLE:
             if PEEL:  # first, so that they are done with when the others want the registers
-                qve = _shares(qe, ce, mask_e, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH,
+                qve = _shares(qe, ce, ce, mask_e, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH,
                               PROBS)  # fmt: skip
                 value_e, slopes_e = _dense_sums(ze, qve, m, log_s, gamma, FOCAL)
             value, slopes = _dense_sums(z, qv, m, log_s, gamma, FOCAL)
@@ -602,18 +611,20 @@ def _forward(
                 if DENSE:
                     dx = _dense_slope(z, qv, m, log_s, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
                 else:
-                    dx = _slope(z, c, mask, m, log_s, y, y2, at_y, at_y2, steep, even, factor, TYPE, SMOOTH)
+                    dx = _slope(z, c, k, mask, m, log_s, y_k, y2_k, at_y, at_y2, steep, even, factor, TYPE, SMOOTH)
                 dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
-                tl.store(out[:, None] + out_step[None, :], dx, mask=live[:, None] & (lane[None, :] < count))
+                tl.store(out[:, None] + out_step[None, :], dx, mask=live[:, None] & (k < count))
             else:  # the row once more, soon enough to find it in L2
                 for b in range(0, classes, BLOCK):
-                    c = first + (b + lane)[None, :]
-                    in_row = (b + lane)[None, :] < count
+                    k = (b + lane)[None, :]
+                    c = first[:, None] + k
+                    in_row = k < count
                     mask = read[:, None] & in_row
                     at = b if FAST == "class" else b * x_class.to(tl.int64)
                     z = _load((start + at)[:, None] + step[None, :], mask, TYPE)
-                    z = _adjust(z, mask, c, y, y2, None, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
-                    dx = _slope(z, c, mask, m, log_s, y, y2, at_y, at_y2, steep, even, factor, TYPE, SMOOTH)
+                    z = _adjust(z, mask, c, k, y_k, y2_k, None, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED,
+                                PROBS)  # fmt: skip
+                    dx = _slope(z, c, k, mask, m, log_s, y_k, y2_k, at_y, at_y2, steep, even, factor, TYPE, SMOOTH)
                     dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
                     out_at = b if FAST == "class" else b * g_class.to(tl.int64)
                     tl.store((out + out_at)[:, None] + out_step[None, :], dx, mask=live[:, None] & in_row)
@@ -622,7 +633,7 @@ def _forward(
                 if DENSE:
                     dx = _dense_slope(ze, qve, m, log_s, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
                 else:
-                    dx = _slope(ze, ce, mask_e, m, log_s, y, y2, at_y, at_y2, steep, even, factor, TYPE, SMOOTH)
+                    dx = _slope(ze, ce, ce, mask_e, m, log_s, y, y2, at_y, at_y2, steep, even, factor, TYPE, SMOOTH)
                 dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
                 tl.store((grad + to)[:, None] + ce, dx, mask=live[:, None] & edge)
 
@@ -716,19 +727,23 @@ def _dense(
     offset = o * x_outer + (i if FAST == "row" else i * x_inner)
     read = live if FAST == "row" else kept
     start, first, count = _span(x, offset, phase, classes, PEEL)
+    y_k, y2_k = y - first.to(tl.int32), None  # as `k` counts
+    if y2 is not None:
+        y2_k = y2 - first.to(tl.int32)
     lane = tl.arange(0, BLOCK)
     step = lane if FAST == "class" else lane.to(tl.int64) * x_class
     value, slopes = tl.zeros_like(high), tl.zeros_like(high)
     begin = tl.program_id(1) * blocks_per_split * BLOCK
     end = tl.minimum(begin + blocks_per_split * BLOCK, classes)
     for b in range(begin, end, BLOCK):
-        c = first + (b + lane)[None, :]
-        mask = read[:, None] & ((b + lane)[None, :] < count)
+        k = (b + lane)[None, :]
+        c = first[:, None] + k
+        mask = read[:, None] & (k < count)
         at = b if FAST == "class" else b * x_class.to(tl.int64)
         z = _load((start + at)[:, None] + step[None, :], mask, TYPE)
         q = _probabilities(target, t_at, phase, classes, b + lane, t_class, mask, FAST, PEEL, TYPE, PROBS)
-        z = _adjust(z, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
-        qv = _shares(q, c, mask, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
+        z = _adjust(z, mask, c, k, y_k, y2_k, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
+        qv = _shares(q, c, k, mask, y_k, y2_k, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
         more, more_slopes = _dense_sums(z, qv, high, log_sum, gamma, FOCAL)
         value += more
         slopes += more_slopes
@@ -737,8 +752,8 @@ def _dense(
         mask_e = mask_e & read[:, None] & (tl.program_id(1) == 0)
         z = _load((x + offset)[:, None] + ce, mask_e, TYPE)
         q_e = _probability_edges(target, t_at, ce, mask_e, TYPE, PROBS)
-        z = _adjust(z, mask_e, ce, y, y2, q_e, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
-        qv = _shares(q_e, ce, mask_e, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
+        z = _adjust(z, mask_e, ce, ce, y, y2, q_e, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
+        qv = _shares(q_e, ce, ce, mask_e, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
         more, more_slopes = _dense_sums(z, qv, high, log_sum, gamma, FOCAL)
         value += more
         slopes += more_slopes
@@ -873,7 +888,7 @@ def _at_target(rest, d, log_p, b, y, inside, factor, SMOOTH: tl.constexpr, TYPE:
 
 
 @triton.jit
-def _slope(z, c, mask, high, log_sum, y, y2, at_y, at_y2, a, b, factor,
+def _slope(z, c, k, mask, high, log_sum, y, y2, at_y, at_y2, a, b, factor,
            TYPE: tl.constexpr, SMOOTH: tl.constexpr):  # fmt: skip
     """The gradient of a tile from its rows' numbers."""
     g = a[:, None] * tl.exp((z - high[:, None]) - log_sum[:, None])
@@ -883,8 +898,8 @@ def _slope(z, c, mask, high, log_sum, y, y2, at_y, at_y2, a, b, factor,
         else:
             g -= b[:, None] * _class_factor(factor, 1.0, c, mask, TYPE)
     if y2 is not None:
-        g = tl.where(c == y2[:, None], at_y2[:, None], g)
-    return tl.where(c == y[:, None], at_y[:, None], g)
+        g = tl.where(k == y2[:, None], at_y2[:, None], g)
+    return tl.where(k == y[:, None], at_y[:, None], g)
 
 
 @_kernel
@@ -923,10 +938,14 @@ def _backward(
     to = o * g_outer + (i if FAST == "row" else i * g_inner)
     read = live if FAST == "row" else kept
     start, first, count = _span(x, offset, phase, classes, PEEL)
+    y_k, y2_k = y - first.to(tl.int32), None  # as `k` counts
+    if y2 is not None:
+        y2_k = y2 - first.to(tl.int32)
     out, _, _ = _span(grad, to, phase, classes, PEEL)
     col = chunk * BLOCK + tl.arange(0, BLOCK)
-    c = first + col[None, :]
-    inside_row = col[None, :] < count
+    k = col[None, :]
+    c = first[:, None] + k
+    inside_row = k < count
     mask = read[:, None] & inside_row
     if FAST == "class":
         step, out_step = col, col
@@ -934,14 +953,14 @@ def _backward(
         step, out_step = col.to(tl.int64) * x_class, col.to(tl.int64) * g_class
     z = _load(start[:, None] + step[None, :], mask, TYPE)
     q = _probabilities(target, t_at, phase, classes, col, t_class, mask, FAST, PEEL, TYPE, PROBS)
-    z = _adjust(z, mask, c, y, y2, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
+    z = _adjust(z, mask, c, k, y_k, y2_k, q, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
     if PEEL:
         ce, edge = _edges(first, count, classes, PEEL, EDGE)
         edge = edge & (chunk == 0)
         mask_e = edge & read[:, None]
         ze = _load((x + offset)[:, None] + ce, mask_e, TYPE)
         qe = _probability_edges(target, t_at, ce, mask_e, TYPE, PROBS)
-        ze = _adjust(ze, mask_e, ce, y, y2, qe, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
+        ze = _adjust(ze, mask_e, ce, ce, y, y2, qe, adjustment, margin, m_y, m_y2, scale, TYPE, SCALED, PROBS)
 
     r = o * r_outer + i * r_inner
     rows = outer.to(tl.int64) * inner
@@ -952,21 +971,20 @@ def _backward(
         g *= tl.load(grad_loss + o * l_outer + i * l_inner, mask=live, other=0.0).to(TYPE)
     g = g / tl.load(denominator)
     if DENSE:
-        qv = _shares(q, c, mask, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
+        qv = _shares(q, c, k, mask, y_k, y2_k, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH, PROBS)
         if PEEL:
-            qve = _shares(qe, ce, mask_e, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH,
+            qve = _shares(qe, ce, ce, mask_e, y, y2, s, factor, alpha_scale, smoothing, classes, TYPE, SMOOTH,
                           PROBS)  # fmt: skip
         slopes = tl.load(lse + 2 * rows + r, mask=live, other=0.0)
-        dx = _dense_slope(z, qv, high, log_sum, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
     else:
         zy2 = None
-        if WHOLE:
-            zy = _pick(z, mask, c, y)
+        if WHOLE and BLOCK <= SHORT:
+            zy = _pick(z, mask, k, y_k)
             if PEEL:
                 zy += _pick(ze, mask_e, ce, y)
             zy = tl.where(inside, zy, float("nan"))
             if y2 is not None:
-                zy2 = _pick(z, mask, c, y2)
+                zy2 = _pick(z, mask, k, y2_k)
                 if PEEL:
                     zy2 += _pick(ze, mask_e, ce, y2)
         elif target_logits is not None:  # x may be written meanwhile
@@ -980,16 +998,19 @@ def _backward(
         a, b, at_y, at_y2 = _row_gradient(
             g, high, log_sum, zy, zy2, y, y2, s, inside, factor, v_sum, classes, smoothing, gamma, alpha_scale,
             z_loss, TYPE, SMOOTH, FOCAL, Z_LOSS)  # fmt: skip
-        dx = _slope(z, c, mask, high, log_sum, y, y2, at_y, at_y2, a, b, factor, TYPE, SMOOTH)
-    dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
-    tl.store(out[:, None] + out_step[None, :], dx, mask=live[:, None] & inside_row)
-    if PEEL:
+    if PEEL:  # first, so that they are done with when the others want the registers
         if DENSE:
             dx = _dense_slope(ze, qve, high, log_sum, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
         else:
-            dx = _slope(ze, ce, mask_e, high, log_sum, y, y2, at_y, at_y2, a, b, factor, TYPE, SMOOTH)
+            dx = _slope(ze, ce, ce, mask_e, high, log_sum, y, y2, at_y, at_y2, a, b, factor, TYPE, SMOOTH)
         dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
         tl.store((grad + to)[:, None] + ce, dx, mask=live[:, None] & edge)
+    if DENSE:
+        dx = _dense_slope(z, qv, high, log_sum, g, slopes, gamma, z_loss, FOCAL, Z_LOSS)
+    else:
+        dx = _slope(z, c, k, mask, high, log_sum, y_k, y2_k, at_y, at_y2, a, b, factor, TYPE, SMOOTH)
+    dx = tl.where(kept[:, None], dx, 0.0).to(grad.dtype.element_ty)
+    tl.store(out[:, None] + out_step[None, :], dx, mask=live[:, None] & inside_row)
 
 
 @_kernel
@@ -1182,6 +1203,7 @@ def _tile(
     whole: int = 0,
     half: bool = False,
     dense: bool = False,
+    busy: bool = False,
 ) -> _Tile:
     """Block sizes from arithmetic; nothing here has been tuned on a GPU yet.
 
@@ -1193,7 +1215,8 @@ def _tile(
     thread holds, for loops that read per-class vectors beside the logits and would run out of registers.
 
     Where a row is needed twice, tiles of up to `whole` elements hold whole rows, in up to 16 warps; rows side by side
-    then give up some of their lines, down to a sector of 32 bytes. `half` halves what a thread holds in every tile.
+    then give up some of their lines, down to a sector of 32 bytes. `half` halves what a thread holds in every tile;
+    `busy`, something done to each logit first, in whole rows whose two ends stand in registers too.
 
     Tiles that have more in registers than logits get a limit of them, that of so many warps or less, for without one
     ptxas spills a value or two where that fits another block: `thin` ones of few warps; whole rows whose pitch is not a
@@ -1228,6 +1251,7 @@ def _tile(
     if total * width * itemsize <= limit and outer == 1:
         rows = _power_of_2(max(1, inner))  # one program does it all, and no second launch is needed
     # four rows per thread at most: what is known of each is a dozen numbers
+    half = half or (busy and layout.peel > 0)
     warps = min(16, max(1, rows * width * itemsize // (1024 if half else 2048), rows // 128))
     odd = layout.unit * itemsize < 16
     if odd and dense and rows * width > 4096:
@@ -1300,6 +1324,8 @@ class _Call:
         self.weight = vectors[0] if vectors[0] is None else vectors[0].contiguous()
         self.vectors = _vectors(*vectors, label_smoothing and not self.dense, lse.dtype)
         self.targets = (self.target, other, share)
+        _, adjustment, margin, v_sum = self.vectors
+        self.busy = scale != 1 or any(t is not None for t in (adjustment, margin, v_sum, other))
         sizes = (self.inner, self.outer, self.classes)
         self.plain_sizes = sizes
         if layout.fast == "class":
@@ -1331,7 +1357,8 @@ class _Call:
     def tile(self, limit: int, **options) -> _Tile:
         if self.dense:
             options |= dict(half=True, dense=True)
-        return _tile(self.layout, self.inner, self.outer, self.classes, self.input.element_size(), limit, **options)
+        shape = self.inner, self.outer, self.classes, self.input.element_size()
+        return _tile(self.layout, *shape, limit, busy=self.busy, **options)
 
     def edge(self, tile: _Tile) -> int:
         """Lanes of a row's two ends. Not fewer than threads, or Triton 3.6 loads them in the tile's layout: as many
