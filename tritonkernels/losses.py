@@ -459,7 +459,8 @@ def _forward(
         y2_k = y2 - first.to(tl.int32)
     lane = tl.arange(0, BLOCK)
     step = lane if FAST == "class" else lane.to(tl.int64) * x_class
-    PICK: tl.constexpr = WHOLE and BLOCK <= SHORT and not DENSE
+    # A gradient may take the place of x: no thread may read a logit that another one writes.
+    PICK: tl.constexpr = WHOLE and (BLOCK <= SHORT or grad is not None) and not DENSE
     zy2 = None
 
     if WHOLE:
@@ -1408,7 +1409,7 @@ class _Call:
         each = grad_loss is not None and reduction == 0
         _backward[(self.blocks(tile.rows) * -(-self.classes // tile.block),)](
             grad_loss, self.x, *self.targets, *self.vectors, lse, denominator,
-            None if tile.whole else target_logits, self.grad,
+            target_logits, self.grad,
             *self.sizes, self.layout.phase, *self.x_units, *self.grad_units, *self.target_units,
             *self.pair_strides, *self.row_strides, *(self.grad_loss_strides(grad_loss) if each else (0, 0)),
             *self.options, self.z_loss,
