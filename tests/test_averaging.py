@@ -819,6 +819,14 @@ def test_fp32_average_of_a_low_precision_model_does_not_stall(dtype, device):
     torch.testing.assert_close(averaged.module.weight, torch.full((4, 4), 1 - 0.999**updates), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_no_plan_of_an_earlier_test_is_left(time):
+    """Its kernel would serve this test, were a tensor to stand where one of that test's stood."""
+    assert not _plan._plans
+    fastreg.max_norm_(torch.randn(4, 3), 1.0)
+    assert _plan._plans
+
+
 def test_another_thread_may_drop_a_plan_that_is_being_checked(monkeypatch):
     average, param, unchanged = [torch.zeros(2)], [torch.ones(2)], _plan.unchanged
     average_(average, param, 0.5)
