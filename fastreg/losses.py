@@ -128,8 +128,8 @@ def cross_entropy(
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, …), in fp16, bf16, fp32 or fp64, with any strides. Never modified.
-            Of several dimensions d1, … that no single stride spans in whatever order, as in a spatially cropped view, a
-            copy is made.
+            They are read as they lie where two strides span N, d1, …; of others, images cropped in width or, where the
+            classes lie innermost, in height and width, a copy is made in the order of memory.
         target: one of
             class indices of input's shape without the class dimension, int64, int32 or uint8;
             probabilities of input's shape, in any floating dtype (a gradient to them, or to the share below, comes from
@@ -244,9 +244,9 @@ def cross_entropy(
         return with_extra(*found, targets, ignore_index, outputs, statistics)
 
     shape = input.shape
-    if len(shape) > 3 and (order := _spatial_order(input)):
+    if len(shape) > 3 and (groups := _groups_in_memory(input)):
         options |= {"grad_in_forward": grad_in_forward, "outputs": outputs, "statistics": statistics}
-        return _in_that_order(order, input, target, weight, **options)
+        return _as_it_lies(groups, input, target, weight, **options)
     args = (*kernel_arguments(input, target, weight, **options), backend)
     input, target = args[:2]
     if not extra:
@@ -579,36 +579,71 @@ def _share_per_row(share: float | Tensor, target: Tensor, dtype: torch.dtype) ->
     return share.to(dtype).expand(target.shape)
 
 
-def _spatial_order(input: Tensor) -> list[int] | None:
-    """Which of the dimensions d1, … comes first in memory, which next; None if one stride spans them as they are."""
-    sizes, strides = input.shape[2:], input.stride()[2:]
-    long = [k for k in range(len(sizes)) if sizes[k] > 1]
-    if all(strides[k] == sizes[next] * strides[next] for k, next in itertools.pairwise(long)):
+def _by_stride(tensor: Tensor) -> list[int]:
+    """The dimensions, that of the largest stride first."""
+    order: list[int] = []  # torch.compile cannot sort by a key that it does not know
+    for dim, stride in enumerate(tensor.stride()):
+        order.insert(sum(1 for other in order if tensor.stride(other) >= stride), dim)
+    return order
+
+
+def _groups_in_memory(input: Tensor) -> list[list[int]] | None:
+    """The dimensions of the rows, 0 and 2, 3, …, as they lie in memory, those together that one stride spans; None if
+    one spans 2, 3, … as they come."""
+    sizes, strides = input.shape, input.stride()
+    long = [dim for dim in range(2, input.dim()) if sizes[dim] > 1]
+    if all(strides[dim] == sizes[inner] * strides[inner] for dim, inner in itertools.pairwise(long)):
         return None
-    order = sorted(range(len(sizes)), key=lambda k: -strides[k])
-    return None if order == sorted(order) else order
+    groups: list[list[int]] = []
+    for dim in _by_stride(input):
+        if dim == 1 or sizes[dim] == 1:
+            continue
+        if groups and strides[groups[-1][-1]] == sizes[dim] * strides[dim]:
+            groups[-1].append(dim)
+        else:
+            groups.append([dim])
+    anywhere = [dim for dim in range(input.dim()) if dim != 1 and sizes[dim] == 1]
+    return [anywhere + groups[0], *groups[1:]]
 
 
-def _in_that_order(order: list[int], input: Tensor, target: Target, weight: Tensor | None, **options):
-    """The rows are independent: their dimensions, which flatten would copy, are put as they lie, and their results
-    back."""
-    there = [0, *(k + 1 for k in order)]
-    back = [there.index(k) for k in range(len(there))]
-    classes_too = [0, 1, *(k + 2 for k in order)]
+def _as_it_lies(groups: list[list[int]], input: Tensor, target: Target, weight: Tensor | None, **options):
+    """`cross_entropy` of the rows, which are independent, in the order of memory: (outer, C, inner) or (rows, C). What
+    more than two strides span, as of a crop, is copied first, in the order of memory too."""
+    if len(groups) > 2:
+        order = _by_stride(input)
+        copy = input.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
+        return cross_entropy(copy, target, weight, **options)
+    outer, inner = groups if len(groups) == 2 else (groups[0], [])
+    if not inner and input.stride(1) > input.stride(outer[-1]):
+        outer, inner = inner, outer
+    of_rows = [max(dim - 1, 0) for dim in (*outer, *inner)]  # of a tensor without the classes
+    sizes = [[input.shape[dim] for dim in dims] for dims in (outer, inner)]
+    rows = [math.prod(sizes[0]), *([math.prod(sizes[1])] if inner else [])]
 
-    def moved(t):
-        dims = t.dim() if isinstance(t, Tensor) else 0  # a share of all, or of each sample, stays
-        return t.permute(classes_too) if dims == len(classes_too) else t.permute(there) if dims == len(there) else t
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor.dim() < input.dim():
+            return tensor.permute(of_rows).reshape(rows)
+        return tensor.permute([*outer, 1, *inner]).reshape([rows[0], input.shape[1], *rows[1:]])
 
-    target = tuple(map(moved, target)) if isinstance(target, tuple) else moved(target)
-    found = cross_entropy(input.permute(classes_too), target, weight, **options)
-    if not options["outputs"]:
-        return found if found.dim() == 0 else found.permute(back)
-    return LossOutputs(*(t if t is None or t.dim() == 0 else t.permute(back) for t in found))
+    if isinstance(target, tuple):
+        a, b, share = target
+        if isinstance(share, Tensor) and share.dim():
+            share = moved(_share_per_row(share, a, share.dtype))
+        target = moved(a), moved(b), share
+    else:
+        target = moved(target)
+    found = cross_entropy(moved(input), target, weight, **options)
+
+    def back(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.dim() == 0:
+            return tensor
+        return tensor.reshape(sizes[0] + sizes[1]).permute([of_rows.index(dim) for dim in range(len(of_rows))])
+
+    return LossOutputs(*map(back, found)) if options["outputs"] else back(found)
 
 
 def _as_kernels_know(input: Tensor, target: Tensor, *per_row: Tensor | None) -> tuple[Tensor | None, ...]:
-    """(N, C) or (N, C, D); flatten copies only where no single stride spans the dimensions."""
+    """(N, C) or (N, C, D)."""
     if input.dim() == 1:
         return tuple(None if t is None else t.unsqueeze(0) for t in (input, target, *per_row))
     if input.dim() == 3:
@@ -1094,9 +1129,7 @@ def _order_in_memory(inputs: Tensor, classes_last: bool) -> list[int] | None:
     will do."""
     if inputs.is_contiguous():
         return None
-    order = []  # sorted by stride, which torch.compile cannot do by a key that it does not know
-    for dim, stride in enumerate(inputs.stride()):
-        order.insert(sum(1 for other in order if inputs.stride(other) >= stride), dim)
+    order = _by_stride(inputs)
     if (classes_last and order[-1] != inputs.dim() - 1) or not inputs.permute(order).is_contiguous():
         return None
     return order

@@ -616,10 +616,16 @@ def test_transposed_tokens(backend):
     check(backend, logits.transpose(1, 2), torch.randint(11, (2, 7)), reduction="none", grad=torch.randn(2, 7))
 
 
-@pytest.mark.parametrize("order", [(0, 3, 2, 1), (0, 2, 4, 1, 3), (3, 1, 2, 0), (1, 4, 3, 2, 0)])
-def test_positions_in_any_order_of_memory(backend, order):
+ORDERS = [(0, 3, 2, 1), (0, 2, 4, 1, 3), (3, 1, 2, 0), (1, 4, 3, 2, 0), (2, 3, 0, 1), (2, 1, 0, 3)]
+
+
+@pytest.mark.parametrize("crop", [None, 2, 3, (2, 3)], ids=str)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2), *ORDERS], ids=str)
+def test_any_order_of_memory(backend, order, crop):
     """(batch, width, height, classes) in memory, for one, handed over as (batch, classes, height, width)."""
     x = torch.randn([3, 4, 2, 5, 3][: len(order)]).permute(order)
+    for dim in () if crop is None else (crop,) if isinstance(crop, int) else crop:
+        x = x.narrow(dim, 1, x.shape[dim] - 1)
     classes, rows = x.shape[1], x.shape[:1] + x.shape[2:]
     y, other = torch.randint(classes, (2, *rows))
     grad = torch.randn(rows)
@@ -1271,6 +1277,23 @@ def test_autocast(backend, dtype):
             (grad,) = torch.autograd.grad(ours, x)
             assert grad.dtype == dtype
         assert serve(backend, lambda: sigmoid_focal_loss(x, x.detach().sigmoid(), reduction="sum")).dtype == ours.dtype
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_transforms_and_compile_of_any_order_of_memory(dynamic):
+    call = lambda x, y: cross_entropy(x, y, gamma=1.0)  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for order in ((0, 3, 2, 1), (2, 3, 0, 1), (2, 1, 0, 3)):
+        whole = torch.randn(4, 5, 6, 7).permute(order)
+        for x in (whole, whole[:, :, 1:, 1:]):
+            y = torch.randint(x.shape[1], x.shape[:1] + x.shape[2:])
+            x.requires_grad_()
+            ours, eager = compiled(x, y), call(x, y)
+            torch.testing.assert_close(ours, eager)
+            torch.testing.assert_close(torch.autograd.grad(ours, x)[0], torch.autograd.grad(eager, x)[0])
+    x, y = torch.randn(3, 4, 5, 6, 7).permute(0, 1, 4, 3, 2), torch.randint(7, (3, 4, 6, 5))
+    torch.testing.assert_close(torch.vmap(call)(x, y), torch.stack([call(a, b) for a, b in zip(x, y)]))
 
 
 @compiled  # which the interpreter is not

@@ -1,5 +1,6 @@
 """The C++ cross-entropy kernels: accuracy on every instruction set, and what tests of the op cannot see."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -327,15 +328,16 @@ def test_a_gradient_past_the_caches_does_not_depend_on_the_rows_place(dtype, nam
 
 
 class Calls(TorchDispatchMode):
-    """The names of the operators that see more than `least` elements."""
+    """The operators that see at least `least` elements: their names, and the strides of their first tensor."""
 
     def __init__(self, least):
         super().__init__()
-        self.least, self.names = least, []
+        self.least, self.names, self.strides = least, [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(isinstance(a, torch.Tensor) and a.numel() >= self.least for a in args):
             self.names.append(func._schema.name.split("::")[1])
+            self.strides.append(args[0].stride())
         return func(*args, **(kwargs or {}))
 
 
@@ -351,13 +353,25 @@ def test_whatever_is_wanted_takes_one_operator():
     assert not any(name.startswith("cross_entropy") for name in calls.names)
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2), (0, 3, 2, 1), (2, 3, 1, 0)])
+@pytest.mark.parametrize("order", [*itertools.permutations(range(4))], ids=str)
 def test_no_order_of_the_dimensions_is_copied(order):
     x = torch.randn(4, 5, 6, 7).permute(order)
     y = torch.randint(x.shape[1], x.shape[:1] + x.shape[2:])
     with Calls(x.numel()) as calls:
         cross_entropy(x, y, gamma=1.0)
-    assert set(calls.names) <= {"cross_entropy_forward", "permute", "view"}
+        cross_entropy(x, torch.rand_like(x), gamma=1.0)
+    assert set(calls.names) <= {"cross_entropy_forward", "permute", "view", "rand_like"}
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(4))], ids=str)
+def test_a_crop_is_copied_once_and_not_transposed(order):
+    x = torch.randn(4, 5, 6, 7).permute(order)[:, :, 1:, 1:]
+    y = torch.randint(x.shape[1], x.shape[:1] + x.shape[2:])
+    with Calls(x.numel()) as calls:
+        cross_entropy(x, y, gamma=1.0)
+    copies = [strides for name, strides in zip(calls.names, calls.strides) if name == "clone"]
+    assert set(calls.names) <= {"cross_entropy_forward", "permute", "view", "clone"}
+    assert len(copies) <= 1 and all(list(strides) == sorted(strides, reverse=True) for strides in copies)
 
 
 def targets_of(kind, rows, classes):
