@@ -19,6 +19,7 @@ TESTS = {
 }
 RACES = {
     "group_norm": ("tests/test_group_norm.py", "random_affine and dtype2-silu"),
+    "losses": ("tests/test_losses.py", "in_the_place_of_wide and dtype0-1001"),
     "penalties": ("tests/test_penalties.py", "fgm_step and dtype0"),
     "averaging": ("tests/test_averaging.py", "first_call or (weight_one and float32)"),
 }

@@ -8,7 +8,8 @@ GPU kernels alone, in tests/test_losses_gpu.py; (cpu): for the C++ ones, in test
    test_no_rows, test_many_rows; (gpu) test_every_size, (cpu) test_rows_are_accurate
  2 more than 2^31 and 2^32 elements: test_offsets_past_2_to_32, test_past_2_to_31_elements (C++ alone);
    (gpu) test_offsets_past_2_to_32, where gradients lie as far apart, test_grids_of_very_long_rows
- 3 layouts: test_layouts_of_logits_targets_and_gradients, test_transposed_tokens, test_incoming_gradients;
+ 3 layouts: test_layouts_of_logits_targets_and_gradients, test_transposed_tokens, test_any_order_of_memory,
+   test_incoming_gradients;
    (gpu) test_every_layout, test_target_types, (cpu) test_layouts_are_accurate
  4 ignored rows, whatever they hold: test_ignored_rows, test_ignored_rows_hold_anything, test_nothing_kept;
    (gpu) test_ignored_rows_hide_nan_and_get_zero, test_ignored_rows_are_not_read, (cpu) test_ignored_rows_are_never_read
@@ -1617,6 +1618,23 @@ def test_gradient_in_the_place_of_the_logits(backend, dtype):
         before = logits.clone()
         serve(backend, lambda: cross_entropy(logits, y, grad_in_forward="in_place"))
         assert torch.equal(before, logits)
+
+
+@pytest.mark.parametrize("classes", [1000, 1001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_in_the_place_of_wide_rows(backend, dtype, classes):
+    """No thread may read a logit where another has written the gradient: tests/test_compiled_triton.py looks on."""
+    x, y, other = torch.randn(3, classes).to(dtype), *torch.randint(classes, (2, 3))
+    for target, options in (
+        (y, {}),
+        (y, {"gamma": 2.0, "label_smoothing": 0.1}),
+        ((y, other, 0.3), {}),
+        (torch.rand(3, classes), {}),
+    ):
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        serve(backend, lambda: cross_entropy(leaves[0] * 1, target, grad_in_forward="in_place", **options)).backward()  # noqa: B023
+        serve(backend, lambda: cross_entropy(leaves[1], target, **options)).backward()  # noqa: B023
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
 
 
 def test_many_incoming_gradients_at_once(backend):
