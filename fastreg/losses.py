@@ -244,7 +244,7 @@ def cross_entropy(
         return with_extra(*found, targets, ignore_index, outputs, statistics)
 
     shape = input.shape
-    if len(shape) > 3 and (groups := _groups_in_memory(input)):
+    if len(shape) > 3 and input.numel() and (groups := _groups_in_memory(input)):
         options |= {"grad_in_forward": grad_in_forward, "outputs": outputs, "statistics": statistics}
         return _as_it_lies(groups, input, target, weight, **options)
     args = (*kernel_arguments(input, target, weight, **options), backend)

@@ -533,6 +533,8 @@ def test_no_rows(backend):
         )
         check(backend, torch.randn(0, 5, 3), torch.zeros(0, 3, dtype=torch.int64), reduction=reduction)
         check(backend, torch.randn(2, 5, 0), torch.zeros(2, 0, dtype=torch.int64), reduction=reduction)
+        crop = torch.randn(4, 5, 6, 7).permute(0, 3, 2, 1)[:0, :, 1:, 1:]
+        check(backend, crop, torch.zeros(0, 5, 4, dtype=torch.int64), reduction=reduction)
 
 
 @pytest.mark.parametrize(
