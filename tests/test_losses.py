@@ -622,6 +622,7 @@ def test_transposed_tokens(backend):
 ORDERS = [(0, 3, 2, 1), (0, 2, 4, 1, 3), (3, 1, 2, 0), (1, 4, 3, 2, 0), (2, 3, 0, 1), (2, 1, 0, 3)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("crop", [None, 2, 3, (2, 3)], ids=str)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2), *ORDERS], ids=str)
 def test_any_order_of_memory(backend, order, crop):
@@ -1282,7 +1283,7 @@ def test_autocast(backend, dtype):
         assert serve(backend, lambda: sigmoid_focal_loss(x, x.detach().sigmoid(), reduction="sum")).dtype == ours.dtype
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_transforms_and_compile_of_any_order_of_memory(dynamic):
     call = lambda x, y: cross_entropy(x, y, gamma=1.0)  # noqa: E731
     torch._dynamo.reset()
