@@ -21,7 +21,7 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	@$(PY) -m fastreg --summary
-	$(PY) -m pytest -n auto --maxprocesses 4 $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n auto --maxprocesses 4 $(ARGS)  # threads that spin take cores from other tests
 
 test-all: $(VENV)/test
 	@$(PY) -m fastreg --summary
