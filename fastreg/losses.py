@@ -587,6 +587,11 @@ def _by_stride(tensor: Tensor) -> list[int]:
     return order
 
 
+def _undoing(order: list[int]) -> list[int]:
+    """The order that brings dimensions permuted by `order` back."""
+    return [order.index(dim) for dim in range(len(order))]
+
+
 def _groups_in_memory(input: Tensor) -> list[list[int]] | None:
     """The dimensions of the rows, 0 and 2, 3, …, as they lie in memory, those together that one stride spans; None if
     one spans 2, 3, … as they come."""
@@ -611,7 +616,7 @@ def _as_it_lies(groups: list[list[int]], input: Tensor, target: Target, weight: 
     more than two strides span, as of a crop, is copied first, in the order of memory too."""
     if len(groups) > 2:
         order = _by_stride(input)
-        copy = input.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
+        copy = input.permute(order).contiguous().permute(_undoing(order))
         return cross_entropy(copy, target, weight, **options)
     outer, inner = groups if len(groups) == 2 else (groups[0], [])
     if not inner and input.stride(1) > input.stride(outer[-1]):
@@ -637,7 +642,7 @@ def _as_it_lies(groups: list[list[int]], input: Tensor, target: Target, weight: 
     def back(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or tensor.dim() == 0:
             return tensor
-        return tensor.reshape(sizes[0] + sizes[1]).permute([of_rows.index(dim) for dim in range(len(of_rows))])
+        return tensor.reshape(sizes[0] + sizes[1]).permute(_undoing(of_rows))
 
     return LossOutputs(*map(back, found)) if options["outputs"] else back(found)
 
@@ -1121,7 +1126,7 @@ def sigmoid_focal_loss(
         return loss.reshape(())
     if order is None:
         return loss.reshape(shape)
-    return loss.reshape(inputs.shape).permute([order.index(dim) for dim in range(len(order))])
+    return loss.reshape(inputs.shape).permute(_undoing(order))
 
 
 def _order_in_memory(inputs: Tensor, classes_last: bool) -> list[int] | None:
